@@ -1,0 +1,39 @@
+"""jaxdyn: what one reinforcement-learning update does to a language model, and why.
+
+A language model here is two pure functions over two subtrees of one parameter tree:
+
+    features : params["backbone"],   tokens   -> phi          [B, T, D]
+    logits   : params["classifier"], features -> f = W phi    [B, T, V]
+
+The empirical NTK splits exactly at that cut into a representation and a gradient component
+(A. Tomihari, arXiv 2601.04670). Subpackages are imported on first use.
+"""
+
+import importlib
+
+__version__ = "0.1.0"
+
+_ROOMS = (
+    "config",
+    "data",
+    "dynamics",
+    "models",
+    "optim",
+    "report",
+    "rewards",
+    "rl",
+    "rollout",
+    "train",
+    "types",
+)
+__all__ = [*_ROOMS, "__version__"]
+
+
+def __getattr__(name: str):
+    if name in _ROOMS:
+        return importlib.import_module(f"jaxdyn.{name}")
+    raise AttributeError(f"module 'jaxdyn' has no attribute {name!r}")
+
+
+def __dir__():
+    return sorted(__all__)

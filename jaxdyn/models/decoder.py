@@ -1,0 +1,145 @@
+"""The body of the language model: one Flax decoder, scanned over its layers."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from jaxtyping import Array, Bool, Float, Int
+
+from jaxdyn.models.attention import attention, rotary_tables, rotate
+from jaxdyn.models.config import ModelConfig
+from jaxdyn.types import KVCache
+
+_ACTIVATIONS = {
+    "gelu": lambda x: nn.gelu(x, approximate=False),
+    "gelu_new": lambda x: nn.gelu(x, approximate=True),
+    "silu": nn.silu,
+    "relu": nn.relu,
+}
+
+
+def _dense(config: ModelConfig, features: int, bias: bool, dtype, name: str, residual=False):
+    """A dense layer; those that write into the residual stream start smaller by 1/√(2L)."""
+    std = 0.02 / (2 * config.num_layers) ** 0.5 if residual else 0.02
+    init = nn.initializers.normal(std)
+    return nn.Dense(features, use_bias=bias, dtype=dtype, kernel_init=init, name=name)
+
+
+def _norm(config: ModelConfig, dtype, name: str):
+    if config.norm == "rms":
+        return nn.RMSNorm(epsilon=config.norm_eps, dtype=dtype, name=name)
+    return nn.LayerNorm(epsilon=config.norm_eps, dtype=dtype, use_fast_variance=False, name=name)
+
+
+class Attention(nn.Module):
+    config: ModelConfig
+    dtype: Any
+
+    @nn.compact
+    def __call__(self, x, tables, mask, cache, slot, layer):
+        c = self.config
+        heads = lambda y, n: y.reshape(*y.shape[:2], n, c.head_dim)
+        dense = lambda n, name: _dense(c, n * c.head_dim, c.qkv_bias, self.dtype, name)
+        query = heads(dense(c.num_heads, "query")(x), c.num_heads)
+        key = heads(dense(c.num_kv_heads, "key")(x), c.num_kv_heads)
+        value = heads(dense(c.num_kv_heads, "value")(x), c.num_kv_heads)
+        if tables is not None:
+            query, key = rotate(query, *tables), rotate(key, *tables)
+        written = (key, value)
+        if cache is not None:
+            start = (layer, 0, slot, 0, 0)
+            cache = KVCache(
+                jax.lax.dynamic_update_slice(cache.keys, key[None], start),
+                jax.lax.dynamic_update_slice(cache.values, value[None], start),
+            )
+            key = jax.lax.dynamic_index_in_dim(cache.keys, layer, 0, keepdims=False)
+            value = jax.lax.dynamic_index_in_dim(cache.values, layer, 0, keepdims=False)
+        mixed = attention(query, key, value, mask)
+        mixed = mixed.reshape(*x.shape[:2], c.num_heads * c.head_dim)
+        out = _dense(c, c.width, c.attention_out_bias, self.dtype, "out", residual=True)(mixed)
+        return out, cache, written
+
+
+class Mlp(nn.Module):
+    config: ModelConfig
+    dtype: Any
+
+    @nn.compact
+    def __call__(self, x):
+        c = self.config
+        activation = _ACTIVATIONS[c.activation]
+        hidden = _dense(c, c.mlp_width, c.mlp_bias, self.dtype, "up")(x)
+        if c.gated_mlp:
+            gate = _dense(c, c.mlp_width, c.mlp_bias, self.dtype, "gate")(x)
+            hidden = activation(gate) * hidden
+        else:
+            hidden = activation(hidden)
+        return _dense(c, c.width, c.mlp_bias, self.dtype, "down", residual=True)(hidden)
+
+
+class Block(nn.Module):
+    """One layer, shaped for `nn.scan`: the carry is (x, cache), `layer` its index."""
+
+    config: ModelConfig
+    dtype: Any
+    keep_cache: bool
+
+    @nn.compact
+    def __call__(self, carry, layer, tables, mask, slot):
+        x, cache = carry
+        c = self.config
+        normed = _norm(c, self.dtype, "attention_norm")(x)
+        mixed, cache, written = Attention(c, self.dtype, name="attention")(
+            normed, tables, mask, cache, slot, layer
+        )
+        mlp = Mlp(c, self.dtype, name="mlp")
+        mlp_norm = _norm(c, self.dtype, "mlp_norm")
+        if c.parallel_residual:
+            x = x + mixed + mlp(mlp_norm(x))
+        else:
+            x = x + mixed
+            x = x + mlp(mlp_norm(x))
+        return (x, cache), (written if self.keep_cache else None)
+
+
+class Backbone(nn.Module):
+    """Everything up to and including the final normalisation: tokens -> features φ.
+
+    Three uses of one module: a full pass; a full pass that also returns each layer's keys and
+    values (`keep_cache`); and one step on a cache, writing at `slot`.
+    """
+
+    config: ModelConfig
+    dtype: Any
+    keep_cache: bool = False
+
+    @nn.compact
+    def __call__(
+        self,
+        tokens: Int[Array, "B T"],
+        positions: Int[Array, "B T"],
+        mask: Bool[Array, "B 1 T K"],
+        cache: KVCache | None = None,
+        slot: Any = 0,
+    ) -> tuple[Float[Array, "B T D"], Any]:
+        c = self.config
+        init = nn.initializers.normal(0.02)
+        embed = lambda n, name: nn.Embed(
+            n, c.width, dtype=self.dtype, embedding_init=init, name=name
+        )
+        x = embed(c.vocab_size, "embed")(tokens)
+        if c.rotary_dim:
+            tables = rotary_tables(c, positions, x.dtype)
+        else:
+            tables = None
+            x = x + embed(c.max_positions, "position")(positions)
+        layers = nn.scan(
+            Block,
+            variable_axes={"params": 0},
+            split_rngs={"params": True},
+            in_axes=(0, nn.broadcast, nn.broadcast, nn.broadcast),
+            length=c.num_layers,
+        )(c, self.dtype, self.keep_cache, name="layers")
+        (x, cache), written = layers((x, cache), jnp.arange(c.num_layers), tables, mask, slot)
+        return _norm(c, self.dtype, "norm")(x), (written if self.keep_cache else cache)

@@ -1,0 +1,130 @@
+"""The language model as two pure functions: features φ of the backbone, logits f = Wφ."""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
+
+from jaxdyn.models.config import ModelConfig
+from jaxdyn.models.decoder import Backbone
+from jaxdyn.types import KVCache, Params
+
+
+def positions_of(mask: Bool[Array, "B T"]) -> Int[Array, "B T"]:
+    """The place of each token among its sequence's tokens, from 0; padding gets 0."""
+    return jnp.maximum(jnp.cumsum(mask, axis=1) - 1, 0).astype(jnp.int32)
+
+
+@dataclasses.dataclass(frozen=True)
+class LanguageModel:
+    """Pure functions over `{"backbone", "classifier"}`; hashable, so it can be a static argument.
+
+    `dtype` is the compute dtype (float32 or bfloat16; float64 in oracles); parameters keep their
+    own. With tied embeddings the stored `params["classifier"]` holds no weight: `view` puts the
+    shared matrix there, every function below takes that view, and `fold` adds a view's gradient
+    back onto the shared matrix.
+    """
+
+    config: ModelConfig
+    dtype: Any = jnp.float32
+
+    # -- parameters ---------------------------------------------------------------------------
+
+    def init(self, key: PRNGKeyArray) -> Params:
+        """Random float32 parameters, as stored."""
+        c = self.config
+        body_key, head_key = jax.random.split(key)
+        tokens = jnp.zeros((1, 1), jnp.int32)
+        backbone = Backbone(c, self.dtype).init(body_key, tokens, tokens, tokens[None] == 0)
+        classifier = {}
+        if not c.tied:
+            classifier["weight"] = 0.02 * jax.random.normal(head_key, (c.vocab_size, c.width))
+        if c.classifier_bias:
+            classifier["bias"] = jnp.zeros(c.vocab_size)
+        return {"backbone": backbone["params"], "classifier": classifier}
+
+    def view(self, params: Params) -> Params:
+        """The parameters with the classifier's weight in place, tied or not."""
+        if not self.config.tied:
+            return params
+        weight = params["backbone"]["embed"]["embedding"]
+        return {**params, "classifier": {**params["classifier"], "weight": weight}}
+
+    def fold(self, gradient: Params) -> Params:
+        """The stored parameters' gradient from a view's: a shared matrix gets both paths' sum."""
+        if not self.config.tied:
+            return gradient
+        backbone, classifier = gradient["backbone"], dict(gradient["classifier"])
+        shared = backbone["embed"]["embedding"] + classifier.pop("weight")
+        return {"backbone": {**backbone, "embed": {"embedding": shared}}, "classifier": classifier}
+
+    def untie(self, params: Params) -> tuple["LanguageModel", Params]:
+        """The same function with a classifier of its own (a copy of the shared matrix)."""
+        config = dataclasses.replace(self.config, tied=False)
+        view = self.view(params)
+        weight = jnp.array(view["classifier"]["weight"])
+        params = {**view, "classifier": {**view["classifier"], "weight": weight}}
+        return dataclasses.replace(self, config=config), params
+
+    # -- the two functions --------------------------------------------------------------------
+
+    def features(
+        self, backbone: Params, tokens: Int[Array, "B T"], mask: Bool[Array, "B T"]
+    ) -> Float[Array, "B T D"]:
+        """φ: the backbone's output at every slot. Slots where `mask` is false hold no token."""
+        return self._full_pass(backbone, tokens, mask, keep_cache=False)[0]
+
+    def logits(self, classifier: Params, features: Float[Array, "*B D"]) -> Float[Array, "*B V"]:
+        """f = Wφ (+ b), accumulated and returned in float32 or better."""
+        wide = jnp.promote_types(self.dtype, jnp.float32)
+        weight = classifier["weight"].astype(self.dtype)
+        features = features.astype(self.dtype)
+        logits = jnp.einsum("...d,vd->...v", features, weight, preferred_element_type=wide)
+        if self.config.classifier_bias:
+            bias = classifier["bias"].astype(wide)
+            logits = logits + bias.reshape((1,) * (logits.ndim - 1) + bias.shape)
+        return logits
+
+    # -- decoding -----------------------------------------------------------------------------
+
+    def prefill(
+        self,
+        backbone: Params,
+        tokens: Int[Array, "B S"],
+        mask: Bool[Array, "B S"],
+        cache_slots: int,
+    ) -> tuple[Float[Array, "B S D"], KVCache]:
+        """Features of the prompts and a cache of `cache_slots` >= S slots that begins with them."""
+        features, (keys, values) = self._full_pass(backbone, tokens, mask, keep_cache=True)
+        spare = ((0, 0), (0, 0), (0, cache_slots - tokens.shape[1]), (0, 0), (0, 0))
+        return features, KVCache(jnp.pad(keys, spare), jnp.pad(values, spare))
+
+    def decode(
+        self,
+        backbone: Params,
+        token: Int[Array, " B"],
+        position: Int[Array, " B"],
+        cache: KVCache,
+        cache_mask: Bool[Array, "B K"],
+        slot: Int[Array, ""],
+    ) -> tuple[Float[Array, "B D"], KVCache]:
+        """Features of one more token a sequence, written to `slot`; `cache_mask` includes it."""
+        features, cache = Backbone(self.config, self.dtype).apply(
+            {"params": backbone},
+            token[:, None],
+            position[:, None],
+            cache_mask[:, None, None, :],
+            cache,
+            slot,
+        )
+        return features[:, 0], cache
+
+    def _full_pass(self, backbone, tokens, mask, keep_cache: bool):
+        slots = jnp.arange(tokens.shape[1])
+        causal = slots[:, None] >= slots[None, :]
+        visible = causal[None, None] & mask[:, None, None, :]
+        return Backbone(self.config, self.dtype, keep_cache).apply(
+            {"params": backbone}, tokens, positions_of(mask), visible
+        )
