@@ -17,12 +17,10 @@ import jax
 from flax import struct
 from jaxtyping import Array, Bool, Float, Int
 
+from jaxdyn.errors import JaxdynError as JaxdynError
+
 Params = dict[str, Any]
 """A parameter tree `{"backbone": ..., "classifier": ...}`."""
-
-
-class JaxdynError(ValueError):
-    """Something the user can mend. The command line prints its message alone and exits with 2."""
 
 
 @struct.dataclass

@@ -1,0 +1,34 @@
+"""Examples, tokenizers and batches: knows nothing of models or of reinforcement learning."""
+
+from jaxdyn.data.batching import (
+    batch_indices,
+    bucket,
+    decode_completions,
+    encode_prompts,
+    encode_supervised,
+    epoch_of,
+)
+from jaxdyn.data.equations import ALPHABET, EquationsConfig
+from jaxdyn.data.source import DataConfig, Example, Source, columns, load_source
+from jaxdyn.data.stories import StoriesConfig
+from jaxdyn.data.tokenizer import Tokenizer, character_tokenizer, load_tokenizer
+
+__all__ = [
+    "ALPHABET",
+    "DataConfig",
+    "EquationsConfig",
+    "Example",
+    "Source",
+    "StoriesConfig",
+    "Tokenizer",
+    "batch_indices",
+    "bucket",
+    "character_tokenizer",
+    "columns",
+    "decode_completions",
+    "encode_prompts",
+    "encode_supervised",
+    "epoch_of",
+    "load_source",
+    "load_tokenizer",
+]

@@ -7,6 +7,17 @@ from jaxdyn.types import JaxdynError
 
 Architecture = Literal["gpt_neox", "llama", "qwen2", "gpt2"]
 
+_SIZES = (
+    "vocab_size",
+    "width",
+    "num_layers",
+    "num_heads",
+    "num_kv_heads",
+    "head_dim",
+    "mlp_width",
+    "max_positions",
+)
+
 
 @dataclasses.dataclass(frozen=True)
 class RotaryScaling:
@@ -52,6 +63,11 @@ class ModelConfig:
     tied: bool
 
     def __post_init__(self):
+        for name in _SIZES:
+            if getattr(self, name) < 1:
+                raise JaxdynError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if not 0 <= self.rotary_fraction <= 1:
+            raise JaxdynError(f"rotary_fraction must be from 0 to 1, got {self.rotary_fraction}")
         if self.num_heads % self.num_kv_heads:
             raise JaxdynError(
                 f"num_heads ({self.num_heads}) must be a multiple of num_kv_heads "
@@ -80,6 +96,8 @@ def gpt_neox(
     tied: bool = False,
 ) -> ModelConfig:
     """The Pythia family: parallel residual, partial rotary positions, biases, untied."""
+    if num_heads < 1 or width % num_heads:
+        raise JaxdynError(f"width ({width}) must be a multiple of num_heads ({num_heads})")
     return ModelConfig(
         architecture="gpt_neox",
         vocab_size=vocab_size,

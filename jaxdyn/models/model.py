@@ -37,12 +37,14 @@ class LanguageModel:
         c = self.config
         body_key, head_key = jax.random.split(key)
         tokens = jnp.zeros((1, 1), jnp.int32)
-        backbone = Backbone(c, self.dtype).init(body_key, tokens, tokens, tokens[None] == 0)
+        mask = jnp.ones((1, 1, 1, 1), bool)
+        backbone = Backbone(c, self.dtype).init(body_key, tokens, tokens, mask)
         classifier = {}
         if not c.tied:
-            classifier["weight"] = 0.02 * jax.random.normal(head_key, (c.vocab_size, c.width))
+            shape = (c.vocab_size, c.width)
+            classifier["weight"] = 0.02 * jax.random.normal(head_key, shape, jnp.float32)
         if c.classifier_bias:
-            classifier["bias"] = jnp.zeros(c.vocab_size)
+            classifier["bias"] = jnp.zeros(c.vocab_size, jnp.float32)
         return {"backbone": backbone["params"], "classifier": classifier}
 
     def view(self, params: Params) -> Params:
@@ -111,7 +113,7 @@ class LanguageModel:
         slot: Int[Array, ""],
     ) -> tuple[Float[Array, "B D"], KVCache]:
         """Features of one more token a sequence, written to `slot`; `cache_mask` includes it."""
-        features, cache = Backbone(self.config, self.dtype).apply(
+        out: Any = Backbone(self.config, self.dtype).apply(
             {"params": backbone},
             token[:, None],
             position[:, None],
@@ -119,6 +121,7 @@ class LanguageModel:
             cache,
             slot,
         )
+        features, cache = out
         return features[:, 0], cache
 
     def _full_pass(self, backbone, tokens, mask, keep_cache: bool):

@@ -1,0 +1,31 @@
+"""What a completion is worth: functions of texts, weighted and added up."""
+
+from jaxdyn.rewards.compose import BUILT_IN, Reward, RewardConfig, RewardOutput, make_reward
+from jaxdyn.rewards.verifiable import (
+    RewardFunction,
+    contains_words,
+    equation,
+    exact_match,
+    finished,
+    last_number,
+    length,
+    numeric_match,
+    regex_match,
+)
+
+__all__ = [
+    "BUILT_IN",
+    "Reward",
+    "RewardConfig",
+    "RewardFunction",
+    "RewardOutput",
+    "contains_words",
+    "equation",
+    "exact_match",
+    "finished",
+    "last_number",
+    "length",
+    "make_reward",
+    "numeric_match",
+    "regex_match",
+]

@@ -1,0 +1,7 @@
+"""Sampling completions: filters, prefill and decode, and the keys they draw from."""
+
+from jaxdyn.rollout.generate import SamplingConfig, generate
+from jaxdyn.rollout.keys import Stream, step_key
+from jaxdyn.rollout.sampling import sample_token
+
+__all__ = ["SamplingConfig", "Stream", "generate", "sample_token", "step_key"]

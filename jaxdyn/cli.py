@@ -1,0 +1,249 @@
+"""`jaxdyn quickstart | sft | rl | analyze | report | export`: thin commands over the library.
+
+Anything the user can mend ends in one line on standard error and exit code 2.
+"""
+
+import contextlib
+import dataclasses
+import io
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import tyro
+
+from jaxdyn.errors import JaxdynError
+
+COMMANDS = {
+    "quickstart": "make a small model, train it, run RL and classifier-first RL, write the report",
+    "sft": "supervised training on a data set's completions",
+    "rl": "an RL run: standard or classifier-first, watched at probe sites",
+    "analyze": "what the updates of a finished run did, recomputed from its checkpoints",
+    "report": "one HTML page of figures and tables about one or more runs",
+    "export": "write a run's model as a Hugging Face directory",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Quickstart:
+    """Make a small Pythia-like model, train it on equations until it is partly right, run standard
+    and classifier-first RL from that checkpoint, and write the report. Needs no network.
+
+    Attributes:
+      output: where everything goes.
+      seed: seed of the model, the data order and the sampling.
+    """
+
+    output: str = "runs/quickstart"
+    seed: int = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class Analyze:
+    """Take again the update that follows each checkpoint of RUN, and measure what it did.
+
+    Attributes:
+      run: the run's directory.
+      output: where to write; RUN/analysis when not given.
+    """
+
+    run: Annotated[str, tyro.conf.Positional]
+    output: str | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Report:
+    """Figures, tables and one self-contained HTML page about the runs.
+
+    Attributes:
+      runs: run directories.
+      output: where to write; by default `report` in the run, or in the runs' common parent.
+    """
+
+    runs: Annotated[tuple[str, ...], tyro.conf.Positional]
+    output: str | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Export:
+    """Write the model of RUN as a Hugging Face directory.
+
+    Attributes:
+      run: the run's directory.
+      output: the directory to write.
+      step: which checkpoint; the newest when not given.
+    """
+
+    run: Annotated[str, tyro.conf.Positional]
+    output: Annotated[str, tyro.conf.Positional]
+    step: int | None = None
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """The console script's entry point."""
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    try:
+        run_command(arguments)
+    except JaxdynError as error:
+        fail(str(error))
+    except OSError as error:
+        where = f" ({error.filename})" if error.filename else ""
+        fail(f"{error.strerror or error}{where}")
+    except KeyboardInterrupt:
+        print("jaxdyn: interrupted; the same command goes on from there", file=sys.stderr)
+        sys.exit(130)
+
+
+def fail(message: str) -> None:
+    """One line on standard error, exit code 2."""
+    print(f"jaxdyn: {' '.join(message.split())}", file=sys.stderr)
+    sys.exit(2)
+
+
+def run_command(arguments: list[str]) -> None:
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print("usage: jaxdyn COMMAND [options]\n\nWhat one RL update does to a language model.\n")
+        for name, text in COMMANDS.items():
+            print(f"  {name:<11} {text}")
+        print("\n`jaxdyn COMMAND --help` lists a command's options.")
+        return
+    command, rest = arguments[0], arguments[1:]
+    if command not in COMMANDS:
+        from jaxdyn.config import nearest
+
+        raise JaxdynError(f"unknown command {command!r}{nearest(command, COMMANDS)}")
+    {
+        "quickstart": quickstart_command,
+        "sft": sft_command,
+        "rl": rl_command,
+        "analyze": analyze_command,
+        "report": report_command,
+        "export": export_command,
+    }[command](rest)
+
+
+def quickstart_command(arguments: list[str]) -> None:
+    chosen = parse(Quickstart, "jaxdyn quickstart", arguments)
+    from jaxdyn.quickstart import quickstart
+
+    quickstart(Path(chosen.output), chosen.seed)
+
+
+def sft_command(arguments: list[str]) -> None:
+    from jaxdyn.config import SFTConfig
+    from jaxdyn.presets import SFT
+
+    config = configure(SFTConfig, SFT, "jaxdyn sft", arguments)
+    from jaxdyn.train import run_sft
+
+    print(f"model: {run_sft(config)}")
+
+
+def rl_command(arguments: list[str]) -> None:
+    from jaxdyn.config import RunConfig
+    from jaxdyn.presets import RL
+
+    config = configure(RunConfig, RL, "jaxdyn rl", arguments)
+    from jaxdyn.train import run_rl
+
+    run = run_rl(config)
+    print(f"run: {run}   (jaxdyn report {run})")
+
+
+def analyze_command(arguments: list[str]) -> None:
+    chosen = parse(Analyze, "jaxdyn analyze", arguments)
+    from jaxdyn.train import analyze
+
+    run = Path(chosen.run)
+    print(f"analysis: {analyze(run, Path(chosen.output or run / 'analysis'))}")
+
+
+def report_command(arguments: list[str]) -> None:
+    chosen = parse(Report, "jaxdyn report", arguments)
+    if not chosen.runs:
+        raise JaxdynError("jaxdyn report needs at least one run directory")
+    from jaxdyn.report import write_report
+
+    print(f"report: {write_report(chosen.runs, chosen.output)}")
+
+
+def export_command(arguments: list[str]) -> None:
+    chosen = parse(Export, "jaxdyn export", arguments)
+    from jaxdyn.train import export
+
+    print(f"model: {export(Path(chosen.run), Path(chosen.output), chosen.step)}")
+
+
+def configure(kind: type, presets: dict[str, Any], program: str, arguments: list[str]) -> Any:
+    """A configuration from `--preset NAME` or `--config FILE`, then nested overrides."""
+    from jaxdyn.config import load_config
+    from jaxdyn.presets import preset
+
+    name, arguments = take_option(arguments, "--preset")
+    path, arguments = take_option(arguments, "--config")
+    if name and path:
+        raise JaxdynError("give --preset or --config, not both")
+    default = preset(presets, name) if name else kind()
+    if path:
+        default = load_config(kind, Path(path))
+    text = (
+        f"{kind.__doc__}\n\n--preset NAME starts from a preset ({', '.join(presets)}), "
+        "--config FILE from a run's config.json; the options below override either."
+    )
+    return parse(kind, program, arguments, default, text)
+
+
+def take_option(arguments: list[str], name: str) -> tuple[str | None, list[str]]:
+    """The value of `name VALUE` or `name=VALUE`, and the arguments without it."""
+    for i, argument in enumerate(arguments):
+        if argument.startswith(f"{name}="):
+            return argument.split("=", 1)[1], arguments[:i] + arguments[i + 1 :]
+        if argument == name:
+            if i + 1 == len(arguments):
+                raise JaxdynError(f"{name} needs a value")
+            return arguments[i + 1], arguments[:i] + arguments[i + 2 :]
+    return None, arguments
+
+
+def parse(
+    kind: type,
+    program: str,
+    arguments: list[str],
+    default: Any = tyro.MISSING_NONPROP,
+    description: str | None = None,
+) -> Any:
+    """`tyro.cli`, with its boxed complaints turned into one line."""
+    said = io.StringIO()
+    columns = os.environ.get("COLUMNS")
+    helping = any(a in ("-h", "--help") for a in arguments)
+    os.environ["COLUMNS"] = columns or "100" if helping else "1000"
+    try:
+        with contextlib.redirect_stderr(said):
+            return tyro.cli(
+                kind, prog=program, args=arguments, default=default, description=description
+            )
+    except SystemExit as stop:
+        if stop.code in (0, None):
+            raise
+        raise JaxdynError(one_line(said.getvalue())) from None
+    finally:
+        os.environ.pop("COLUMNS")
+        if columns is not None:
+            os.environ["COLUMNS"] = columns
+
+
+def one_line(box: str) -> str:
+    """What a boxed message says: its first paragraph, and the nearest option if it names one."""
+    rows = [row.strip("│╭╮╰╯─ ") for row in box.splitlines()]
+    rows = [row for row in rows if row]
+    said = rows[1] if len(rows) > 1 else " ".join(rows)
+    options = [row.split()[0] for row in rows[2:] if row.startswith("--")]
+    if "nrecognized" in said and options:
+        said += f"; did you mean {options[0]}?"
+    return said
+
+
+if __name__ == "__main__":
+    main()

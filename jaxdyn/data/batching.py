@@ -1,0 +1,146 @@
+"""Which examples a step sees, and their texts as padded arrays.
+
+A batch is a pure function of (seed, step): a run that starts again at step k sees what it would
+have seen. Lengths come in a few buckets, so that a jitted step compiles a few times only.
+"""
+
+import functools
+from collections.abc import Sequence
+
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Int
+
+from jaxdyn.data.tokenizer import Tokenizer
+from jaxdyn.types import JaxdynError, PromptBatch
+
+SMALLEST_BUCKET = 8
+
+
+def batch_indices(
+    seed: int, step: int, batch_size: int, num_examples: int
+) -> Int[np.ndarray, " P"]:
+    """The examples of one step's batch.
+
+    The stream of examples is one permutation of all of them after another, epoch e's drawn from
+    (seed, e); step k takes places k * batch_size onwards, so a batch may straddle two epochs.
+
+    Raises JaxdynError without examples, or for a batch size below 1.
+    """
+    if num_examples < 1 or batch_size < 1:
+        raise JaxdynError(f"cannot draw a batch of {batch_size} from {num_examples} examples")
+    places = step * batch_size + np.arange(batch_size)
+    epochs, offsets = np.divmod(places, num_examples)
+    batch = np.empty(batch_size, np.int64)
+    for epoch in np.unique(epochs):
+        inside = epochs == epoch
+        batch[inside] = _permutation(seed, int(epoch), num_examples)[offsets[inside]]
+    return batch
+
+
+@functools.lru_cache(maxsize=2)
+def _permutation(seed: int, epoch: int, num_examples: int) -> np.ndarray:
+    return np.random.default_rng([seed, epoch]).permutation(num_examples)
+
+
+def epoch_of(step: int, batch_size: int, num_examples: int) -> float:
+    """How many epochs have been seen before `step`."""
+    return step * batch_size / num_examples
+
+
+def bucket(length: int, limit: int, buckets: Sequence[int] | None = None) -> int:
+    """The smallest of `buckets` that holds `length` slots, or `limit` if none below it does.
+
+    The default buckets are the powers of two from 8.
+    """
+    if buckets is None:
+        buckets = [max(SMALLEST_BUCKET, 1 << (length - 1).bit_length())]
+    return min([b for b in buckets if b >= length] + [limit])
+
+
+def encode_prompts(
+    tokenizer: Tokenizer,
+    prompts: Sequence[str],
+    max_prompt_length: int,
+    buckets: Sequence[int] | None = None,
+) -> PromptBatch:
+    """Prompts as token ids [P, S], padded on the left to the bucket of the longest.
+
+    Raises JaxdynError for a prompt without a token or with more than `max_prompt_length`.
+    """
+    rows = [tokenizer.encode(prompt) for prompt in prompts]
+    for index, (row, prompt) in enumerate(zip(rows, prompts, strict=True)):
+        _check(row, prompt, index, max_prompt_length, "max_prompt_length")
+    ids, mask = _pad(rows, tokenizer.pad_id, max_prompt_length, buckets, left=True)
+    return PromptBatch(prompt_ids=jnp.asarray(ids), prompt_mask=jnp.asarray(mask))
+
+
+def encode_supervised(
+    tokenizer: Tokenizer,
+    prompts: Sequence[str],
+    completions: Sequence[str],
+    max_length: int,
+    buckets: Sequence[int] | None = None,
+) -> tuple[Int[Array, "B T"], Bool[Array, "B T"], Bool[Array, "B T"]]:
+    """Prompt, completion and stop token as (tokens, mask, completion_mask), padded on the right.
+
+    `completion_mask` marks the tokens to be predicted: the completion's and the stop token. Where
+    the tokens of prompt + completion begin with the prompt's, the rest are the completion's;
+    where they merge across the seam, the two are tokenised apart.
+
+    Raises JaxdynError for a prompt without a token, or a row with more than `max_length`.
+    """
+    rows, starts = [], []
+    for index, (prompt, completion) in enumerate(zip(prompts, completions, strict=True)):
+        head = tokenizer.encode(prompt)
+        row = tokenizer.encode(prompt + completion)
+        if row[: len(head)] != head:
+            row = head + tokenizer.encode(completion, special_tokens=False)
+        row = [*row, tokenizer.stop_ids[0]]
+        _check(head, prompt, index, max_length, "max_length")
+        _check(row, prompt, index, max_length, "max_length", what="prompt and completion")
+        rows.append(row)
+        starts.append(len(head))
+    tokens, mask = _pad(rows, tokenizer.pad_id, max_length, buckets, left=False)
+    predicted = mask & (np.arange(tokens.shape[1])[None] >= np.array(starts)[:, None])
+    return jnp.asarray(tokens), jnp.asarray(mask), jnp.asarray(predicted)
+
+
+def decode_completions(
+    tokenizer: Tokenizer,
+    completion_ids: Int[Array, "B C"] | Int[np.ndarray, "B C"],
+    completion_mask: Bool[Array, "B C"] | Bool[np.ndarray, "B C"],
+) -> tuple[list[str], list[bool], list[list[int]]]:
+    """Sampled completions as (texts without the stop token, finished, token ids).
+
+    `finished` says whether a completion ended by a stop token rather than at the last slot.
+    """
+    pairs = zip(np.asarray(completion_ids), np.asarray(completion_mask), strict=True)
+    ids = [row[mask].tolist() for row, mask in pairs]
+    finished = [bool(row) and row[-1] in tokenizer.stop_ids for row in ids]
+    return [tokenizer.decode_completion(row) for row in ids], finished, ids
+
+
+def _check(
+    ids: list[int], prompt: str, index: int, limit: int, name: str, what: str = "the prompt"
+) -> None:
+    where = f"example {index} ({prompt[:40]!r})"
+    if not ids:
+        raise JaxdynError(f"{where}: the prompt is empty, it has no token")
+    if len(ids) > limit:
+        raise JaxdynError(f"{where}: {what} has {len(ids)} tokens, {name} is {limit}")
+
+
+def _pad(
+    rows: list[list[int]], pad_id: int, limit: int, buckets: Sequence[int] | None, left: bool
+) -> tuple[np.ndarray, np.ndarray]:
+    """Rows of ids as an int32 array and its mask, [B, T], with T a bucket."""
+    if not rows:
+        raise JaxdynError("cannot encode a batch without prompts")
+    slots = bucket(max(map(len, rows)), limit, buckets)
+    ids = np.full((len(rows), slots), pad_id, np.int32)
+    mask = np.zeros((len(rows), slots), bool)
+    for i, row in enumerate(rows):
+        where = slice(slots - len(row), slots) if left else slice(0, len(row))
+        ids[i, where], mask[i, where] = row, True
+    return ids, mask

@@ -1,0 +1,28 @@
+"""Story openings as a TensorFlow Datasets builder."""
+
+import tensorflow_datasets as tfds
+
+from jaxdyn.data.stories import StoriesConfig, stories
+
+
+class Stories(tfds.core.GeneratorBasedBuilder):
+    """`prompt` and `words` of `jaxdyn.data.stories`."""
+
+    VERSION = tfds.core.Version("1.0.0")
+
+    def __init__(self, options: StoriesConfig, **kwargs):
+        self.options = options
+        super().__init__(**kwargs)
+
+    def _info(self) -> tfds.core.DatasetInfo:
+        text = tfds.features.Text()
+        features = tfds.features.FeaturesDict(
+            {"prompt": text, "words": tfds.features.Sequence(text)}
+        )
+        return tfds.core.DatasetInfo(builder=self, features=features)
+
+    def _split_generators(self, dl_manager):
+        return {split: self._generate_examples(split) for split in ("train", "test")}
+
+    def _generate_examples(self, split: str):
+        return enumerate(stories(self.options, split))

@@ -1,0 +1,203 @@
+"""Text to token ids and back: a Hugging Face `tokenizer.json`, or one token a character."""
+
+import dataclasses
+import json
+from collections.abc import Iterable, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import tokenizers
+from tokenizers import decoders, models, pre_tokenizers, processors
+
+from jaxdyn.types import JaxdynError
+
+
+@dataclasses.dataclass(frozen=True)
+class Tokenizer:
+    """A `tokenizers.Tokenizer` with the ids a language model needs beside it.
+
+    `stop_ids` are the tokens that end a completion; the first of them is the one written at the
+    end of a supervised completion. `pad_id` fills unused slots; masks go by length, so it may
+    equal a stop id. `settings` is the content of `tokenizer_config.json`, kept for `save`.
+    """
+
+    backend: tokenizers.Tokenizer
+    pad_id: int
+    stop_ids: tuple[int, ...]
+    bos_id: int | None = None
+    settings: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+    @property
+    def vocab_size(self) -> int:
+        """How many ids there are, special tokens included."""
+        return self.backend.get_vocab_size(with_added_tokens=True)
+
+    def encode(self, text: str, special_tokens: bool = True) -> list[int]:
+        """Token ids of `text`, after the beginning-of-sequence token if the tokenizer adds one.
+
+        Raises JaxdynError for a character the tokenizer has no token for.
+        """
+        try:
+            return self.backend.encode(text, add_special_tokens=special_tokens).ids
+        except Exception as error:  # the library raises bare Exceptions
+            unknown = [c for c in text if self.backend.token_to_id(c) is None]
+            what = f"has no token for {unknown[0]!r}" if unknown else f"failed ({error})"
+            raise JaxdynError(f"the tokenizer {what} in the text {text[:60]!r}") from error
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of `ids` on its own, special tokens left out."""
+        return self.backend.decode(list(ids), skip_special_tokens=True)
+
+    def decode_completion(self, ids: Sequence[int]) -> str:
+        """The text that `ids` add to a prompt: without the final stop token, special tokens left
+        out, and with the leading space that some tokenizers drop at the start of a text.
+        """
+        ids = list(ids)
+        if ids and ids[-1] in self.stop_ids:
+            ids = ids[:-1]
+        anchor = [self._anchor_id]
+        return self.decode(anchor + ids)[len(self.decode(anchor)) :]
+
+    @cached_property
+    def _anchor_id(self) -> int:
+        """A token of one plain character, to stand in for the text before a completion."""
+        ids = range(self.vocab_size)
+        return next((i for i in ids if (t := self.decode([i])).isalnum() and len(t) == 1), 0)
+
+    def save(self, directory: str | Path) -> None:
+        """Write `tokenizer.json`, `tokenizer_config.json` and `generation_config.json`.
+
+        transformers' PreTrainedTokenizerFast and `load_tokenizer` read them back. The last file
+        is there because it alone can list several stop ids.
+        """
+        directory = Path(directory)
+        directory.mkdir(parents=True, exist_ok=True)
+        self.backend.save(str(directory / "tokenizer.json"))
+        token = self.backend.id_to_token
+        named = {"eos_token": token(self.stop_ids[0]), "pad_token": token(self.pad_id)}
+        if self.bos_id is not None:
+            named["bos_token"] = token(self.bos_id)
+        defaults: dict[str, Any] = {
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            "clean_up_tokenization_spaces": False,
+        }
+        _write_json(directory / "tokenizer_config.json", {**defaults, **self.settings, **named})
+        generation = {"eos_token_id": list(self.stop_ids), "pad_token_id": self.pad_id}
+        if self.bos_id is not None:
+            generation["bos_token_id"] = self.bos_id
+        _write_json(directory / "generation_config.json", generation)
+
+
+def load_tokenizer(directory: str | Path) -> Tokenizer:
+    """Read a Hugging Face directory's tokenizer and the ids that end, begin and pad a sequence.
+
+    Stop ids: `eos_token_id` (one or a list) of generation_config.json, else the `eos_token` of
+    tokenizer_config.json, else `eos_token_id` of config.json. Padding: `pad_token` of
+    tokenizer_config.json, else `pad_token_id` of config.json and generation_config.json, else
+    the first stop id.
+
+    Raises JaxdynError if a file is missing or malformed, or if nothing names a stop token.
+    """
+    directory = Path(directory)
+    path = directory / "tokenizer.json"
+    if not path.is_file():
+        raise JaxdynError(f"no tokenizer.json in {directory}")
+    try:
+        backend = tokenizers.Tokenizer.from_file(str(path))
+    except Exception as error:  # the library raises bare Exceptions
+        raise JaxdynError(f"cannot read {path}: {' '.join(str(error).split())}") from error
+    backend.no_truncation()
+    backend.no_padding()
+
+    settings = _read_json(directory / "tokenizer_config.json")
+    model = _read_json(directory / "config.json")
+    generation = _read_json(directory / "generation_config.json")
+
+    def named(role: str) -> list[int]:
+        token = settings.get(role)
+        content = token.get("content") if isinstance(token, dict) else token
+        index = backend.token_to_id(content) if isinstance(content, str) else None
+        return [] if index is None else [index]
+
+    eos = named("eos_token")
+    stops = _ids(generation.get("eos_token_id")) or eos or _ids(model.get("eos_token_id"))
+    if not stops:
+        raise JaxdynError(
+            f"nothing in {directory} names a stop token: give eos_token_id in "
+            "generation_config.json or eos_token in tokenizer_config.json"
+        )
+    # The tokenizer's own end-of-sequence token comes first: generation may stop at others too.
+    stops = [i for i in eos if i in stops] + stops
+    pads = [
+        *named("pad_token"),
+        *_ids(model.get("pad_token_id")),
+        *_ids(generation.get("pad_token_id")),
+    ]
+    bos = [
+        *named("bos_token"),
+        *_ids(generation.get("bos_token_id")),
+        *_ids(model.get("bos_token_id")),
+    ]
+    bos_id = bos[0] if bos else None
+    if bos_id is not None and backend.id_to_token(bos_id) is not None:
+        _set_beginning(backend, bos_id, settings.get("add_bos_token"))
+    return Tokenizer(
+        backend=backend,
+        pad_id=(pads + stops)[0],
+        stop_ids=tuple(dict.fromkeys(stops)),
+        bos_id=bos_id,
+        settings=settings,
+    )
+
+
+def character_tokenizer(alphabet: str) -> Tokenizer:
+    """One token a character of `alphabet`, after `<pad>`, `<s>` and `</s>`; adds `<s>`.
+
+    `decode(encode(text)) == text` for every text over the alphabet.
+    """
+    if not alphabet:
+        raise JaxdynError("a character tokenizer needs a non-empty alphabet")
+    special = ["<pad>", "<s>", "</s>"]
+    tokens = [*special, *dict.fromkeys(alphabet)]
+    # No unknown token: an unknown character is an error, never silently another token.
+    model = models.WordLevel({token: i for i, token in enumerate(tokens)})
+    backend = tokenizers.Tokenizer(model)
+    backend.pre_tokenizer = pre_tokenizers.Split(tokenizers.Regex(r"[\s\S]"), "isolated")
+    backend.decoder = decoders.Fuse()
+    backend.add_special_tokens(special)
+    _set_beginning(backend, 1, True)
+    return Tokenizer(backend=backend, pad_id=0, stop_ids=(2,), bos_id=1)
+
+
+def _set_beginning(backend: tokenizers.Tokenizer, bos_id: int, wanted: bool | None) -> None:
+    """Make the tokenizer add its beginning-of-sequence token, or not, where that is stated."""
+    if wanted is None or wanted == (bos_id in backend.encode("").ids):
+        return
+    bos = backend.id_to_token(bos_id)
+    backend.post_processor = processors.TemplateProcessing(
+        single=f"{bos} $A" if wanted else "$A", special_tokens=[(bos, bos_id)]
+    )
+
+
+def _ids(value: int | Iterable[int] | None) -> list[int]:
+    """One id or several as a list; some configs write -1 for none."""
+    if value is None:
+        return []
+    return [i for i in ([value] if isinstance(value, int) else value) if i >= 0]
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        return {}
+    try:
+        content = json.loads(path.read_bytes())
+    except ValueError as error:
+        raise JaxdynError(f"{path} is not JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise JaxdynError(f"{path} should hold a JSON object, not {type(content).__name__}")
+    return content
+
+
+def _write_json(path: Path, content: dict[str, Any]) -> None:
+    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -1,0 +1,136 @@
+"""Where each parameter lives in a Hugging Face checkpoint: name, orientation, fused matrices."""
+
+import dataclasses
+from collections.abc import Sequence
+
+import jax
+import numpy as np
+from flax.traverse_util import flatten_dict
+
+from jaxdyn.models.model import LanguageModel
+
+Path = tuple[str, ...]
+"""Keys into the parameter tree, such as `("backbone", "norm", "scale")`."""
+
+_LLAMA = {
+    "backbone/embed": "model.embed_tokens",
+    "backbone/layers/attention_norm": "model.layers.{}.input_layernorm",
+    "backbone/layers/attention/query": "model.layers.{}.self_attn.q_proj",
+    "backbone/layers/attention/key": "model.layers.{}.self_attn.k_proj",
+    "backbone/layers/attention/value": "model.layers.{}.self_attn.v_proj",
+    "backbone/layers/attention/out": "model.layers.{}.self_attn.o_proj",
+    "backbone/layers/mlp_norm": "model.layers.{}.post_attention_layernorm",
+    "backbone/layers/mlp/gate": "model.layers.{}.mlp.gate_proj",
+    "backbone/layers/mlp/up": "model.layers.{}.mlp.up_proj",
+    "backbone/layers/mlp/down": "model.layers.{}.mlp.down_proj",
+    "backbone/norm": "model.norm",
+    "classifier": "lm_head",
+}
+
+_MODULES = {
+    "gpt_neox": {
+        "backbone/embed": "gpt_neox.embed_in",
+        "backbone/layers/attention_norm": "gpt_neox.layers.{}.input_layernorm",
+        "backbone/layers/attention/query": "gpt_neox.layers.{}.attention.query_key_value",
+        "backbone/layers/attention/key": "gpt_neox.layers.{}.attention.query_key_value",
+        "backbone/layers/attention/value": "gpt_neox.layers.{}.attention.query_key_value",
+        "backbone/layers/attention/out": "gpt_neox.layers.{}.attention.dense",
+        "backbone/layers/mlp_norm": "gpt_neox.layers.{}.post_attention_layernorm",
+        "backbone/layers/mlp/up": "gpt_neox.layers.{}.mlp.dense_h_to_4h",
+        "backbone/layers/mlp/down": "gpt_neox.layers.{}.mlp.dense_4h_to_h",
+        "backbone/norm": "gpt_neox.final_layer_norm",
+        "classifier": "embed_out",
+    },
+    "llama": _LLAMA,
+    "qwen2": _LLAMA,
+    "gpt2": {
+        "backbone/embed": "transformer.wte",
+        "backbone/position": "transformer.wpe",
+        "backbone/layers/attention_norm": "transformer.h.{}.ln_1",
+        "backbone/layers/attention/query": "transformer.h.{}.attn.c_attn",
+        "backbone/layers/attention/key": "transformer.h.{}.attn.c_attn",
+        "backbone/layers/attention/value": "transformer.h.{}.attn.c_attn",
+        "backbone/layers/attention/out": "transformer.h.{}.attn.c_proj",
+        "backbone/layers/mlp_norm": "transformer.h.{}.ln_2",
+        "backbone/layers/mlp/up": "transformer.h.{}.mlp.c_fc",
+        "backbone/layers/mlp/down": "transformer.h.{}.mlp.c_proj",
+        "backbone/norm": "transformer.ln_f",
+        "classifier": "lm_head",
+    },
+}
+
+_FUSED_ORDER = ("query", "key", "value")
+
+
+@dataclasses.dataclass(frozen=True)
+class StoredTensor:
+    """The tensors of a checkpoint, one a layer, that hold one of our leaves or three fused ones.
+
+    Ours, a layer: `[..., width]` of each leaf. Fused, their last axes interleave as
+    `[blocks, 3, width / blocks]`: blocks are the heads in GPT-NeoX and one in GPT-2. `transposed`
+    then says that the checkpoint keeps `[out, in]` where we keep `[in, out]`.
+    """
+
+    names: tuple[str, ...]
+    leaves: tuple[Path, ...]
+    leaf_shapes: tuple[tuple[int, ...], ...]
+    stacked: bool
+    transposed: bool
+    blocks: int
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape in the checkpoint."""
+        *rest, width = self.leaf_shapes[0]
+        shape = (*rest, width * len(self.leaves))
+        return shape[::-1] if self.transposed else shape
+
+    def unpack(self, tensor: np.ndarray) -> list[np.ndarray]:
+        """One layer's leaves from its tensor in the checkpoint."""
+        tensor = tensor.T if self.transposed else tensor
+        if len(self.leaves) == 1:
+            return [tensor]
+        blocks = tensor.reshape(*tensor.shape[:-1], self.blocks, len(self.leaves), -1)
+        return [blocks[..., i, :].reshape(shape) for i, shape in enumerate(self.leaf_shapes)]
+
+    def pack(self, leaves: Sequence[np.ndarray]) -> np.ndarray:
+        """The inverse of `unpack`."""
+        tensor = leaves[0]
+        if len(leaves) > 1:
+            *rest, _ = tensor.shape
+            blocks = [leaf.reshape(*rest, self.blocks, -1) for leaf in leaves]
+            tensor = np.stack(blocks, axis=-2).reshape(*rest, -1)
+        return np.ascontiguousarray(tensor.T if self.transposed else tensor)
+
+
+def stored_tensors(model: LanguageModel) -> list[StoredTensor]:
+    """Every tensor that a checkpoint of this model holds."""
+    config = model.config
+    modules = _MODULES[config.architecture]
+    leaves = flatten_dict(jax.eval_shape(model.init, jax.random.key(0)))
+    by_name: dict[str, list[Path]] = {}
+    for path in leaves:
+        suffix = "bias" if path[-1] == "bias" else "weight"
+        by_name.setdefault(f"{modules['/'.join(path[:-1])]}.{suffix}", []).append(path)
+    stored = []
+    for name, paths in by_name.items():
+        if len(paths) > 1:
+            paths.sort(key=lambda path: _FUSED_ORDER.index(path[-2]))
+        stacked = "{}" in name
+        numbers = range(config.num_layers) if stacked else [0]
+        stored.append(
+            StoredTensor(
+                names=tuple(name.format(number) for number in numbers),
+                leaves=tuple(paths),
+                leaf_shapes=tuple(leaves[path].shape[stacked:] for path in paths),
+                stacked=stacked,
+                transposed=paths[0][-1] == "kernel" and config.architecture != "gpt2",
+                blocks=config.num_heads if config.architecture == "gpt_neox" else 1,
+            )
+        )
+    return stored
+
+
+def body_prefix(model: LanguageModel) -> str:
+    """What the names of the body begin with; checkpoints of the bare body leave it out."""
+    return _MODULES[model.config.architecture]["backbone/embed"].split(".")[0] + "."

@@ -1,0 +1,278 @@
+"""Checkpoints in the Hugging Face layout, in and out: JSON and safetensors only.
+
+A directory holds `config.json` and either `model.safetensors` or the shards that
+`model.safetensors.index.json` names. A save writes everything under other names, and `config.json`
+last, so a save that was cut short has no `config.json` and loads nowhere.
+"""
+
+import contextlib
+import itertools
+import json
+import os
+import re
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from flax.traverse_util import flatten_dict, unflatten_dict
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+
+from jaxdyn.models.hf_config import config_from_hf, config_to_hf, token_ids
+from jaxdyn.models.hf_layout import StoredTensor, body_prefix, stored_tensors
+from jaxdyn.models.model import LanguageModel
+from jaxdyn.types import JaxdynError, Params
+
+_WEIGHTS = "model.safetensors"
+_INDEX = "model.safetensors.index.json"
+_FLOATS = ("F64", "F32", "F16", "BF16")
+_PARTIAL = ".partial"
+# Constants that older versions of transformers kept in checkpoints beside the weights.
+_CONSTANTS = re.compile(r"(attention|attn)\.(masked_)?bias$|rotary_emb\.inv_freq$")
+
+
+def local_directory(name_or_path: str | os.PathLike) -> Path:
+    """A directory as it is; else the hub's model of that name, fetched (JSON and safetensors only).
+
+    Raises JaxdynError where it is neither.
+    """
+    path = Path(name_or_path).expanduser()
+    if path.is_dir():
+        return path
+    if path.exists():
+        raise JaxdynError(f"{path} is a file; the directory of a checkpoint is wanted")
+    from huggingface_hub import snapshot_download
+
+    try:
+        fetched = snapshot_download(str(name_or_path), allow_patterns=["*.json", "*.safetensors"])
+    except Exception as error:  # whatever its network stack raises, which differs by version
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
+        raise JaxdynError(
+            f"{name_or_path} is neither a directory nor a model the hub would give ({reason})"
+        ) from error
+    return Path(fetched)
+
+
+# -- loading ------------------------------------------------------------------------------------
+
+
+def load_pretrained(
+    name_or_path: str | os.PathLike, *, untie: bool = False, dtype: Any = jnp.float32
+) -> tuple[LanguageModel, Params]:
+    """A model computing in `dtype`, with float32 parameters, from a directory or a hub name.
+
+    `untie` gives tied embeddings a classifier of their own. Leaves are read one after the other:
+    beyond the result, one leaf is held at a time. Raises JaxdynError for a config we do not
+    support and for weights that are missing, cut short, of another shape or not floats.
+    """
+    directory = local_directory(name_or_path)
+    model = LanguageModel(config_from_hf(_read_json(directory / "config.json")), dtype)
+    with contextlib.ExitStack() as stack:
+        params = _read_weights(model, _open_tensors(directory, stack))
+    return model.untie(params) if untie and model.config.tied else (model, params)
+
+
+class _Tensor:
+    """One tensor of an open file, known by its header until it is read."""
+
+    def __init__(self, path: Path, handle: Any, name: str):
+        self.path, self._handle, self._name = path, handle, name
+        header = handle.get_slice(name)
+        self.shape, self.dtype = tuple(header.get_shape()), header.get_dtype()
+
+    def read(self) -> np.ndarray:
+        return self._handle.get_tensor(self._name)
+
+
+def _open_tensors(directory: Path, stack: contextlib.ExitStack) -> dict[str, _Tensor]:
+    """All tensors of a checkpoint by name; its files stay open as long as `stack`."""
+    tensors: dict[str, _Tensor] = {}
+    for path in _weight_files(directory):
+        try:
+            handle = stack.enter_context(safe_open(path, framework="numpy"))
+        except (SafetensorError, OSError) as error:
+            raise JaxdynError(f"{path} is not a whole safetensors file: {error}") from error
+        tensors |= {name: _Tensor(path, handle, name) for name in handle.keys()}  # noqa: SIM118
+    return tensors
+
+
+def _weight_files(directory: Path) -> list[Path]:
+    if (directory / _WEIGHTS).is_file():
+        return [directory / _WEIGHTS]
+    if not (directory / _INDEX).is_file():
+        raise JaxdynError(f"{directory} has neither {_WEIGHTS} nor {_INDEX}")
+    index = _read_json(directory / _INDEX).get("weight_map")
+    if not isinstance(index, dict) or not index:
+        raise JaxdynError(f"{directory / _INDEX} has no weight_map from tensors to files")
+    files = sorted({str(name) for name in index.values()})
+    for name in files:
+        if Path(name).name != name:
+            raise JaxdynError(f"{directory / _INDEX} names {name!r}, not a file beside it")
+        if not (directory / name).is_file():
+            raise JaxdynError(f"{directory / name} is missing; {_INDEX} names it")
+    return [directory / name for name in files]
+
+
+def _read_weights(model: LanguageModel, tensors: dict[str, _Tensor]) -> Params:
+    prefix = body_prefix(model)
+    if not any(name.startswith(prefix) for name in tensors):
+        heads = ("lm_head.", "embed_out.")
+        tensors = {n if n.startswith(heads) else prefix + n: t for n, t in tensors.items()}
+    stored = stored_tensors(model)
+    _check(model, stored, tensors)
+    leaves = {}
+    for s in stored:
+        stacks = [np.empty((len(s.names), *shape), np.float32) for shape in s.leaf_shapes]
+        for layer, name in enumerate(s.names):
+            for target, leaf in zip(stacks, s.unpack(tensors[name].read()), strict=True):
+                target[layer] = leaf
+        for path, array in zip(s.leaves, stacks, strict=True):
+            leaves[path] = jnp.array(array if s.stacked else array[0])
+    return {"classifier": {}, **unflatten_dict(leaves)}
+
+
+def _check(model: LanguageModel, stored: list[StoredTensor], tensors: dict[str, _Tensor]) -> None:
+    """That the headers promise exactly the tensors this model has."""
+    wanted = {name: s.shape for s in stored for name in s.names}
+    files = ", ".join(sorted({str(tensor.path) for tensor in tensors.values()}))
+    missing = [name for name in wanted if name not in tensors]
+    if missing:
+        raise JaxdynError(
+            f"{files} lacks the tensor {missing[0]}, shape {list(wanted[missing[0]])}"
+            + _and_more(missing)
+        )
+    spare = ("lm_head.weight", "embed_out.weight") if model.config.tied else ()
+    unexpected = [
+        name
+        for name in tensors
+        if name not in wanted and name not in spare and not _CONSTANTS.search(name)
+    ]
+    if unexpected:
+        tensor = tensors[unexpected[0]]
+        raise JaxdynError(
+            f"{tensor.path} holds the tensor {unexpected[0]}, shape {list(tensor.shape)}, which a "
+            f"{model.config.architecture} of this config.json does not have{_and_more(unexpected)}"
+        )
+    for name, shape in wanted.items():
+        tensor = tensors[name]
+        if tensor.shape != shape:
+            raise JaxdynError(
+                f"{tensor.path}: the tensor {name} has shape {list(tensor.shape)}, "
+                f"wanted {list(shape)}"
+            )
+        if tensor.dtype not in _FLOATS:
+            raise JaxdynError(
+                f"{tensor.path}: the tensor {name} has type {tensor.dtype}, "
+                f"wanted one of {', '.join(_FLOATS)}"
+            )
+
+
+def _and_more(names: Sequence[str]) -> str:
+    return f" (and {len(names) - 1} more)" if names[1:] else ""
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise JaxdynError(f"{path} cannot be read as JSON: {error}") from error
+    if not isinstance(data, dict):
+        raise JaxdynError(f"{path} holds a {type(data).__name__}, wanted an object")
+    return data
+
+
+# -- saving -------------------------------------------------------------------------------------
+
+
+def save_pretrained(
+    directory: str | os.PathLike,
+    model: LanguageModel,
+    params: Params,
+    *,
+    bos_token_id: int | None = None,
+    stop_ids: Sequence[int] = (),
+    max_shard_bytes: int = 2_000_000_000,
+) -> None:
+    """Write float32 weights and configs that transformers and `load_pretrained` load exactly.
+
+    Weights beyond `max_shard_bytes` are split into shards; one shard is held at a time. Other files
+    in the directory are left alone. Raises JaxdynError if the family cannot express the
+    configuration, if the parameters are another model's, or if writing fails.
+    """
+    directory = Path(directory)
+    config = config_to_hf(model.config, bos_token_id=bos_token_id, stop_ids=stop_ids)
+    stored = stored_tensors(model)
+    leaves = flatten_dict(params)
+    _check_params(stored, leaves)
+    sizes = {n: 4 * int(np.prod(s.shape)) for s in stored for n in s.names}
+    shards = _shards(sizes, max_shard_bytes)
+    index = {
+        "metadata": {"total_size": sum(sizes.values())},
+        "weight_map": {name: file for file, names in shards.items() for name in names},
+    }
+    configs = {
+        **({_INDEX: index} if len(shards) > 1 else {}),
+        "generation_config.json": token_ids(bos_token_id, stop_ids),
+        "config.json": config,
+    }
+    partial = {name: directory / (name + _PARTIAL) for name in (*shards, *configs)}
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        tensors = _tensors(stored, leaves)
+        for file, names in shards.items():
+            shard = dict(itertools.islice(tensors, len(names)))
+            save_file(shard, partial[file], metadata={"format": "pt"})
+        for file, content in configs.items():
+            partial[file].write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+        # From here until the last rename the directory is no checkpoint at all.
+        (directory / "config.json").unlink(missing_ok=True)
+        for stale in (*directory.glob("model*.safetensors"), directory / _INDEX):
+            stale.unlink(missing_ok=True)
+        for file, path in partial.items():
+            path.replace(directory / file)
+    except (OSError, SafetensorError) as error:
+        raise JaxdynError(f"cannot write the checkpoint {directory}: {error}") from error
+    finally:
+        with contextlib.suppress(OSError):
+            for path in partial.values():
+                path.unlink(missing_ok=True)
+
+
+def _check_params(stored: list[StoredTensor], leaves: dict) -> None:
+    shapes = {
+        path: ((len(s.names), *shape) if s.stacked else shape)
+        for s in stored
+        for path, shape in zip(s.leaves, s.leaf_shapes, strict=True)
+    }
+    got = {path: tuple(leaf.shape) for path, leaf in leaves.items()}
+    for path in sorted(shapes.keys() | got.keys()):
+        if shapes.get(path) != got.get(path):
+            raise JaxdynError(
+                f"the parameter {'/'.join(path)} has shape {got.get(path)}, the model wants "
+                f"{shapes.get(path)}"
+            )
+
+
+def _shards(sizes: dict[str, int], max_bytes: int) -> dict[str, list[str]]:
+    """File names and the tensors each holds, in order; a new file where one would overflow."""
+    groups: list[list[str]] = [[]]
+    room = max_bytes
+    for name, size in sizes.items():
+        if size > room and groups[-1]:
+            groups.append([])
+            room = max_bytes
+        groups[-1].append(name)
+        room -= size
+    if len(groups) == 1:
+        return {_WEIGHTS: groups[0]}
+    return {f"model-{i:05d}-of-{len(groups):05d}.safetensors": g for i, g in enumerate(groups, 1)}
+
+
+def _tensors(stored: list[StoredTensor], leaves: dict) -> Iterator[tuple[str, np.ndarray]]:
+    """The checkpoint's tensors in order, packed one at a time."""
+    for s in stored:
+        arrays = [np.asarray(leaves[path], np.float32) for path in s.leaves]
+        for layer, name in enumerate(s.names):
+            yield name, s.pack([a[layer] if s.stacked else a for a in arrays])

@@ -1,0 +1,122 @@
+"""The optimizer: optax transformations kept apart for the two halves of the model.
+
+The applied update is Δθ = −η_t · (P m + λ θ): `make_optimizer` gives the direction in brackets and
+the caller multiplies by the learning rate of its step, a traced scalar, so that a schedule never
+recompiles anything and never depends on how long an optimizer state has lived.
+"""
+
+import dataclasses
+from typing import Literal
+
+import optax
+
+from jaxdyn.types import JaxdynError, Params
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimConfig:
+    """How the parameters move.
+
+    Attributes:
+      schedule: joint, classifier_first, classifier_only, or joint_extra (joint with the classifier
+        stage's extra steps, the equal-budget control).
+      classifier_steps: length of the classifier stage.
+      learning_rate: peak learning rate of joint training.
+      classifier_learning_rate: that of the classifier stage; the same when not given.
+      warmup_steps: linear warm-up at the start of each stage.
+      decay: shape after the warm-up, to zero at the stage's end, or constant.
+      optimizer: adamw, or sgd with `momentum`.
+      max_grad_norm: clip the global norm of the gradient; 0 turns clipping off.
+      reset_classifier_state: start the classifier's moments afresh when joint training begins.
+    """
+
+    schedule: Literal["joint", "classifier_first", "classifier_only", "joint_extra"] = "joint"
+    classifier_steps: int = 50
+    learning_rate: float = 1e-6
+    classifier_learning_rate: float | None = None
+    warmup_steps: int = 0
+    decay: Literal["constant", "linear", "cosine"] = "constant"
+    optimizer: Literal["adamw", "sgd"] = "adamw"
+    b1: float = 0.9
+    b2: float = 0.999
+    eps: float = 1e-8
+    momentum: float = 0.0
+    weight_decay: float = 0.0
+    max_grad_norm: float = 1.0
+    reset_classifier_state: bool = False
+
+    def __post_init__(self):
+        for name in ("learning_rate", "classifier_learning_rate", "eps"):
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                raise JaxdynError(f"optim.{name} must be positive, got {value}")
+        for name in ("b1", "b2", "momentum"):
+            if not 0 <= getattr(self, name) < 1:
+                raise JaxdynError(f"optim.{name} must be in [0, 1), got {getattr(self, name)}")
+        for name in ("weight_decay", "max_grad_norm", "warmup_steps", "classifier_steps"):
+            if not getattr(self, name) >= 0:
+                raise JaxdynError(f"optim.{name} must not be negative, got {getattr(self, name)}")
+
+
+def by_part(inner: optax.GradientTransformation) -> optax.GradientTransformation:
+    """`inner` on each top-level part of the tree, with a state of its own for each.
+
+    Parts can then join and leave (a stage moves the classifier alone, the next both) while the
+    other part's moments and step counts stay what they were.
+    """
+
+    def init(params):
+        return {part: inner.init(params[part]) for part in params}
+
+    def update(updates, state, params=None):
+        out = {part: inner.update(updates[part], state[part], params[part]) for part in updates}
+        return {part: u for part, (u, _) in out.items()}, {part: s for part, (_, s) in out.items()}
+
+    return optax.GradientTransformation(init, update)
+
+
+def make_optimizer(config: OptimConfig) -> optax.GradientTransformation:
+    """The direction P m + λθ: global-norm clip, then AdamW's or SGD's moments, part by part."""
+    clip = optax.clip_by_global_norm(config.max_grad_norm) if config.max_grad_norm else None
+    if config.optimizer == "adamw":
+        moments = optax.scale_by_adam(config.b1, config.b2, config.eps)
+    elif config.momentum:
+        moments = optax.trace(config.momentum)
+    else:
+        moments = optax.identity()
+    decay = optax.add_decayed_weights(config.weight_decay)
+    return optax.chain(clip or optax.identity(), by_part(optax.chain(moments, decay)))
+
+
+def learning_rate(config: OptimConfig, stage: str, step: int, steps: int) -> float:
+    """η at the `step`-th of a stage's `steps` steps."""
+    peak = config.learning_rate
+    if stage == "classifier" and config.classifier_learning_rate is not None:
+        peak = config.classifier_learning_rate
+    warmup = min(config.warmup_steps, steps)
+    if step < warmup:
+        return peak * (step + 1) / (warmup + 1)
+    rest = max(steps - warmup, 1)
+    shape = {
+        "constant": optax.constant_schedule(peak),
+        "linear": optax.linear_schedule(peak, 0.0, rest),
+        "cosine": optax.cosine_decay_schedule(peak, rest),
+    }[config.decay]
+    return float(shape(step - warmup))
+
+
+def enter_stage(
+    optimizer: optax.GradientTransformation,
+    moving: Params,
+    previous: optax.OptState | None,
+    reset: bool,
+) -> optax.OptState:
+    """The optimizer state with which a stage begins.
+
+    A part that begins to move starts fresh; one that moved in the previous stage keeps its state
+    unless `reset`.
+    """
+    clip, parts = optimizer.init(moving)
+    if previous is None or reset:
+        return clip, parts
+    return clip, {**parts, **{part: s for part, s in previous[1].items() if part in parts}}

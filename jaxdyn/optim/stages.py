@@ -1,0 +1,68 @@
+"""Which parameters an update moves, and when: the schedules of classifier-first RL.
+
+A schedule is a list of stages over the run's steps. With `n` steps of standard RL and a classifier
+stage of `c` steps (theory: Tomihari 2026, section on CF-RL; the paper's c is one extra epoch):
+
+    joint             joint [0, n)
+    classifier_first  classifier [0, c), joint [c, c + n)
+    classifier_only   classifier [0, c + n)
+    joint_extra       joint [0, c + n)        the equal-budget control
+
+Step t always draws batch t, so that schedules of equal length see the same data in the same order.
+"""
+
+import dataclasses
+from typing import Literal, get_args
+
+from jaxdyn.types import JaxdynError, Params
+
+Schedule = Literal["joint", "classifier_first", "classifier_only", "joint_extra"]
+StageName = Literal["classifier", "joint"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Stage:
+    """Steps `start <= step < end`, in which the parts named by `parts` move."""
+
+    name: StageName
+    start: int
+    end: int
+
+    @property
+    def number(self) -> int:
+        """1 for the classifier stage, 2 for joint training: the metric `cfrl/stage`."""
+        return 1 if self.name == "classifier" else 2
+
+
+def stages(schedule: Schedule, steps: int, classifier_steps: int) -> tuple[Stage, ...]:
+    """The stages of a schedule; raises JaxdynError for an unknown one or negative lengths."""
+    if schedule not in get_args(Schedule):
+        raise JaxdynError(f"schedule must be one of {get_args(Schedule)}, got {schedule!r}")
+    if steps < 0 or classifier_steps < 0:
+        raise JaxdynError(
+            f"steps and classifier_steps must not be negative, got {steps} and {classifier_steps}"
+        )
+    both = classifier_steps + steps
+    plan = {
+        "joint": (Stage("joint", 0, steps),),
+        "classifier_first": (
+            Stage("classifier", 0, classifier_steps),
+            Stage("joint", classifier_steps, both),
+        ),
+        "classifier_only": (Stage("classifier", 0, both),),
+        "joint_extra": (Stage("joint", 0, both),),
+    }[schedule]
+    return tuple(stage for stage in plan if stage.end > stage.start)
+
+
+def stage_at(plan: tuple[Stage, ...], step: int) -> Stage:
+    """The stage that `step` belongs to."""
+    for stage in plan:
+        if stage.start <= step < stage.end:
+            return stage
+    raise JaxdynError(f"step {step} lies outside the schedule, which ends at {plan[-1].end}")
+
+
+def trainable(stage: StageName, params: Params) -> Params:
+    """The subtree of `params` that a stage moves."""
+    return {"classifier": params["classifier"]} if stage == "classifier" else dict(params)

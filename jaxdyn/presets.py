@@ -1,0 +1,64 @@
+"""Configurations with a name, to start from: `jaxdyn rl --preset NAME --field value …`."""
+
+from jaxdyn.config import (
+    EvaluationConfig,
+    ModelSource,
+    RunConfig,
+    SFTConfig,
+    TrainConfig,
+    nearest,
+)
+from jaxdyn.data import DataConfig
+from jaxdyn.dynamics import ProbeConfig
+from jaxdyn.optim import OptimConfig
+from jaxdyn.rewards import RewardConfig
+from jaxdyn.rl import LossConfig
+from jaxdyn.rollout import SamplingConfig
+from jaxdyn.types import JaxdynError
+
+_EQUATIONS = {
+    "data": DataConfig(name="equations"),
+    "reward": RewardConfig(functions=("equation",)),
+    "sampling": SamplingConfig(max_completion_length=8),
+}
+
+SFT = {
+    "equations": SFTConfig(
+        output="runs/equations/sft",
+        model=ModelSource("runs/equations/new"),
+        **_EQUATIONS,
+        evaluation=EvaluationConfig(num_prompts=18, num_generations=16),
+        steps=1000,
+        learning_rate=2e-3,
+        warmup_steps=20,
+        evaluate_every=25,
+        target_reward=0.3,
+        max_prompt_length=8,
+    ),
+}
+
+RL = {
+    "equations": RunConfig(
+        output="runs/equations/joint",
+        model=ModelSource("runs/equations/sft/model"),
+        **_EQUATIONS,
+        loss=LossConfig(beta=0.01),
+        optim=OptimConfig(learning_rate=2e-4, classifier_steps=25),
+        train=TrainConfig(
+            steps=100,
+            num_prompts=16,
+            num_generations=8,
+            max_prompt_length=8,
+        ),
+        evaluation=EvaluationConfig(num_prompts=18, num_generations=16),
+        probe=ProbeConfig(every=5, num_prompts=18, sites_per_completion=2),
+    ),
+}
+
+
+def preset(presets: dict, name: str):
+    """The preset of that name; JaxdynError with the nearest one for an unknown name."""
+    if name not in presets:
+        known = ", ".join(presets)
+        raise JaxdynError(f"unknown preset {name!r}{nearest(name, presets)} (there are: {known})")
+    return presets[name]

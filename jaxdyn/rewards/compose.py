@@ -1,0 +1,216 @@
+"""Several weighted reward functions as one, built in or the user's own."""
+
+import dataclasses
+import difflib
+import importlib
+import math
+import os
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
+
+import numpy as np
+from jaxtyping import Float
+
+from jaxdyn.rewards import verifiable
+from jaxdyn.rewards.verifiable import RewardFunction
+from jaxdyn.types import JaxdynError
+
+
+@dataclasses.dataclass(frozen=True)
+class RewardConfig:
+    """What completions are rewarded for."""
+
+    functions: tuple[str, ...] = ("equation",)
+    """Built in: exact_match, numeric_match, equation, contains_words, regex_match, length,
+    finished. Your own by path: package.module:function."""
+    weights: tuple[float, ...] = ()
+    """A weight for each function; 1 each if empty."""
+    answer: str = "answer"
+    """exact_match, numeric_match, equation: the column with the answer."""
+    tolerance: float = 1e-6
+    """numeric_match: relative tolerance (absolute below 1)."""
+    words: str = "words"
+    """contains_words: the column with the words."""
+    all_words: bool = False
+    """contains_words: reward all of the words or nothing, rather than the share of them."""
+    pattern: str = ""
+    """regex_match: the regular expression to find."""
+    min_length: int = 0
+    """length: the shortest completion with full reward."""
+    max_length: int | None = None
+    """length: the longest completion with full reward; None for no limit."""
+    length_slack: int = 0
+    """length: how far outside the range the reward is still above 0."""
+    length_unit: Literal["characters", "tokens"] = "characters"
+
+    def __post_init__(self):
+        if not self.functions:
+            raise JaxdynError("reward: functions is empty, wanted at least one")
+        if self.weights and len(self.weights) != len(self.functions):
+            raise JaxdynError(
+                f"reward: {len(self.functions)} functions but {len(self.weights)} weights"
+            )
+
+
+@dataclasses.dataclass(frozen=True)
+class RewardOutput:
+    """Rewards of B completions: the weighted total, and each function's own.
+
+    total = sum over functions of weight * value. A value is nan where the function could not
+    score the completion: it is left out of the function's mean and adds nothing to the total.
+    """
+
+    total: Float[np.ndarray, " B"]
+    values: dict[str, Float[np.ndarray, " B"]]
+
+    @property
+    def means(self) -> dict[str, float]:
+        """Each function's mean over the completions it scored; nan if there are none."""
+        scored = {name: value[~np.isnan(value)] for name, value in self.values.items()}
+        return {name: float(v.mean()) if v.size else math.nan for name, v in scored.items()}
+
+
+Reward = Callable[[Sequence[str], Sequence[str], dict[str, list]], RewardOutput]
+
+BUILT_IN: dict[str, Callable[[RewardConfig], RewardFunction]] = {
+    "exact_match": lambda c: verifiable.exact_match(c.answer),
+    "numeric_match": lambda c: verifiable.numeric_match(c.answer, c.tolerance),
+    "equation": lambda c: verifiable.equation(c.answer),
+    "contains_words": lambda c: verifiable.contains_words(c.words, c.all_words),
+    "regex_match": lambda c: verifiable.regex_match(_required(c, "pattern")),
+    "length": lambda c: verifiable.length(
+        c.min_length, c.max_length, c.length_slack, c.length_unit
+    ),
+    "finished": lambda c: verifiable.finished(),
+}
+
+
+def make_reward(config: RewardConfig) -> Reward:
+    """The config's reward as one function of (prompts, completions, columns).
+
+    Raises JaxdynError for a name that is neither built in nor a path to a function. The function
+    made raises it for a reward that fails, returns another number of values than there are
+    completions, or a value that is neither a finite number nor None: it names the reward and the
+    example.
+    """
+    functions: dict[str, RewardFunction] = {}
+    for path in config.functions:
+        name, function = _resolve(path, config)
+        if name in functions:
+            raise JaxdynError(f"reward: two functions are named {name!r}")
+        functions[name] = function
+    weights = config.weights or (1.0,) * len(functions)
+
+    def reward(
+        prompts: Sequence[str], completions: Sequence[str], columns: dict[str, list]
+    ) -> RewardOutput:
+        prompts, completions = list(prompts), list(completions)
+        # Columns of these names would stand in the way of the two arguments.
+        columns = {k: v for k, v in columns.items() if k not in ("prompts", "completions")}
+        values = {
+            name: _evaluate(name, function, prompts, completions, columns)
+            for name, function in functions.items()
+        }
+        weighted = [w * v for w, v in zip(weights, values.values(), strict=True)]
+        return RewardOutput(total=np.nansum(weighted, axis=0), values=values)
+
+    return reward
+
+
+def _evaluate(
+    name: str,
+    function: RewardFunction,
+    prompts: list[str],
+    completions: list[str],
+    columns: dict[str, list],
+) -> Float[np.ndarray, " B"]:
+    """One function's values, nan for None."""
+    try:
+        returned = function(prompts, completions, **columns)
+    except Exception as error:
+        where, cause = _first_failure(function, prompts, completions, columns) or ("", error)
+        raise JaxdynError(f"reward {name!r} failed{where}: {_one_line(cause)}") from error
+    try:
+        returned = list(returned)
+    except TypeError as error:
+        kind = type(returned).__name__
+        raise JaxdynError(f"reward {name!r} returned {kind}, wanted a list of numbers") from error
+    if len(returned) != len(completions):
+        raise JaxdynError(
+            f"reward {name!r} returned {len(returned)} values for {len(completions)} completions, "
+            f"the first{_example(0, prompts)}"
+        )
+    values = np.empty(len(returned))
+    for index, value in enumerate(returned):
+        if value is None:
+            values[index] = math.nan
+            continue
+        number = math.nan if isinstance(value, str | bytes) else _float(value)
+        if not math.isfinite(number):
+            raise JaxdynError(
+                f"reward {name!r} returned {value!r:.60}{_example(index, prompts)}, "
+                "wanted a finite number or None"
+            )
+        values[index] = number
+    return values
+
+
+def _first_failure(
+    function: RewardFunction, prompts: list[str], completions: list[str], columns: dict[str, list]
+) -> tuple[str, Exception] | None:
+    """The first example that fails by itself, and how; None if all of them fail only together."""
+    for i in range(len(completions)):
+        try:
+            row = {key: column[i : i + 1] for key, column in columns.items()}
+            function(prompts[i : i + 1], completions[i : i + 1], **row)
+        except Exception as error:
+            return _example(i, prompts), error
+    return None
+
+
+def _resolve(path: str, config: RewardConfig) -> tuple[str, RewardFunction]:
+    """The name in the metrics and the function, of a built-in name or a dotted path."""
+    if path in BUILT_IN:
+        return path, BUILT_IN[path](config)
+    module_name, _, name = path.rpartition(":" if ":" in path else ".")
+    if not module_name:
+        nearest = difflib.get_close_matches(path, BUILT_IN, n=1, cutoff=0.0)[0]
+        raise JaxdynError(
+            f"unknown reward {path!r}: did you mean {nearest!r}? "
+            "Your own is given as package.module:function"
+        )
+    if os.getcwd() not in sys.path:  # a console script does not look in the working directory
+        sys.path.append(os.getcwd())
+    try:
+        function = getattr(importlib.import_module(module_name), name)
+    except Exception as error:
+        raise JaxdynError(f"cannot import the reward {path!r}: {_one_line(error)}") from error
+    if not callable(function):
+        raise JaxdynError(f"the reward {path!r} is a {type(function).__name__}, not a function")
+    return name, function
+
+
+def _required(config: RewardConfig, field: str) -> Any:
+    value = getattr(config, field)
+    if not value:
+        raise JaxdynError(f"reward: this function needs {field}, which is not set")
+    return value
+
+
+def _float(value: Any) -> float:
+    try:
+        return float(value)
+    except (TypeError, ValueError, OverflowError):
+        return math.nan
+
+
+def _example(index: int, prompts: list[str]) -> str:
+    return f" for example {index} ({prompts[index][:40]!r})" if index < len(prompts) else ""
+
+
+def _one_line(error: Exception) -> str:
+    text = " ".join(str(error).split())
+    if isinstance(error, JaxdynError):
+        return text
+    return f"{type(error).__name__}: {text}" if text else type(error).__name__

@@ -1,0 +1,143 @@
+"""Prefill once a prompt, then decode its G generations with a KV cache, in one jitted program."""
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import PRNGKeyArray
+
+from jaxdyn.rollout.sampling import sample_token
+from jaxdyn.types import JaxdynError, Params, PromptBatch, Rollout
+
+
+@dataclasses.dataclass(frozen=True)
+class SamplingConfig:
+    """How completions are drawn. Top-k 0 and top-p 1 are off; temperature 0 is greedy."""
+
+    max_completion_length: int = 256
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+
+    def __post_init__(self):
+        if self.max_completion_length < 1:
+            raise JaxdynError(
+                f"max_completion_length must be at least 1, got {self.max_completion_length}"
+            )
+        if not 0 <= self.temperature < float("inf"):
+            raise JaxdynError(f"temperature must be 0 (greedy) or above, got {self.temperature}")
+        if self.top_k < 0:
+            raise JaxdynError(f"top_k must be 0 (off) or above, got {self.top_k}")
+        if not 0 < self.top_p <= 1:
+            raise JaxdynError(f"top_p must lie above 0 and at most at 1 (off), got {self.top_p}")
+
+
+def generate(
+    model: Any,
+    view: Params,
+    prompts: PromptBatch,
+    key: PRNGKeyArray,
+    *,
+    num_generations: int,
+    max_completion_length: int,
+    temperature: float = 1.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    stop_ids: tuple[int, ...] = (),
+    pad_id: int = 0,
+) -> Rollout:
+    """Sample G completions of up to C tokens for each of P left-padded prompts.
+
+    A completion ends with the first of `stop_ids`, which belongs to it and to its mask; after it
+    come `pad_id`s. Decoding ends when every completion has. Only a new model, shape or number of
+    stop ids compiles: key, temperature, top-k, top-p, stop and pad ids are traced.
+
+    `model` has `prefill`, `decode` and `logits` (see `jaxdyn.models.LanguageModel`) and is
+    hashable; fold the step into `key` (`step_key`). Raises `JaxdynError` when S + C slots exceed
+    the model's positions.
+    """
+    slots = prompts.prompt_ids.shape[1] + max_completion_length
+    if slots > model.config.max_positions:
+        raise JaxdynError(
+            f"prompts of {prompts.prompt_ids.shape[1]} slots and completions of "
+            f"{max_completion_length} exceed the model's context of {model.config.max_positions}"
+        )
+    return _generate(
+        model,
+        num_generations,
+        max_completion_length,
+        view,
+        prompts,
+        key,
+        np.float32(temperature),
+        np.int32(top_k),
+        np.float32(top_p),
+        np.asarray(stop_ids, np.int32),
+        np.int32(pad_id),
+    )
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+def _generate(
+    model, generations, length, view, prompts, key, temperature, top_k, top_p, stop_ids, pad_id
+):
+    num_prompts, prompt_slots = prompts.prompt_ids.shape
+    slots = prompt_slots + length
+    rows = num_prompts * generations
+    per_generation = lambda x, axis: jnp.repeat(x, generations, axis=axis)
+
+    prompt_features, prompt_cache = model.prefill(
+        view["backbone"], prompts.prompt_ids, prompts.prompt_mask, slots
+    )
+    cache = jax.tree.map(lambda x: per_generation(x, 1), prompt_cache)
+    prompt_ids = per_generation(prompts.prompt_ids, 0)
+    prompt_mask = per_generation(prompts.prompt_mask, 0)
+    prompt_length = prompt_mask.sum(axis=1, dtype=jnp.int32)
+    prompt_slots_mask = jnp.pad(prompt_mask, ((0, 0), (0, length)))
+
+    def draw(state, features):
+        """Sample token t of every completion from the features that predict it, and record it."""
+        t, cache, _, alive, ids, mask, logps = state
+        logits = model.logits(view["classifier"], features)
+        token, logp = sample_token(jax.random.fold_in(key, t), logits, temperature, top_k, top_p)
+        token = jnp.where(alive, token, pad_id)
+        column = lambda array, x: jax.lax.dynamic_update_index_in_dim(array, x, t, axis=1)
+        ids, mask = column(ids, token), column(mask, alive)
+        logps = column(logps, jnp.where(alive, logp, 0).astype(logps.dtype))
+        stopped = (token[:, None] == stop_ids[None, :]).any(axis=1)
+        return t + 1, cache, token, alive & ~stopped, ids, mask, logps
+
+    def unfinished(state):
+        t, _, _, alive, *_ = state
+        return (t < length) & alive.any()
+
+    def advance(state):
+        """Write token t - 1 to its cache slot, then draw token t from its features."""
+        t, cache, token, *rest = state
+        slot = prompt_slots + t - 1
+        completion = (jnp.arange(slots) >= prompt_slots) & (jnp.arange(slots) <= slot)
+        features, cache = model.decode(
+            view["backbone"],
+            token,
+            prompt_length + t - 1,
+            cache,
+            prompt_slots_mask | completion[None],
+            slot,
+        )
+        return draw((t, cache, token, *rest), features)
+
+    empty = (
+        jnp.int32(0),
+        cache,
+        jnp.zeros(rows, jnp.int32),
+        jnp.ones(rows, bool),
+        jnp.full((rows, length), pad_id),
+        jnp.zeros((rows, length), bool),
+        jnp.zeros((rows, length), jnp.float32),
+    )
+    first = draw(empty, per_generation(prompt_features[:, -1], 0))
+    *_, ids, mask, logps = jax.lax.while_loop(unfinished, advance, first)
+    return Rollout(prompt_ids, prompt_mask, ids, mask, logps)

@@ -1,0 +1,87 @@
+"""What a finished run's updates did, recomputed from its checkpoints.
+
+A checkpoint holds the state with which its step begins, and a step depends on nothing else: so the
+update of that step is taken again and measured, at any probe set.
+"""
+
+import json
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxdyn.config import RunConfig, load_config
+from jaxdyn.models import save_pretrained
+from jaxdyn.optim import stage_at
+from jaxdyn.train.checkpoint import Checkpoints
+from jaxdyn.train.probe import Probe
+from jaxdyn.train.progress import Progress
+from jaxdyn.train.rl import begin_or_resume, begin_stage, plan_of, take_step
+from jaxdyn.train.task import Task, open_task
+from jaxdyn.types import JaxdynError
+
+
+def open_run(run: Path) -> tuple[RunConfig, Task, Checkpoints]:
+    """A run's configuration, what it works on, and its checkpoints (at least one).
+
+    Raises:
+      JaxdynError: if the directory holds no run, or a run without a whole checkpoint.
+    """
+    if not (run / "config.json").exists():
+        raise JaxdynError(f"{run} holds no run: it has no config.json")
+    config = load_config(RunConfig, run / "config.json")
+    checkpoints = Checkpoints(run / "checkpoints")
+    if not checkpoints.steps():
+        raise JaxdynError(f"{run} has no whole checkpoint yet; start the run again to go on")
+    return config, open_task(config, config.train.max_prompt_length), checkpoints
+
+
+def analyze(run: Path, output: Path, progress: Progress | None = None) -> Path:
+    """Measure the update that follows each kept checkpoint; writes `dynamics.jsonl` and arrays.
+
+    The files are those of the run directory itself. The last checkpoint of a finished run has no
+    step after it: its state alone is measured, under the number of the step that led to it.
+    """
+    progress = progress or Progress()
+    config, task, checkpoints = open_run(run)
+    plan = plan_of(config)
+    reference = jax.tree.map(jnp.copy, task.model.view(task.params))
+    probe = Probe(task, config, reference)
+    steps = checkpoints.steps()
+    output.mkdir(parents=True, exist_ok=True)
+    progress.start(f"analyse {run.name}", len(steps))
+    lines = [{"step": -1, **probe.measure_state(reference)[0]}]
+    for saved in steps:
+        state, _ = begin_or_resume(task, config, plan, checkpoints, saved)
+        if saved == plan[-1].end:
+            scalars, arrays = probe.measure_state(task.model.view(state.params))
+            line = {"step": saved - 1, "cfrl/stage": plan[-1].number, **scalars}
+        else:
+            stage = stage_at(plan, saved)
+            if saved == stage.start > 0:
+                state = begin_stage(config, stage, state)
+            before = probe.remember(state)
+            state, _, _ = take_step(task, config, reference, state, stage, saved)
+            scalars, arrays = probe.measure(before, state)
+            line = {"step": saved, "cfrl/stage": stage.number, **scalars}
+        lines.append(line)
+        np.savez_compressed(output / f"step_{line['step']:06d}.npz", **arrays)
+        progress.advance(correlation=scalars.get("delta/correlation", float("nan")))
+    progress.stop()
+    (output / "dynamics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return output
+
+
+def export(run: Path, output: Path, step: int | None = None) -> Path:
+    """Write a checkpoint of a run (the newest) as a Hugging Face directory."""
+    config, task, checkpoints = open_run(run)
+    steps = checkpoints.steps()
+    if step is not None and step not in steps:
+        raise JaxdynError(f"{run} has checkpoints at steps {steps}, not at {step}")
+    if output.exists() and any(output.iterdir()):
+        raise JaxdynError(f"{output} is not empty; choose another output")
+    state, _ = begin_or_resume(task, config, plan_of(config), checkpoints, step)
+    save_pretrained(output, task.model, state.params, stop_ids=task.tokenizer.stop_ids)
+    task.tokenizer.save(output)
+    return output

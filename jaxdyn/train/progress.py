@@ -1,0 +1,52 @@
+"""A progress bar with the reward and the time left; plain lines where there is no terminal."""
+
+import sys
+import time
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+from rich.progress import Progress as Bar
+
+
+class Progress:
+    """One bar at a time: `start`, `advance` with figures to show, `stop`."""
+
+    def __init__(self, seconds_between_lines: float = 10.0):
+        self.console = Console(file=sys.stderr)
+        self._between = seconds_between_lines
+        self._bar: Bar | None = None
+
+    def start(self, title: str, total: int, done: int = 0) -> None:
+        self._title, self._total, self._done = title, total, done
+        self._began, self._first, self._last_line = time.monotonic(), done, 0.0
+        if self.console.is_terminal:
+            self._bar = Bar(
+                TextColumn("{task.description}"),
+                BarColumn(),
+                MofNCompleteColumn(),
+                TextColumn("{task.fields[figures]}"),
+                TextColumn("left"),
+                TimeRemainingColumn(),
+                console=self.console,
+            )
+            self._bar.start()
+            self._task = self._bar.add_task(title, total=total, completed=done, figures="")
+
+    def advance(self, **figures: float) -> None:
+        self._done += 1
+        text = "  ".join(f"{name} {value:.3f}" for name, value in figures.items())
+        if self._bar is not None:
+            self._bar.update(self._task, completed=self._done, figures=text)
+            return
+        now = time.monotonic()
+        if now - self._last_line >= self._between or self._done == self._total:
+            self._last_line = now
+            pace = (now - self._began) / max(self._done - self._first, 1)
+            left = pace * (self._total - self._done)
+            line = f"{self._title}  {self._done}/{self._total}  {text}  {left:.0f} s left"
+            self.console.print(line, highlight=False)
+
+    def stop(self) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+            self._bar = None

@@ -1,0 +1,170 @@
+"""The RL loop: take a step, watch what it did, write it down.
+
+A run that was killed anywhere and starts again with the same command ends with the same metrics,
+bit for bit (times apart): the state comes from the newest checkpoint, everything else from the
+step's number.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxdyn.config import RunConfig
+from jaxdyn.optim import Stage, make_optimizer, stage_at, stages, trainable
+from jaxdyn.rollout import step_key
+from jaxdyn.train.checkpoint import Checkpoints
+from jaxdyn.train.probe import Probe
+from jaxdyn.train.progress import Progress
+from jaxdyn.train.run_directory import RunDirectory
+from jaxdyn.train.step import begin_stage, take_step
+from jaxdyn.train.task import Task, experience_metrics, gather_experience, open_task
+from jaxdyn.train.update import TrainState
+from jaxdyn.types import JaxdynError, Params
+
+
+def run_rl(config: RunConfig, progress: Progress | None = None) -> Path:
+    """Run, or resume, the RL run that `config` describes; returns its directory.
+
+    Raises:
+      JaxdynError: for what the user can mend, before any work; and, naming the step and the last
+        good checkpoint, when a metric stops being finite.
+    """
+    progress = progress or Progress()
+    plan = plan_of(config)
+    task = open_task(config, config.train.max_prompt_length)
+    require_untied(config, task, plan)
+    directory = RunDirectory(config.output, config)
+    checkpoints = Checkpoints(directory.checkpoints, config.train.keep_checkpoints)
+    state, position = begin_or_resume(task, config, plan, checkpoints)
+    reference = jax.tree.map(jnp.copy, task.model.view(task.params))
+    probe = Probe(task, config, reference)
+    if checkpoints.steps():
+        directory.rewind(position["step"])
+    else:
+        directory.rewind(-1)
+        evaluate(task, reference, config, directory, step=-1)
+        probe.record_start(directory)
+
+    first, last = position["step"], plan[-1].end
+    progress.start(f"{directory.path.name} · {config.optim.schedule}", last, first)
+    for step in range(first, last):
+        stage = stage_at(plan, step)
+        if step == stage.start > 0:
+            state = begin_stage(config, stage, state)
+        before = probe.remember(state) if probe.due(step) else None
+        state, experience, metrics = take_step(task, config, reference, state, stage, step)
+        require_finite(metrics, step, checkpoints)
+        if before is not None:
+            scalars, arrays = probe.measure(before, state)
+            directory.log("dynamics.jsonl", {"step": step, "cfrl/stage": stage.number, **scalars})
+            directory.save_arrays(step, arrays)
+        position["num_tokens"] += int(np.sum(experience.rollout.mask))
+        position["time/wall"] += metrics["step_time"]
+        totals = {name: position[name] for name in ("num_tokens", "time/wall")}
+        metrics = {"step": step, **metrics, **totals}
+        every = config.evaluation.every
+        if step + 1 == last or (every and (step + 1) % every == 0):
+            metrics |= evaluate(task, task.model.view(state.params), config, directory, step)
+        directory.log("metrics.jsonl", metrics)
+        for record in experience.records(step, config.train.save_completions):
+            directory.log("completions.jsonl", record)
+        if step + 1 == last or (step + 1) % config.train.checkpoint_every == 0:
+            position |= {"step": step + 1, "stage": stage.name}
+            checkpoints.save(step + 1, state, position)
+        progress.advance(reward=metrics["reward"])
+    progress.stop()
+    checkpoints.close()
+    directory.close()
+    return directory.path
+
+
+def plan_of(config: RunConfig) -> tuple[Stage, ...]:
+    """The run's stages; JaxdynError if it would have no step at all."""
+    plan = stages(config.optim.schedule, config.train.steps, config.optim.classifier_steps)
+    if not plan:
+        raise JaxdynError(
+            f"nothing to do: train.steps is {config.train.steps} and optim.classifier_steps "
+            f"{config.optim.classifier_steps} under the schedule {config.optim.schedule}"
+        )
+    return plan
+
+
+def require_untied(config: RunConfig, task: Task, plan: tuple[Stage, ...]) -> None:
+    """A stage that moves the classifier alone needs a classifier that is not the embedding."""
+    if task.model.config.tied and any(stage.name == "classifier" for stage in plan):
+        raise JaxdynError(
+            f"schedule {config.optim.schedule} moves the classifier alone, but {config.model.path} "
+            "ties it to the embedding; set model.untie to give it a copy of its own"
+        )
+
+
+def begin_or_resume(
+    task: Task,
+    config: RunConfig,
+    plan: tuple[Stage, ...],
+    checkpoints: Checkpoints,
+    step: int | None = None,
+) -> tuple[TrainState, dict[str, Any]]:
+    """The state and position of a checkpoint (the newest), or those a run starts with."""
+    saved = checkpoints.steps()
+    position: dict[str, Any] = {
+        "step": 0,
+        "seed": config.seed,
+        "stage": plan[0].name,
+        "num_tokens": 0,
+        "time/wall": 0.0,
+    }
+    if saved:
+        step = saved[-1] if step is None else step
+        position = checkpoints.position(step)
+    params = jax.tree.map(jnp.copy, task.params)
+    opt_state = make_optimizer(config.optim).init(trainable(position["stage"], params))
+    state = TrainState(params, opt_state)
+    if task.model.config.tied:
+        zeros = jnp.zeros_like(params["backbone"]["embed"]["embedding"])
+        state = state.replace(head_moment=zeros, head_share=jnp.copy(zeros))
+    if saved:
+        state = checkpoints.state(position["step"], state)
+    return state, position
+
+
+def evaluate(
+    task: Task, view: Params, config: RunConfig, directory: RunDirectory, step: int
+) -> dict[str, float]:
+    """Sample the held-out prompts; keep the completions, and return the `eval_` metrics.
+
+    The key is the same at every evaluation, so that two policies differ by what they are and not
+    by their luck.
+    """
+    experience = gather_experience(
+        task,
+        view,
+        task.test[: config.evaluation.num_prompts],
+        step_key(config.seed, "evaluation", 0),
+        config,
+        config.evaluation.num_generations,
+        config.train.max_prompt_length,
+    )
+    for record in experience.records(step):
+        directory.log("samples.jsonl", record)
+    metrics = experience_metrics(experience, task.model.config.vocab_size)
+    metrics = {f"eval_{name}": value for name, value in metrics.items()}
+    if step < 0:
+        directory.log("metrics.jsonl", {"step": step, **metrics})
+    return metrics
+
+
+def require_finite(metrics: dict[str, float], step: int, checkpoints: Checkpoints) -> None:
+    """Stop a run whose metrics are no longer numbers, before anything is saved."""
+    watched = ("loss", "policy_loss", "kl", "entropy", "grad_norm")
+    bad = [name for name in watched if not np.isfinite(metrics.get(name, 0.0))]
+    if bad:
+        saved = checkpoints.steps()
+        good = f"the last good checkpoint, step {saved[-1]}, is" if saved else "no checkpoint yet"
+        raise JaxdynError(
+            f"step {step}: {', '.join(bad)} stopped being finite; {good} in "
+            f"{checkpoints.directory}; a lower optim.learning_rate may help"
+        )

@@ -1,0 +1,140 @@
+"""Supervised fine-tuning on the `completion` column: where RL starts from.
+
+loss = − mean over completion tokens of log π(y_t | prompt, y_<t),   the stop token included
+"""
+
+import functools
+import time
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from jaxdyn.config import SFTConfig
+from jaxdyn.data import batch_indices, encode_supervised
+from jaxdyn.models import save_pretrained
+from jaxdyn.rl import feature_statistics
+from jaxdyn.rollout import step_key
+from jaxdyn.train.checkpoint import Checkpoints
+from jaxdyn.train.progress import Progress
+from jaxdyn.train.run_directory import RunDirectory
+from jaxdyn.train.task import Task, experience_metrics, gather_experience, open_task
+from jaxdyn.train.update import TrainState
+from jaxdyn.types import JaxdynError, Params
+
+
+def make_optimizer(config: SFTConfig) -> optax.GradientTransformation:
+    """AdamW under a global-norm clip, with warm-up and cosine decay."""
+    schedule = optax.warmup_cosine_decay_schedule(
+        0.0, config.learning_rate, config.warmup_steps, max(config.steps, config.warmup_steps + 1)
+    )
+    clip = optax.clip_by_global_norm(config.max_grad_norm or jnp.inf)
+    return optax.chain(clip, optax.adamw(schedule, weight_decay=config.weight_decay))
+
+
+@functools.partial(jax.jit, static_argnames=("model", "config"), donate_argnames="state")
+def sft_update(
+    state: TrainState,
+    tokens: jax.Array,
+    mask: jax.Array,
+    completion_mask: jax.Array,
+    *,
+    model: Any,
+    config: SFTConfig,
+) -> tuple[TrainState, dict[str, jax.Array]]:
+    """One supervised update. `completion_mask` marks the tokens to predict."""
+
+    def loss_of(params):
+        view = model.view(params)
+        features = model.features(view["backbone"], tokens, mask)[:, :-1]
+        classifier = view["classifier"]
+        statistics = feature_statistics(model.logits, classifier, features, tokens[:, 1:])
+        wanted = completion_mask[:, 1:]
+        return -jnp.sum(jnp.where(wanted, statistics.logps, 0)) / jnp.sum(wanted)
+
+    loss, gradient = jax.value_and_grad(loss_of)(state.params)
+    updates, opt_state = make_optimizer(config).update(gradient, state.opt_state, state.params)
+    params = optax.apply_updates(state.params, updates)
+    metrics = {"loss": loss, "grad_norm": optax.global_norm(gradient)}
+    return TrainState(params, opt_state), metrics
+
+
+def run_sft(config: SFTConfig, progress: Progress | None = None) -> Path:
+    """Run, or resume, supervised training; leave the model in `OUTPUT/model` and return that.
+
+    Raises:
+      JaxdynError: for what the user can mend, and when the loss stops being finite.
+    """
+    progress = progress or Progress()
+    task = open_task(config, config.max_prompt_length)
+    if "completion" not in task.train[0]:
+        raise JaxdynError(f"supervised training needs completions, and {config.data.name} has none")
+    directory = RunDirectory(config.output, config)
+    checkpoints = Checkpoints(directory.checkpoints, keep=2)
+    params = jax.tree.map(jnp.copy, task.params)
+    state = TrainState(params, make_optimizer(config).init(params))
+    position: dict[str, Any] = {"step": 0, "wall": 0.0, "reached": False}
+    if saved := checkpoints.steps():
+        position = checkpoints.position(saved[-1])
+        state = checkpoints.state(saved[-1], state)
+    directory.rewind(position["step"])
+
+    progress.start(f"{Path(config.output).name} · supervised", config.steps, position["step"])
+    reward = float("nan")
+    for step in range(position["step"], config.steps):
+        if position["reached"]:
+            break
+        began = time.perf_counter()
+        indices = batch_indices(config.seed, step, config.batch_size, len(task.train))
+        examples = [task.train[int(i)] for i in indices]
+        arrays = encode_supervised(
+            task.tokenizer,
+            [e["prompt"] for e in examples],
+            [e["completion"] for e in examples],
+            task.model.config.max_positions,
+        )
+        state, metrics = sft_update(state, *arrays, model=task.model, config=config)
+        metrics = {k: float(v) for k, v in jax.device_get(metrics).items()}
+        if not np.isfinite(metrics["loss"]):
+            raise JaxdynError(
+                f"step {step}: loss stopped being finite; checkpoints up to step "
+                f"{checkpoints.steps()[-1:] or 'none'} are in {checkpoints.directory}"
+            )
+        position["wall"] += time.perf_counter() - began
+        last = step + 1 == config.steps
+        if last or (config.evaluate_every and (step + 1) % config.evaluate_every == 0):
+            evaluated = sampled_metrics(task, task.model.view(state.params), config)
+            reward = evaluated["reward"]
+            metrics |= {f"eval_{k}": v for k, v in evaluated.items()}
+            position["reached"] = bool(config.target_reward and reward >= config.target_reward)
+        line = {"step": step, **metrics, "time/wall": position["wall"]}
+        directory.log("metrics.jsonl", line)
+        if last or position["reached"] or (step + 1) % config.checkpoint_every == 0:
+            position["step"] = step + 1
+            checkpoints.save(step + 1, state, position)
+        progress.advance(loss=metrics["loss"], reward=reward)
+    progress.stop()
+    checkpoints.close()
+    directory.close()
+    model_directory = directory.path / "model"
+    save_pretrained(model_directory, task.model, state.params, stop_ids=task.tokenizer.stop_ids)
+    task.tokenizer.save(model_directory)
+    return model_directory
+
+
+def sampled_metrics(task: Task, view: Params, config: SFTConfig) -> dict[str, float]:
+    """Reward and diversity of completions of held-out prompts."""
+    count = min(config.evaluation.num_prompts, len(task.test))
+    experience = gather_experience(
+        task,
+        view,
+        [task.test[i] for i in range(count)],
+        step_key(config.seed, "evaluation", 0),
+        config,
+        config.evaluation.num_generations,
+        config.max_prompt_length,
+    )
+    return experience_metrics(experience, task.model.config.vocab_size)

@@ -1,0 +1,185 @@
+"""One RL step, as a function of the state and the step's number alone.
+
+    prompts -> completions -> rewards -> advantages -> update
+
+Every random draw is a function of (seed, step) and every batch too. So the training loop, a resumed
+run and a later analysis of a checkpoint all take exactly the same step.
+"""
+
+import time
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jaxdyn.config import RunConfig
+from jaxdyn.data import batch_indices
+from jaxdyn.optim import Stage, enter_stage, learning_rate, make_optimizer, trainable
+from jaxdyn.rl import group_relative, leave_one_out, penalised_rewards, plain
+from jaxdyn.rollout import step_key
+from jaxdyn.train.task import Experience, Task, experience_metrics, gather_experience
+from jaxdyn.train.update import (
+    TrainState,
+    UpdateBatch,
+    batch_features,
+    classifier_logps,
+    classifier_update,
+    joint_update,
+    policy_logps,
+)
+from jaxdyn.types import Params
+
+
+def take_step(
+    task: Task,
+    config: RunConfig,
+    reference: Params,
+    state: TrainState,
+    stage: Stage,
+    step: int,
+) -> tuple[TrainState, Experience, dict[str, Any]]:
+    """Sample, score and update; returns the new state, the experience, and the step's metrics.
+
+    `state`'s buffers are donated to the update: copy what is needed of it first. `reference` is
+    the view of the policy that the KL penalty refers to.
+    """
+    began = time.perf_counter()
+    experience = gather_experience(
+        task,
+        task.model.view(state.params),
+        prompts_of_step(task, config, step),
+        step_key(config.seed, "rollout", step),
+        config,
+        config.train.num_generations,
+        config.train.max_prompt_length,
+    )
+    sampled = time.perf_counter()
+    batch, features = make_batch(task, config, state, stage, reference, experience)
+    jax.block_until_ready(batch)
+    prepared = time.perf_counter()
+    rate = learning_rate(config.optim, stage.name, step - stage.start, stage.end - stage.start)
+    state, metrics = update(task, config, state, stage, batch, features, rate)
+    metrics = {name: float(value) for name, value in jax.device_get(metrics).items()}
+    updated = time.perf_counter()
+    metrics = {
+        **experience_metrics(experience, task.model.config.vocab_size),
+        **metrics,
+        "learning_rate": rate,
+        "epoch": (step + 1) * config.train.num_prompts / len(task.train),
+        "cfrl/stage": stage.number,
+        "time/rollout": sampled - began - experience.reward_seconds,
+        "time/reward": experience.reward_seconds,
+        "time/reference": prepared - sampled,
+        "time/update": updated - prepared,
+        "step_time": updated - began,
+    }
+    return state, experience, metrics
+
+
+def prompts_of_step(task: Task, config: RunConfig, step: int) -> list[dict[str, Any]]:
+    """The step's examples: a function of the seed and the step alone."""
+    indices = batch_indices(config.seed, step, config.train.num_prompts, len(task.train))
+    return [task.train[int(i)] for i in indices]
+
+
+def begin_stage(config: RunConfig, stage: Stage, state: TrainState) -> TrainState:
+    """Give the parts that begin to move an optimizer state."""
+    moving = trainable(stage.name, state.params)
+    reset = config.optim.reset_classifier_state
+    opt_state = enter_stage(make_optimizer(config.optim), moving, state.opt_state, reset)
+    return state.replace(opt_state=opt_state)
+
+
+def make_batch(
+    task: Task,
+    config: RunConfig,
+    state: TrainState,
+    stage: Stage,
+    reference: Params,
+    experience: Experience,
+) -> tuple[UpdateBatch, jax.Array | None]:
+    """The update's arrays; in the classifier stage also the features, computed here once."""
+    rollout, loss = experience.rollout, config.loss
+    temperature = jnp.float32(config.sampling.temperature)
+    batch = UpdateBatch(
+        tokens=rollout.tokens,
+        mask=rollout.mask,
+        completion_ids=rollout.completion_ids,
+        completion_mask=rollout.completion_mask,
+        advantages=jnp.zeros(len(rollout.tokens)),
+    )
+    view = task.model.view(state.params)
+    features = None
+    if stage.name == "classifier":
+        features = batch_features(task.model, view["backbone"], batch)
+
+    def logps(policy: Params) -> jax.Array:
+        if features is None:
+            return policy_logps(task.model, policy, batch, temperature)
+        # While only the classifier has moved, the reference has the policy's features.
+        ids = rollout.completion_ids
+        return classifier_logps(task.model, policy["classifier"], features, ids, temperature)
+
+    if loss.beta:
+        batch = batch.replace(ref_per_token_logps=logps(reference))
+    if config.train.num_iterations > 1 or loss.kl_placement == "reward":
+        batch = batch.replace(old_per_token_logps=logps(view))
+    rewards = jnp.asarray(experience.rewards.total, jnp.float32)
+    if loss.kl_placement == "reward":
+        rewards = penalised_rewards(
+            rewards,
+            loss.beta,
+            loss.resolved_kl_estimator,
+            batch.old_per_token_logps,
+            batch.ref_per_token_logps,
+            batch.completion_mask,
+        )
+    return batch.replace(advantages=advantages(config, rewards)), features
+
+
+def advantages(config: RunConfig, rewards: jax.Array) -> jax.Array:
+    """The configured advantages of B rewards."""
+    generations = config.train.num_generations
+    if config.advantage_kind == "group_relative":
+        return group_relative(rewards, generations, config.advantage.scale)
+    if config.advantage_kind == "leave_one_out":
+        return leave_one_out(rewards, generations)
+    return plain(rewards)
+
+
+def update(
+    task: Task,
+    config: RunConfig,
+    state: TrainState,
+    stage: Stage,
+    batch: UpdateBatch,
+    features: jax.Array | None,
+    rate: float,
+) -> tuple[TrainState, dict[str, jax.Array]]:
+    """All inner epochs of one step; the metrics are the last one's."""
+    static = {
+        "model": task.model,
+        "loss": config.loss,
+        "optim": config.optim,
+        "microbatches": config.train.microbatches,
+    }
+    rate = jnp.float32(rate)
+    temperature = jnp.float32(config.sampling.temperature)
+    if state.head_share is not None:
+        state = state.replace(head_share=jnp.zeros_like(state.head_share))
+    for _ in range(config.train.num_iterations):
+        if stage.name == "joint":
+            state, metrics = joint_update(state, batch, rate, temperature, **static)
+        else:
+            classifier, opt_state, metrics = classifier_update(
+                state.params["classifier"],
+                state.opt_state,
+                features,
+                batch,
+                rate,
+                temperature,
+                **static,
+            )
+            params = {**state.params, "classifier": classifier}
+            state = state.replace(params=params, opt_state=opt_state)
+    return state, metrics

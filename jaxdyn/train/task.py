@@ -1,0 +1,165 @@
+"""What a run works on: a model, prompts, and a reward; and one batch of experience of it."""
+
+import dataclasses
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxdyn.config import RunConfig, SFTConfig
+from jaxdyn.data import (
+    Tokenizer,
+    columns,
+    decode_completions,
+    encode_prompts,
+    load_source,
+    load_tokenizer,
+)
+from jaxdyn.dynamics.diversity import diversity_metrics
+from jaxdyn.models import LanguageModel, load_pretrained, local_directory
+from jaxdyn.rewards import RewardOutput, make_reward
+from jaxdyn.rollout import generate
+from jaxdyn.types import JaxdynError, Params, Rollout
+
+
+@dataclasses.dataclass(frozen=True)
+class Task:
+    """A model as loaded, its tokenizer, training and held-out prompts, and the reward."""
+
+    model: LanguageModel
+    params: Params
+    tokenizer: Tokenizer
+    train: Sequence[dict[str, Any]]
+    test: Sequence[dict[str, Any]]
+    reward: Callable[..., RewardOutput]
+
+
+def open_task(config: RunConfig | SFTConfig, max_prompt_length: int) -> Task:
+    """Load everything a run needs, and check that it fits together.
+
+    Raises:
+      JaxdynError: naming what does not: the model, its vocabulary, its context, the prompts.
+    """
+    directory = local_directory(config.model.path)
+    model, params = load_pretrained(
+        directory, untie=config.model.untie, dtype=jnp.dtype(config.model.dtype).type
+    )
+    tokenizer = load_tokenizer(directory)
+    if tokenizer.vocab_size > model.config.vocab_size:
+        raise JaxdynError(
+            f"the tokenizer in {directory} has {tokenizer.vocab_size} tokens, more than the "
+            f"model's vocabulary of {model.config.vocab_size}"
+        )
+    longest = max_prompt_length + config.sampling.max_completion_length
+    if longest > model.config.max_positions:
+        raise JaxdynError(
+            f"max_prompt_length ({max_prompt_length}) + sampling.max_completion_length "
+            f"({config.sampling.max_completion_length}) = {longest} exceeds the model's context "
+            f"of {model.config.max_positions} tokens"
+        )
+    return Task(
+        model,
+        params,
+        tokenizer,
+        train=load_source(config.data, "train"),
+        test=load_source(config.data, "test"),
+        reward=make_reward(config.reward),
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class Experience:
+    """A rollout with its texts and rewards: B = P * G rows, a prompt's generations together."""
+
+    rollout: Rollout
+    prompts: list[str]
+    completions: list[str]
+    finished: list[bool]
+    completion_ids: list[list[int]]
+    rewards: RewardOutput
+    num_generations: int
+    reward_seconds: float
+
+    def groups(self) -> list[list[list[int]]]:
+        """Completion token ids by prompt and generation."""
+        rows, g = self.completion_ids, self.num_generations
+        return [rows[i : i + g] for i in range(0, len(rows), g)]
+
+    def records(self, step: int, limit: int | None = None) -> list[dict[str, Any]]:
+        """The completions in readable form."""
+        rows = range(len(self.completions))[:limit]
+        return [
+            {
+                "step": step,
+                "prompt_index": row // self.num_generations,
+                "prompt": self.prompts[row],
+                "completion": self.completions[row],
+                "reward": float(self.rewards.total[row]),
+                "finished": bool(self.finished[row]),
+            }
+            for row in rows
+        ]
+
+
+def gather_experience(
+    task: Task,
+    view: Params,
+    examples: Sequence[dict[str, Any]],
+    key: jax.Array,
+    config: RunConfig | SFTConfig,
+    num_generations: int,
+    max_prompt_length: int,
+) -> Experience:
+    """Sample `num_generations` completions of each example's prompt and score them."""
+    tokenizer, sampling = task.tokenizer, config.sampling
+    prompts = encode_prompts(tokenizer, [e["prompt"] for e in examples], max_prompt_length)
+    rollout = generate(
+        task.model,
+        view,
+        prompts,
+        key,
+        num_generations=num_generations,
+        max_completion_length=sampling.max_completion_length,
+        temperature=sampling.temperature,
+        top_k=sampling.top_k,
+        top_p=sampling.top_p,
+        stop_ids=tokenizer.stop_ids,
+        pad_id=tokenizer.pad_id,
+    )
+    texts, finished, ids = decode_completions(
+        tokenizer, rollout.completion_ids, rollout.completion_mask
+    )
+    repeated = [example for example in examples for _ in range(num_generations)]
+    table = columns(repeated)
+    asked = table.pop("prompt")
+    table.pop("completion", None)
+    table |= {"finished": finished, "completion_ids": ids}
+    began = time.perf_counter()
+    rewards = task.reward(asked, texts, table)
+    seconds = time.perf_counter() - began
+    return Experience(rollout, asked, texts, finished, ids, rewards, num_generations, seconds)
+
+
+def experience_metrics(experience: Experience, vocab_size: int) -> dict[str, float]:
+    """Reward, length and diversity of a batch of experience, under the peers' names."""
+    total = experience.rewards.total
+    groups = total.reshape(-1, experience.num_generations)
+    spread = np.std(groups, axis=1, ddof=1) if groups.shape[1] > 1 else np.zeros(len(groups))
+    lengths = np.array([len(ids) for ids in experience.completion_ids])
+    metrics = {
+        "reward": float(total.mean()),
+        "reward_std": float(np.mean(spread)),
+        "frac_reward_zero_std": float(np.mean(spread < 1e-8)),
+    }
+    metrics |= {f"rewards/{n}/mean": mean for n, mean in experience.rewards.means.items()}
+    metrics |= {
+        "completions/mean_length": float(lengths.mean()),
+        "completions/min_length": int(lengths.min()),
+        "completions/max_length": int(lengths.max()),
+        "completions/clipped_ratio": 1 - float(np.mean(experience.finished)),
+    }
+    diversity = diversity_metrics(experience.groups(), vocab_size)
+    return metrics | {f"diversity/{k}": v for k, v in diversity.items()}

@@ -1,0 +1,199 @@
+"""The two jitted update steps of CF-RL: all parameters, and the classifier alone.
+
+Both minimise the same objective of the same arrays; they differ in where the features come from.
+The joint update differentiates through the backbone. The classifier update receives the features
+as data, so that no backward pass through the body exists in its program, and one pass over a
+rollout batch serves all its inner epochs.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import struct
+from jaxtyping import Array, Bool, Float, Int
+
+from jaxdyn.optim import OptimConfig, head_direction, make_optimizer
+from jaxdyn.rl import LossConfig, Normalizer, feature_statistics, normalizer_of, policy_loss
+from jaxdyn.types import Params
+
+
+@struct.dataclass
+class UpdateBatch:
+    """What a policy-gradient update needs of B sampled sequences of S + C slots."""
+
+    tokens: Int[Array, "B T"]
+    mask: Bool[Array, "B T"]
+    completion_ids: Int[Array, "B C"]
+    completion_mask: Bool[Array, "B C"]
+    advantages: Float[Array, " B"]
+    old_per_token_logps: Float[Array, "B C"] | None = None
+    ref_per_token_logps: Float[Array, "B C"] | None = None
+
+
+@struct.dataclass
+class TrainState:
+    """Parameters as stored, and the optimizer's state of those that the stage moves.
+
+    For tied models `head_moment` follows the head path's part of the shared matrix's momentum and
+    `head_share` sums its part of the updates since it was last set to zero; else both are None.
+    """
+
+    params: Params
+    opt_state: Any
+    head_moment: jax.Array | None = None
+    head_share: jax.Array | None = None
+
+
+def completion_features(model: Any, backbone: Params, batch: UpdateBatch) -> Float[Array, "B C D"]:
+    """φ at the slots that predict each completion token."""
+    slots = batch.completion_ids.shape[1]
+    return model.features(backbone, batch.tokens, batch.mask)[:, -slots - 1 : -1]
+
+
+batch_features = jax.jit(completion_features, static_argnums=0)
+"""`completion_features`, jitted: the classifier stage's one pass over a rollout batch."""
+
+
+@functools.partial(jax.jit, static_argnames="model")
+def classifier_logps(
+    model: Any, classifier: Params, features: jax.Array, ids: jax.Array, temperature: jax.Array
+) -> Float[Array, "B C"]:
+    """Per-token log-probs of `ids` from features."""
+    return feature_statistics(model.logits, classifier, features, ids, temperature).logps
+
+
+@functools.partial(jax.jit, static_argnames="model")
+def policy_logps(
+    model: Any, view: Params, batch: UpdateBatch, temperature: jax.Array
+) -> Float[Array, "B C"]:
+    """Teacher-forced per-token log-probs of the batch's completions."""
+    features = completion_features(model, view["backbone"], batch)
+    return classifier_logps(model, view["classifier"], features, batch.completion_ids, temperature)
+
+
+def objective(
+    model: Any,
+    loss: LossConfig,
+    classifier: Params,
+    features: Float[Array, "B C D"],
+    batch: UpdateBatch,
+    temperature: jax.Array,
+    normalizer: Normalizer,
+) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """The RL loss of a classifier on features, with its metrics; sums over micro-batches."""
+    statistics = feature_statistics(
+        model.logits, classifier, features, batch.completion_ids, temperature
+    )
+    value, metrics = policy_loss(
+        loss,
+        statistics.logps,
+        batch.old_per_token_logps,
+        batch.ref_per_token_logps,
+        batch.advantages,
+        batch.completion_mask,
+        normalizer,
+    )
+    token_mean = lambda x: jnp.sum(jnp.where(batch.completion_mask, x, 0)) / normalizer.tokens
+    metrics = {
+        **metrics,
+        "loss": value,
+        "entropy": token_mean(statistics.entropy),
+        "confidence/max_prob": token_mean(statistics.max_prob),
+        "confidence/sampled_logp": token_mean(statistics.logps),
+    }
+    return value, jax.tree.map(jax.lax.stop_gradient, metrics)
+
+
+def accumulate(function: Callable[[Any], Any], batch: Any, microbatches: int) -> Any:
+    """Σ `function(part)` over `microbatches` equal parts of the batch, one part in memory."""
+    if microbatches == 1:
+        return function(batch)
+    parts = jax.tree.map(lambda x: x.reshape(microbatches, -1, *x.shape[1:]), batch)
+    first = jax.tree.map(lambda x: x[0], parts)
+    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(function, first))
+    add = lambda total, part: (jax.tree.map(jnp.add, total, function(part)), None)
+    return jax.lax.scan(add, zeros, parts)[0]
+
+
+_STATIC = ("model", "loss", "optim", "microbatches")
+
+
+@functools.partial(jax.jit, static_argnames=_STATIC, donate_argnames="state")
+def joint_update(
+    state: TrainState,
+    batch: UpdateBatch,
+    learning_rate: jax.Array,
+    temperature: jax.Array,
+    *,
+    model: Any,
+    loss: LossConfig,
+    optim: OptimConfig,
+    microbatches: int = 1,
+) -> tuple[TrainState, dict[str, jax.Array]]:
+    """One update of all parameters: θ ← θ − η (P m + λ θ). Donates `state`."""
+    view = model.view(state.params)
+    normalizer = normalizer_of(batch.completion_mask)
+
+    def gradient_of(part: UpdateBatch):
+        def value(view):
+            features = completion_features(model, view["backbone"], part)
+            return objective(
+                model, loss, view["classifier"], features, part, temperature, normalizer
+            )
+
+        gradient, metrics = jax.grad(value, has_aux=True)(view)
+        return gradient, metrics
+
+    by_path, metrics = accumulate(gradient_of, batch, microbatches)
+    gradient = model.fold(by_path)
+    norm = optax.global_norm(gradient)
+    direction, opt_state = make_optimizer(optim).update(gradient, state.opt_state, state.params)
+    new = state.replace(params=descend(state.params, direction, learning_rate), opt_state=opt_state)
+    if model.config.tied:
+        head = by_path["classifier"]["weight"]
+        moments = opt_state[1]["backbone"][0]
+        moment, share = head_direction(optim, state.head_moment, head, norm, moments)
+        head_share = state.head_share - learning_rate * share
+        new = new.replace(head_moment=moment, head_share=head_share)
+    return new, {**metrics, "grad_norm": norm}
+
+
+@functools.partial(jax.jit, static_argnames=_STATIC, donate_argnames=("classifier", "opt_state"))
+def classifier_update(
+    classifier: Params,
+    opt_state: Any,
+    features: Float[Array, "B C D"],
+    batch: UpdateBatch,
+    learning_rate: jax.Array,
+    temperature: jax.Array,
+    *,
+    model: Any,
+    loss: LossConfig,
+    optim: OptimConfig,
+    microbatches: int = 1,
+) -> tuple[Params, Any, dict[str, jax.Array]]:
+    """One update of W alone on precomputed features. Donates `classifier` and `opt_state`."""
+    normalizer = normalizer_of(batch.completion_mask)
+
+    def gradient_of(part):
+        features, batch = part
+        value = lambda classifier: objective(
+            model, loss, classifier, features, batch, temperature, normalizer
+        )
+        return jax.grad(value, has_aux=True)(classifier)
+
+    gradient, metrics = accumulate(gradient_of, (features, batch), microbatches)
+    moving, gradient = {"classifier": classifier}, {"classifier": gradient}
+    direction, opt_state = make_optimizer(optim).update(gradient, opt_state, moving)
+    new = descend(moving, direction, learning_rate)["classifier"]
+    return new, opt_state, {**metrics, "grad_norm": optax.global_norm(gradient)}
+
+
+def descend(params: Params, direction: Params, learning_rate: jax.Array) -> Params:
+    """θ − η · direction, in the parameters' own dtype."""
+    step = lambda p, d: (p - learning_rate * d).astype(p.dtype)
+    return jax.tree.map(step, params, direction)

@@ -1,0 +1,203 @@
+"""The two functions' own promises: padding, decoding, tied embeddings, precision, attention."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tiny_checkpoints
+
+from jaxdyn.models import LanguageModel, config_from_hf, gpt_neox, load_pretrained, positions_of
+from jaxdyn.models.attention import plain_attention
+from jaxdyn.types import JaxdynError
+
+FAMILIES = ["gpt_neox_parallel", "llama_llama3_scaling", "qwen2_tied", "gpt2_tied"]
+TIED = ["gpt_neox_tied", "llama_tied_linear_scaling", "qwen2_tied", "gpt2_tied"]
+
+
+def tiny(name, tmp_path, **options):
+    tiny_checkpoints.write(tmp_path, tiny_checkpoints.CONFIGS[name])
+    return load_pretrained(tmp_path, **options)
+
+
+def full_logits(model, params, tokens, mask):
+    view = model.view(params)
+    return model.logits(view["classifier"], model.features(view["backbone"], tokens, mask))
+
+
+def test_positions_count_tokens_and_not_slots():
+    mask = jnp.array([[0, 0, 1, 1, 1], [1, 1, 1, 0, 0], [0, 1, 0, 1, 1], [0, 0, 0, 0, 0]], bool)
+    expected = [[0, 0, 0, 1, 2], [0, 1, 2, 2, 2], [0, 0, 0, 1, 2], [0, 0, 0, 0, 0]]
+    np.testing.assert_array_equal(positions_of(mask), expected)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_padding_on_either_side_changes_nothing(name, tmp_path):
+    """In float64, so that only the place of the zeros in a sum differs: 1e-12 on logits near 1."""
+    with jax.enable_x64(True):
+        model, params = tiny(name, tmp_path, dtype=jnp.float64)
+        params = jax.tree.map(lambda x: x.astype(jnp.float64), params)
+        tokens = jnp.asarray(tiny_checkpoints.batch()[0][:, :6])
+        whole = full_logits(model, params, tokens, jnp.ones((4, 6), bool))
+        junk = jnp.full((4, 3), 7, tokens.dtype)
+        blank, full = jnp.zeros((4, 3), bool), jnp.ones((4, 6), bool)
+        left = full_logits(
+            model, params, jnp.concatenate([junk, tokens], 1), jnp.concatenate([blank, full], 1)
+        )
+        right = full_logits(
+            model, params, jnp.concatenate([tokens, junk], 1), jnp.concatenate([full, blank], 1)
+        )
+        np.testing.assert_allclose(left[:, 3:], whole, atol=1e-12)
+        np.testing.assert_allclose(right[:, :6], whole, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_prefill_then_decode_equals_the_full_pass(name, tmp_path):
+    model, params = tiny(name, tmp_path)
+    view = model.view(params)
+    tokens, _ = map(jnp.asarray, tiny_checkpoints.batch())
+    mask = jnp.ones(tokens.shape, bool).at[1, :3].set(False).at[2, :4].set(False)
+    prompt, slots = 5, tokens.shape[1]
+    expected = model.features(view["backbone"], tokens, mask)
+    first, cache = model.prefill(view["backbone"], tokens[:, :prompt], mask[:, :prompt], slots + 2)
+    decode = jax.jit(model.decode)
+    features = [first]
+    for slot in range(prompt, slots):
+        seen = jnp.zeros((4, slots + 2), bool).at[:, : slot + 1].set(mask[:, : slot + 1])
+        position = positions_of(mask)[:, slot]
+        phi, cache = decode(
+            view["backbone"], tokens[:, slot], position, cache, seen, jnp.asarray(slot)
+        )
+        features.append(phi[:, None])
+    assert decode._cache_size() == 1
+    got = jnp.concatenate(features, axis=1)
+    difference = np.abs(got - expected)[np.asarray(mask)].max()
+    assert difference < 1e-5 * np.abs(expected).max()
+
+
+@pytest.mark.parametrize("name", TIED)
+def test_untying_keeps_the_logits_and_owns_its_matrix(name, tmp_path):
+    model, params = tiny(name, tmp_path)
+    tokens, mask = map(jnp.asarray, tiny_checkpoints.batch())
+    untied, copied = model.untie(params)
+    before = full_logits(model, params, tokens, mask)
+    np.testing.assert_array_equal(full_logits(untied, copied, tokens, mask), before)
+    copied["classifier"]["weight"] = copied["classifier"]["weight"] + 1
+    np.testing.assert_array_equal(full_logits(model, params, tokens, mask), before)
+
+
+@pytest.mark.parametrize("name", TIED)
+def test_fold_of_a_views_gradient_is_the_tied_functions_gradient(name, tmp_path):
+    with jax.enable_x64(True):
+        model, params = tiny(name, tmp_path, dtype=jnp.float64)
+        params = jax.tree.map(lambda x: x.astype(jnp.float64), params)
+        tokens, mask = map(jnp.asarray, tiny_checkpoints.batch())
+        weight = jnp.where(mask, 1.0, 0.0)[..., None]
+
+        def of_view(view):
+            features = model.features(view["backbone"], tokens, mask)
+            return jnp.sum(weight * jnp.tanh(model.logits(view["classifier"], features)))
+
+        direct = jax.grad(lambda p: of_view(model.view(p)))(params)
+        in_view = jax.grad(of_view)(model.view(params))
+        folded = model.fold(in_view)
+        assert jax.tree.structure(folded) == jax.tree.structure(params)
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-12), folded, direct)
+        # Both paths count: the classifier's part alone is not the answer.
+        shared = direct["backbone"]["embed"]["embedding"]
+        assert np.abs(in_view["classifier"]["weight"] - shared).max() > 1e-3
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_gradients_are_finite_where_a_row_sees_no_token(name, tmp_path):
+    """A left-padded slot has nothing to attend to; that must not poison the whole gradient."""
+    model, params = tiny(name, tmp_path)
+    tokens, mask = map(jnp.asarray, tiny_checkpoints.batch())
+    gradient = jax.grad(lambda p: full_logits(model, p, tokens, mask)[:, -5].sum())(params)
+    assert all(bool(jnp.isfinite(leaf).all()) for leaf in jax.tree.leaves(gradient))
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_bfloat16_computes_in_bfloat16_within_its_rounding(name, tmp_path):
+    """Rounding to 8 bits moves a value by at most u = 2^-8 of it.
+
+    The longest path from embedding to logit passes, a layer, through two norms, two projections in
+    and two out, rotation, scores, weights, the mix, the activation, its gate and two residual sums:
+    14 roundings of values and 6 of weights; around the layers an embedding, a final norm and the
+    classifier's weight. Taken to add up at worst, in root mean square: (20 L + 3) u of the logits.
+    """
+    model, params = tiny(name, tmp_path)
+    narrow = dataclasses.replace(model, dtype=jnp.bfloat16)
+    tokens, mask = map(jnp.asarray, tiny_checkpoints.batch())
+    view = narrow.view(params)
+    features = narrow.features(view["backbone"], tokens, mask)
+    logits = narrow.logits(view["classifier"], features)
+    assert features.dtype == jnp.bfloat16
+    assert logits.dtype == jnp.float32
+    assert {leaf.dtype for leaf in jax.tree.leaves(params)} == {jnp.dtype("float32")}
+    exact = np.asarray(full_logits(model, params, tokens, mask))[np.asarray(mask)]
+    error = np.asarray(logits)[np.asarray(mask)] - exact
+    relative = np.sqrt(np.mean(error**2) / np.mean(exact**2))
+    u = 2.0**-8
+    assert u / 4 < relative < (20 * model.config.num_layers + 3) * u
+
+
+@pytest.mark.parametrize("kv_heads", [1, 2, 4])
+def test_plain_attention_agrees_with_the_platforms(kv_heads):
+    keys = jax.random.split(jax.random.key(0), 3)
+    query = jax.random.normal(keys[0], (2, 6, 4, 8))
+    key, value = (jax.random.normal(k, (2, 6, kv_heads, 8)) for k in keys[1:])
+    mask = jnp.tril(jnp.ones((6, 6), bool))[None, None] & jnp.array(
+        [[True] * 6, [False] * 2 + [True] * 4]
+    ).reshape(2, 1, 1, 6)
+    fused = jax.nn.dot_product_attention(query, key, value, mask=mask)
+    plain = plain_attention(query, key, value, mask)
+    # Sums of at most 8 products of numbers below 5, each rounded to 6e-8 of itself.
+    np.testing.assert_allclose(plain, fused, atol=8 * 25 * 6e-8)
+
+
+def test_wide_attention_keeps_float64(x64):
+    """Softmax in float64: against numpy's own, to 1e-14 where float32 would leave 1e-8."""
+    generator = np.random.default_rng(0)
+    query, key, value = (generator.normal(size=(1, 5, 2, 4)) for _ in range(3))
+    mask = np.tril(np.ones((5, 5), bool))[None, None]
+    scores = np.einsum("bthw,bkhw->bhtk", query, key) / 2
+    weights = np.where(mask, np.exp(scores), 0)
+    weights /= weights.sum(-1, keepdims=True)
+    expected = np.einsum("bhtk,bkhw->bthw", weights, value)
+    got = plain_attention(*map(jnp.asarray, (query, key, value, mask)))
+    assert got.dtype == jnp.float64
+    np.testing.assert_allclose(got, expected, atol=1e-14)
+
+
+@pytest.mark.parametrize("name", ["gpt_neox_parallel", "gpt2_tied"])
+def test_init_has_the_checkpoints_shapes_and_small_residual_writes(name):
+    model = LanguageModel(config_from_hf(tiny_checkpoints.CONFIGS[name]))
+    params = model.init(jax.random.key(0))
+    count = sum(x.size for x in jax.tree.leaves(params))
+    wanted = sum(
+        np.prod(s) for s in tiny_checkpoints.shapes(tiny_checkpoints.CONFIGS[name]).values()
+    )
+    assert count == wanted
+    layers = params["backbone"]["layers"]
+    std = float(jnp.std(layers["mlp"]["down"]["kernel"]))
+    # 2 layers x 48 x 24 or more draws: the sample's deviation is within 5/sqrt(2n) of the truth.
+    n = layers["mlp"]["down"]["kernel"].size
+    assert abs(std / (0.02 / 2) - 1) < 5 / (2 * n) ** 0.5
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"width": 30, "num_heads": 4}, "width (30) must be a multiple of num_heads (4)"),
+        ({"width": 32, "num_heads": 4, "rotary_fraction": 0.4}, "must be even, got 8 * 0.4 = 3"),
+        ({"width": 32, "num_heads": 4, "rotary_fraction": 1.5}, "from 0 to 1, got 1.5"),
+        ({"width": 32, "num_heads": 0}, "num_heads (0)"),
+        ({"width": 32, "num_heads": 4, "num_layers": 0}, "num_layers must be at least 1, got 0"),
+    ],
+)
+def test_impossible_shapes_are_refused(options, message):
+    with pytest.raises(JaxdynError) as error:
+        gpt_neox(vocab_size=7, **{"num_layers": 1, **options})
+    assert message in str(error.value)

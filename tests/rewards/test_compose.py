@@ -1,0 +1,157 @@
+import math
+import sys
+
+import numpy as np
+import pytest
+import tyro
+
+from jaxdyn.rewards import RewardConfig, make_reward
+from jaxdyn.types import JaxdynError
+
+PROMPTS = ["17=", "17=", "3="]
+COMPLETIONS = ["9+8", "1", "3-0"]
+COLUMNS = {"answer": ["17", "17", "3"], "finished": [True, True, False]}
+
+MODULE = """
+def halves(prompts, completions, **columns):
+    return [0.5] * len(completions)
+
+def sometimes(prompts, completions, **columns):
+    return [None if c == "1" else len(c) for c in completions]
+
+def never(prompts, completions, **columns):
+    return [None] * len(completions)
+
+def raises(prompts, completions, answer, **columns):
+    return [1 / (int(a) - 3) for a in answer]
+
+def only_together(prompts, completions, **columns):
+    if len(prompts) > 1:
+        raise RuntimeError("two\\nlines")
+    return [0.0]
+
+def short(prompts, completions, **columns):
+    return [1.0]
+
+def nothing(prompts, completions, **columns):
+    return None
+
+def text(prompts, completions, **columns):
+    return [1, "2", 3]
+
+def infinite(prompts, completions, **columns):
+    return [1, 2, float("nan")]
+
+def scalars(prompts, completions, **columns):
+    import numpy as np
+    return np.array([True, False, True])
+
+constant = 3
+"""
+
+
+@pytest.fixture
+def mine(tmp_path, monkeypatch):
+    """A module of the user's in the working directory, which a console script does not search."""
+    (tmp_path / "my_rewards.py").write_text(MODULE)
+    (tmp_path / "broken_rewards.py").write_text("import absent_module")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.path", [path for path in sys.path if path])
+    yield "my_rewards"
+    sys.modules.pop("my_rewards", None)
+
+
+def evaluate(*functions, **options):
+    return make_reward(RewardConfig(functions, **options))(PROMPTS, COMPLETIONS, COLUMNS)
+
+
+def test_weighted_total():
+    output = evaluate("equation", "finished", weights=(2.0, -0.5))
+    np.testing.assert_array_equal(output.values["equation"], [1, 0, 1])
+    np.testing.assert_array_equal(output.values["finished"], [1, 1, 0])
+    np.testing.assert_array_equal(output.total, [1.5, -0.5, 2])
+    assert output.means == {"equation": 2 / 3, "finished": 2 / 3}
+    np.testing.assert_array_equal(evaluate("equation", "finished").total, [2, 1, 1])
+
+
+def test_the_users_own_by_path_with_unscorable_completions(mine):
+    output = evaluate("equation", f"{mine}:sometimes", f"{mine}.never", weights=(1.0, 0.5, 9.0))
+    np.testing.assert_array_equal(output.values["sometimes"], [3, np.nan, 3])
+    # Left out of the mean, and nothing to the total.
+    assert output.means["sometimes"] == 3
+    assert math.isnan(output.means["never"])
+    np.testing.assert_array_equal(output.total, [2.5, 0, 2.5])
+    np.testing.assert_array_equal(evaluate(f"{mine}:scalars").total, [1, 0, 1])
+
+
+def test_options_reach_the_functions():
+    options = {"pattern": "8$", "min_length": 3, "max_length": 3}
+    output = evaluate("regex_match", "length", **options)
+    np.testing.assert_array_equal(output.values["regex_match"], [1, 0, 0])
+    np.testing.assert_array_equal(output.values["length"], [1, 0, 1])
+    # A column of the examples never stands in for an option.
+    reward = make_reward(RewardConfig(("regex_match",), pattern="a"))
+    assert reward(["p"], ["a"], {"pattern": ["b"]}).total == [1]
+    # Nor one called like an argument for it.
+    assert reward(["p"], ["a"], {"completions": ["b"], "prompts": ["c"]}).total == [1]
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("raises", r"reward 'raises' failed for example 2 \('3='\): ZeroDivisionError"),
+        ("only_together", r"reward 'only_together' failed: RuntimeError: two lines"),
+        ("short", r"'short' returned 1 values for 3 completions.*example 0 \('17='\)"),
+        ("nothing", r"'nothing' returned NoneType, wanted a list"),
+        ("text", r"'text' returned '2' for example 1 \('17='\), wanted a finite number or None"),
+        ("infinite", r"'infinite' returned nan for example 2 \('3='\)"),
+    ],
+)
+def test_a_reward_that_fails_names_itself_and_the_example(mine, name, message):
+    with pytest.raises(JaxdynError, match=message) as caught:
+        evaluate(f"{mine}:{name}")
+    assert "\n" not in str(caught.value)
+
+
+def test_a_missing_column_names_the_reward():
+    with pytest.raises(JaxdynError, match=r"'contains_words' failed.*column 'words'.* answer, fin"):
+        evaluate("contains_words")
+
+
+def test_an_answer_that_does_not_fit_names_the_example():
+    reward = make_reward(RewardConfig(("equation",)))
+    with pytest.raises(JaxdynError, match=r"example 1 \('q'\): ValueError.*'seven'"):
+        reward(["p", "q"], ["1+1", "3+4"], {"answer": ["2", "seven"]})
+
+
+@pytest.mark.parametrize(
+    ("path", "message"),
+    [
+        ("exact", "unknown reward 'exact': did you mean 'exact_match'"),
+        ("equations", "did you mean 'equation'"),
+        ("absent_module:f", "cannot import the reward 'absent_module:f': ModuleNotFoundError"),
+        ("broken_rewards.f", "ModuleNotFoundError: No module named 'absent_module'"),
+        ("my_rewards:absent", "cannot import.*AttributeError"),
+        ("my_rewards:constant", "is a int, not a function"),
+        ("regex_match", "needs pattern"),
+    ],
+)
+def test_a_reward_that_cannot_be_found(mine, path, message):
+    with pytest.raises(JaxdynError, match=message) as caught:
+        make_reward(RewardConfig((path,)))
+    assert "\n" not in str(caught.value)
+
+
+def test_config_errors(mine):
+    with pytest.raises(JaxdynError, match="2 functions but 1 weights"):
+        RewardConfig(("equation", "finished"), weights=(1.0,))
+    with pytest.raises(JaxdynError, match="functions is empty"):
+        RewardConfig(())
+    with pytest.raises(JaxdynError, match="two functions are named 'equation'"):
+        make_reward(RewardConfig(("equation", "equation")))
+
+
+def test_the_command_line_can_edit_it():
+    args = ["--functions", "length", "finished", "--weights", "1", "0.5", "--max-length", "9"]
+    config = tyro.cli(RewardConfig, args=args)
+    assert config == RewardConfig(("length", "finished"), (1.0, 0.5), max_length=9)

@@ -1,0 +1,125 @@
+import math
+
+import pytest
+
+from jaxdyn.rewards import (
+    contains_words,
+    equation,
+    exact_match,
+    finished,
+    last_number,
+    length,
+    numeric_match,
+    regex_match,
+)
+from jaxdyn.types import JaxdynError
+
+
+def score(reward, completions, **columns):
+    return reward(["?"] * len(completions), completions, **columns)
+
+
+def test_exact_match():
+    completions = ["yes", " yes\n", "Yes", "yes.", "7", "yes"]
+    answers = ["yes", "yes", "yes", "yes", 7, None]
+    assert score(exact_match(), completions, answer=answers) == [1, 1, 0, 0, 1, None]
+    assert score(exact_match("label"), ["a"], label=["a"], answer=["b"]) == [1]
+
+
+@pytest.mark.parametrize(
+    ("text", "number"),
+    [
+        ("so #### 72", 72),
+        ("#### 1,234", 1234),
+        ("1,234,567.50 dollars", 1234567.5),
+        ("pay $18.", 18),
+        ("first 3 then -4", -4),
+        ("8-5", 5),
+        ("x=-5", -5),
+        ("(3)-5", 5),
+        ("1,2345", 2345),
+        ("1,2,3", 3),
+        (".5", 0.5),
+        ("-.5", -0.5),
+        ("3.", 3),
+        ("2e3", 2000),
+        ("1.5E-3", 0.0015),
+        ("50%", 50),
+        ("+7", 7),
+        ("9" * 5000, math.inf),
+        ("none", None),
+        ("", None),
+        ("٣", None),
+    ],
+)
+def test_last_number(text, number):
+    assert last_number(text) == number
+
+
+def test_numeric_match():
+    completions = ["it is 72", "#### 1000", "72.1", "no number", "70 or 72", "5"]
+    answers = ["a\n#### 72", "1,000.0", "72", "72", "72", "unknown"]
+    assert score(numeric_match(), completions, answer=answers) == [1, 1, 0, 0, 1, None]
+    close = ["100.9", "101.1", "0.9", "0.5"]
+    # Relative above 1, absolute below it.
+    assert score(numeric_match(tolerance=0.01), close, answer=[100, 100, 1, 0.495]) == [1, 0, 0, 1]
+
+
+@pytest.mark.parametrize(
+    ("completion", "reward"),
+    [
+        ("9+8", 1),
+        ("20-3", 1),
+        (" 17 + 0\n", 1),
+        ("9+9", 0),
+        ("17", 0),
+        ("9+8+0", 0),
+        ("9+8=", 0),
+        ("09+8", 0),
+        ("-1+18", 0),
+        ("34/2", 0),
+        ("__import__('os')", 0),
+        ("", 0),
+        ("1" * 9000 + "+1", 0),
+    ],
+)
+def test_equation(completion, reward):
+    assert score(equation(), [completion], answer=["17"]) == [reward]
+
+
+def test_contains_words():
+    completions = ["The Ball was happy.", "She saw a balloon.", "happy-go-lucky", "", "a b", "ball"]
+    words = [["ball", "happy"]] * 4 + [[], "ball"]
+    assert score(contains_words(), completions, words=words) == [1, 0, 0.5, 0, None, 1]
+    strict = contains_words(all_or_nothing=True)
+    assert score(strict, completions, words=words) == [1, 0, 0, 0, None, 1]
+    # Words are text, not patterns.
+    assert score(contains_words(), ["axb", "a.b"], words=[["a.b"]] * 2) == [0, 1]
+
+
+def test_regex_match():
+    assert score(regex_match(r"^\d+$"), ["12", "12a", ""]) == [1, 0, 0]
+    with pytest.raises(JaxdynError, match=r"not a regular expression: '\('"):
+        regex_match("(")
+
+
+def test_length():
+    texts = ["", "ab", "abcd", "abcdef", "abcdefgh"]
+    assert score(length(2, 4), texts) == [0, 1, 1, 0, 0]
+    # Length 6 is 2 too long, 8 is 4 too long, 0 is 2 too short; a slack of 3 reaches 0 at 4.
+    assert score(length(2, 4, slack=3), texts) == [0.5, 1, 1, 0.5, 0]
+    assert score(length(4, 4, slack=3), texts) == [0, 0.5, 1, 0.5, 0]
+    assert score(length(3), texts) == [0, 0, 1, 1, 1]
+    tokens = length(2, 2, unit="tokens")
+    assert score(tokens, ["long text", "x"], completion_ids=[[1, 2], [1, 2, 3]]) == [1, 0]
+    with pytest.raises(JaxdynError, match="minimum 5, maximum 4"):
+        length(5, 4)
+
+
+def test_finished():
+    assert score(finished(), ["a", "b"], finished=[True, False]) == [1, 0]
+
+
+def test_a_missing_column_is_named():
+    with pytest.raises(JaxdynError, match="needs the column 'answer'; the examples have: words"):
+        score(exact_match(), ["a"], words=[["a"]])

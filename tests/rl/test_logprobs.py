@@ -1,0 +1,92 @@
+"""Token statistics against float64 numpy."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxdyn.rl import feature_statistics, per_token_kl, token_statistics
+
+
+def oracle(logits, ids, temperature):
+    scaled = np.asarray(logits, np.float64) / temperature
+    probs = np.exp(scaled - scaled.max(axis=-1, keepdims=True))
+    probs /= probs.sum(axis=-1, keepdims=True)
+    chosen = np.take_along_axis(probs, ids[..., None], axis=-1)[..., 0]
+    return np.log(chosen), -(probs * np.log(probs)).sum(axis=-1), probs.max(axis=-1)
+
+
+def inputs(dtype=jnp.float32):
+    rng = np.random.default_rng(0)
+    return jnp.asarray(rng.normal(0, 3, (2, 4, 11)), dtype), rng.integers(0, 11, (2, 4))
+
+
+# Logits reach |f| = 10 / temperature: a rounding of 2^-24 of that, over 11 terms, stays below 1e-5.
+@pytest.mark.parametrize("temperature", [0.5, 1.0, 1.7])
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_statistics_by_hand_in_float32_or_better(temperature, dtype):
+    logits, ids = inputs(dtype)
+    got = token_statistics(logits, jnp.asarray(ids), temperature)
+    assert got.logps.dtype == got.entropy.dtype == got.max_prob.dtype == jnp.float32
+    want = oracle(logits.astype(jnp.float32), ids, temperature)
+    for actual, expected in zip((got.logps, got.entropy, got.max_prob), want, strict=True):
+        np.testing.assert_allclose(actual, expected, rtol=0, atol=1e-5)
+
+
+def test_float64_stays_float64(x64):
+    logits, ids = inputs(jnp.float64)
+    got = token_statistics(logits, jnp.asarray(ids), 0.9)
+    for actual, expected in zip(
+        (got.logps, got.entropy, got.max_prob), oracle(logits, ids, 0.9), strict=True
+    ):
+        np.testing.assert_allclose(actual, expected, rtol=1e-13)
+
+
+def test_huge_logits_stay_finite():
+    got = token_statistics(jnp.asarray([[3e4, 0.0, -3e4]]), jnp.asarray([1]), 1.0)
+    np.testing.assert_array_equal([got.logps[0], got.entropy[0], got.max_prob[0]], [-3e4, 0, 1])
+
+
+def test_temperature_zero_is_read_as_one():
+    logits, ids = inputs()
+    got, want = (token_statistics(logits, jnp.asarray(ids), t) for t in (0.0, 1.0))
+    np.testing.assert_array_equal(got.logps, want.logps)
+
+
+def test_temperature_is_traced():
+    logits, ids = inputs()
+    jitted = jax.jit(token_statistics)
+    cold, warm = (jitted(logits, jnp.asarray(ids), jnp.float32(t)) for t in (0.5, 2.0))
+    assert (warm.entropy > cold.entropy).all()
+    assert jitted._cache_size() == 1
+
+
+def test_gradient_is_token_minus_policy_over_temperature(x64):
+    logits, ids = inputs(jnp.float64)
+    total = lambda f: token_statistics(f, jnp.asarray(ids), 0.7).logps.sum()
+    want = (jax.nn.one_hot(ids, 11) - jax.nn.softmax(logits / 0.7)) / 0.7
+    np.testing.assert_allclose(jax.grad(total)(logits), want, atol=1e-14)
+
+
+def test_statistics_from_features_and_classifier():
+    rng = np.random.default_rng(1)
+    features = jnp.asarray(rng.normal(size=(2, 4, 3)), jnp.float32)
+    classifier = {"weight": jnp.asarray(rng.normal(size=(11, 3)), jnp.float32)}
+    logits_fn = lambda classifier, phi: jnp.einsum("btd,vd->btv", phi, classifier["weight"])
+    ids = jnp.asarray(rng.integers(0, 11, (2, 4)))
+    got = feature_statistics(logits_fn, classifier, features, ids, 0.8)
+    logits = np.asarray(features, np.float64) @ np.asarray(classifier["weight"], np.float64).T
+    want = oracle(logits, np.asarray(ids), 0.8)
+    np.testing.assert_allclose(got.logps, want[0], rtol=0, atol=1e-5)
+    np.testing.assert_allclose(got.entropy, want[1], rtol=0, atol=1e-5)
+
+
+def test_kl_estimators_by_hand_and_in_expectation(x64):
+    rng = np.random.default_rng(2)
+    logp, ref = (np.log(rng.dirichlet(np.ones(7))) for _ in range(2))
+    exact = np.exp(logp) @ (logp - ref)
+    estimate = lambda kind: per_token_kl(kind, jnp.asarray(logp), jnp.asarray(ref))
+    np.testing.assert_allclose(np.exp(logp) @ estimate("k1"), exact, rtol=1e-12)
+    np.testing.assert_allclose(np.exp(logp) @ estimate("k3"), exact, rtol=1e-12)
+    np.testing.assert_allclose(estimate("k2"), (logp - ref) ** 2 / 2, rtol=1e-12)
+    assert (estimate("k3") >= 0).all()
