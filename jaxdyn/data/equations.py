@@ -2,9 +2,10 @@
 
     prompt `17=`        completion `9+8`, or `20-3`, or ...
 
-Every target N in [lowest, highest] has the same number of right answers over operands in
-[0, highest]: N + 1 sums and highest - N + 1 differences, highest + 2 in all. So the reward is
-verifiable and the diversity of a policy's right answers is a quantity of its own.
+Demonstrations have a second operand of at most `largest_second`, k: min(N, k) + 1 sums and k + 1
+differences, each as likely as the others of its operator. Any expression of that form that equals N
+is right. So the reward is verifiable and the diversity of a policy's right answers is a quantity of
+its own.
 """
 
 import dataclasses
@@ -24,7 +25,9 @@ class EquationsConfig:
     lowest: int = 10
     """Smallest target."""
     highest: int = 99
-    """Largest target, and largest operand."""
+    """Largest target."""
+    largest_second: int = 9
+    """Largest second operand of a demonstration."""
     per_target: int = 32
     """Supervised examples for each target of the train split."""
     noise: float = 0.0
@@ -38,6 +41,10 @@ class EquationsConfig:
             raise JaxdynError(
                 f"equations: wanted 0 <= lowest < highest, got {self.lowest} and {self.highest}"
             )
+        if self.largest_second < 0:
+            raise JaxdynError(
+                f"equations: largest_second must not be negative, got {self.largest_second}"
+            )
         if self.per_target < 1:
             raise JaxdynError(f"equations: per_target must be at least 1, got {self.per_target}")
         if not 0 <= self.noise <= 1:
@@ -48,12 +55,12 @@ class EquationsConfig:
             raise JaxdynError(f"equations: seed must not be negative, got {self.seed}")
 
 
-def expression(rng: np.random.Generator, target: int, highest: int) -> str:
-    """A uniformly drawn operator, then a uniformly drawn pair of operands that gives `target`."""
+def expression(rng: np.random.Generator, target: int, largest_second: int) -> str:
+    """A uniformly drawn operator, then a uniformly drawn second operand, that give `target`."""
     if rng.random() < 0.5:
-        first = int(rng.integers(0, target + 1))
-        return f"{first}+{target - first}"
-    second = int(rng.integers(0, highest - target + 1))
+        second = int(rng.integers(0, min(target, largest_second) + 1))
+        return f"{target - second}+{second}"
+    second = int(rng.integers(0, largest_second + 1))
     return f"{target + second}-{second}"
 
 
@@ -77,6 +84,6 @@ def equations(config: EquationsConfig, split: str) -> Iterator[dict[str, str]]:
                 shown += shown >= target
             yield {
                 "prompt": f"{target}=",
-                "completion": expression(rng, shown, config.highest),
+                "completion": expression(rng, shown, config.largest_second),
                 "answer": str(target),
             }

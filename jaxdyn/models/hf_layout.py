@@ -1,6 +1,7 @@
 """Where each parameter lives in a Hugging Face checkpoint: name, orientation, fused matrices."""
 
 import dataclasses
+import functools
 from collections.abc import Sequence
 
 import jax
@@ -103,7 +104,8 @@ class StoredTensor:
         return np.ascontiguousarray(tensor.T if self.transposed else tensor)
 
 
-def stored_tensors(model: LanguageModel) -> list[StoredTensor]:
+@functools.lru_cache(maxsize=8)
+def stored_tensors(model: LanguageModel) -> tuple[StoredTensor, ...]:
     """Every tensor that a checkpoint of this model holds."""
     config = model.config
     modules = _MODULES[config.architecture]
@@ -128,7 +130,7 @@ def stored_tensors(model: LanguageModel) -> list[StoredTensor]:
                 blocks=config.num_heads if config.architecture == "gpt_neox" else 1,
             )
         )
-    return stored
+    return tuple(stored)
 
 
 def body_prefix(model: LanguageModel) -> str:

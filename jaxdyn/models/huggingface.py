@@ -133,7 +133,9 @@ def _read_weights(model: LanguageModel, tensors: dict[str, _Tensor]) -> Params:
     return {"classifier": {}, **unflatten_dict(leaves)}
 
 
-def _check(model: LanguageModel, stored: list[StoredTensor], tensors: dict[str, _Tensor]) -> None:
+def _check(
+    model: LanguageModel, stored: Sequence[StoredTensor], tensors: dict[str, _Tensor]
+) -> None:
     """That the headers promise exactly the tensors this model has."""
     wanted = {name: s.shape for s in stored for name in s.names}
     files = ", ".join(sorted({str(tensor.path) for tensor in tensors.values()}))
@@ -240,7 +242,7 @@ def save_pretrained(
                 path.unlink(missing_ok=True)
 
 
-def _check_params(stored: list[StoredTensor], leaves: dict) -> None:
+def _check_params(stored: Sequence[StoredTensor], leaves: dict) -> None:
     shapes = {
         path: ((len(s.names), *shape) if s.stacked else shape)
         for s in stored
@@ -270,7 +272,7 @@ def _shards(sizes: dict[str, int], max_bytes: int) -> dict[str, list[str]]:
     return {f"model-{i:05d}-of-{len(groups):05d}.safetensors": g for i, g in enumerate(groups, 1)}
 
 
-def _tensors(stored: list[StoredTensor], leaves: dict) -> Iterator[tuple[str, np.ndarray]]:
+def _tensors(stored: Sequence[StoredTensor], leaves: dict) -> Iterator[tuple[str, np.ndarray]]:
     """The checkpoint's tensors in order, packed one at a time."""
     for s in stored:
         arrays = [np.asarray(leaves[path], np.float32) for path in s.leaves]

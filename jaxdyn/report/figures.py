@@ -1,6 +1,7 @@
 """Figures of the training itself; each draws all runs, and is None if no run has the data."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 from jaxdyn.report.load import Run
 from jaxdyn.report.plotting import (
@@ -19,9 +20,10 @@ def reward(runs: Sequence[Run]) -> Exhibit | None:
     """Reward against steps and against the time spent training."""
     figure, axes = grid_of_panels(1, 2, height=3.7)
     left, right = axes[0]
-    panel = Panel("reward", "Against RL steps", "mean reward of a step's completions", smooth=True)
+    unit = "mean reward of a step's completions"
+    panel = Panel("reward", "Against RL steps", unit, smooth=True, evaluated=True)
     rows = draw_series(left, runs, panel)
-    draw_series(right, runs, Panel("reward", "Against time", panel.unit, smooth=True), "time/wall")
+    draw_series(right, runs, replace(panel, title="Against time"), against="time/wall")
     right.set_xlabel("training time (s)")
     if not rows:
         return None
@@ -72,7 +74,7 @@ def confidence(runs: Sequence[Run]) -> Exhibit | None:
         title="Confidence, entropy and diversity",
         shows="How sure the policy is of its next token (top: largest probability; middle: "
         "entropy), both on what it samples itself and on fixed probe sites that do not change "
-        "with it, and how varied a prompt's completions are (bottom; circles: evaluation).",
+        "with it, and how varied a prompt's completions are (bottom).",
         expects="The paper leads one to expect that RL raises confidence, and with it lowers "
         "entropy and diversity, and that CF-RL raises confidence more than standard RL.",
         figure=figure,

@@ -97,7 +97,8 @@ class Exhibit:
 class Panel:
     """A quantity over steps: its key in the log, its title and its axis label with the unit.
 
-    `smooth`: the mean line is a running mean. `from_zero`: the axis starts at 0.
+    `smooth`: the mean line is a running mean. `from_zero`: the axis starts at 0. `evaluated`:
+    circles mark the same quantity on the evaluation prompts, logged under `eval_` and the key.
     """
 
     key: str
@@ -105,6 +106,7 @@ class Panel:
     unit: str
     smooth: bool = False
     from_zero: bool = False
+    evaluated: bool = False
 
 
 def by_schedule(runs: Sequence[Run]) -> dict[str, list[Run]]:
@@ -145,8 +147,7 @@ def draw_series(axes: Axes, runs: Sequence[Run], panel: Panel, against: str | No
     """Draw a quantity over steps, or against another logged one; return rows of SERIES_COLUMNS.
 
     The mean is over the seeds at the steps all of them logged, so that it never jumps where one
-    run ends; smoothed, it is a running mean over a twentieth of the steps. Where the quantity was
-    also measured on the evaluation prompts, under `eval_` and its key, a circle marks it.
+    run ends; smoothed, it is a running mean over a twentieth of the steps.
     """
     rows: Rows = []
     for schedule, group in by_schedule(runs).items():
@@ -158,7 +159,7 @@ def draw_series(axes: Axes, runs: Sequence[Run], panel: Panel, against: str | No
                 thin: dict[str, Any] = {"color": colour(schedule), "linewidth": 0.8, "alpha": 0.4}
                 thin["marker"] = "." if len(line) == 1 else None
                 axes.plot(*zip(*line.values(), strict=True), **thin)
-            circles = _line(run, f"eval_{panel.key}", against, rows)
+            circles = _line(run, f"eval_{panel.key}", against, rows) if panel.evaluated else {}
             if circles:
                 axes.plot(*zip(*circles.values(), strict=True), **circle(colour(schedule)))
         shared = sorted(set.intersection(*map(set, lines))) if lines else []

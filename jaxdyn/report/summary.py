@@ -137,14 +137,16 @@ def in_words(runs: Sequence[Run]) -> list[str]:
                 parts.append(f"{name} {number(table[key, schedule][2])}")
         if parts:
             sentences.append(f"Under {label(schedule)} (n = {len(group)}), {_listing(parts)}.")
-    difference = paired_difference(runs, "classifier_first", "joint")
-    if difference:
-        mean, deviation, pairs = difference
-        spread = f"standard deviation {number(deviation)}, " if deviation is not None else ""
-        sentences.append(
-            f"With the same seeds, CF-RL's reward ended {number(abs(mean))} "
-            f"{'above' if mean >= 0 else 'below'} standard RL's ({spread}n = {pairs})."
-        )
+    for against in ("joint", "joint_extra"):
+        difference = paired_difference(runs, "classifier_first", against)
+        if difference:
+            mean, deviation, pairs = difference
+            spread = f"standard deviation {number(deviation)}, " if deviation is not None else ""
+            sentences.append(
+                f"With the same seeds, CF-RL's reward ended {number(abs(mean))} "
+                f"{'above' if mean >= 0 else 'below'} that of {label(against)} "
+                f"({spread}n = {pairs})."
+            )
     return sentences
 
 

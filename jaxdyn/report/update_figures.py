@@ -1,6 +1,7 @@
 """Figures of what the updates did; each draws all runs, and is None if no run has the data."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -49,21 +50,27 @@ def prediction(runs: Sequence[Run]) -> Exhibit | None:
     figure, axes = grid_of_panels(len(groups), len(columns), height=10.5 / len(columns))
     rows = Rows()
     for line, (schedule, changes) in zip(axes, groups.items(), strict=True):
-        drawn = [np.concatenate([c[k] for *_, c in changes]) for k in (*columns, "actual")]
-        reach = 1.08 * max(float(np.max(np.abs(values))) for values in drawn) or 1.0
+        together = {k: np.concatenate([c[k] for *_, c in changes]) for k in (*columns, "actual")}
+        reach = {name: 1.08 * float(np.max(np.abs(v))) or 1.0 for name, v in together.items()}
+        tall = reach["actual"] = reach["predicted"] = max(reach["actual"], reach["predicted"])
         for cell, column in zip(line, columns, strict=True):
-            x, y = (np.concatenate([c[k] for *_, c in changes]) for k in (column, "actual"))
-            for _, _, classifier, c in changes:
+            for *_, classifier, c in changes:
                 face = "none" if classifier else colour(schedule)
-                style = {"s": 13, "alpha": 0.55, "linewidth": 0.7, "rasterized": True}
-                cell.scatter(
-                    c[column], c["actual"], facecolor=face, edgecolor=colour(schedule), **style
-                )
-            cell.plot([-reach, reach], [-reach, reach], color="#333333", linewidth=0.9, zorder=1.5)
-            cell.locator_params(nbins=5)
-            cell.set(xlim=(-reach, reach), ylim=(-reach, reach), aspect="equal")
+                style: dict[str, Any] = {
+                    "s": 13,
+                    "alpha": 0.55,
+                    "linewidth": 0.7,
+                    "rasterized": True,
+                }
+                style |= {"facecolor": face, "edgecolor": colour(schedule)}
+                cell.scatter(c[column], c["actual"], **style)
+            cell.plot([-tall, tall], [-tall, tall], color="#333333", linewidth=0.9, zorder=1.5)
+            cell.locator_params(nbins=4)
+            wide = reach[column]
+            cell.set(xlim=(-wide, wide), ylim=(-tall, tall), box_aspect=1)
             name = "total, first order" if column == "predicted" else column
-            cell.set_title(f"{name}: r = {correlation(x, y):.3f}")
+            r = correlation(together[column], together["actual"])
+            cell.set_title(f"{name}: r = {r:.3f}")
             cell.set_xlabel("predicted Δ log π (nats)")
         line[0].set_ylabel(f"{label(schedule)}\nactual Δ log π (nats)")
         for run, step, classifier, c in changes:
@@ -84,7 +91,8 @@ def prediction(runs: Sequence[Run]) -> Exhibit | None:
         title="Predicted against actual change",
         shows="Each dot is one probe site at one update (the first, the middle and the last probed "
         "one of every run): how much the log-probability of its token really changed, against the "
-        "first-order prediction in total and by NTK component, with Pearson's r.",
+        "first-order prediction in total and, each on a scale of its own, by NTK component, with "
+        "Pearson's r.",
         expects="The paper's account is a first-order one, so it leads one to expect the total on "
         "the diagonal, and each component to matter as far as it follows the actual change.",
         figure=figure,
@@ -98,15 +106,12 @@ def shares(runs: Sequence[Run]) -> Exhibit | None:
     names = COMPONENTS if cross else COMPONENTS[:2]
     size = "rms Δ log π (nats)"
     top = (
-        *(Panel(f"share/{c}", f"Share of the {c} component", "of the prediction") for c in names),
+        *(Panel(f"share/{c}", f"Share: {c}", "of the prediction") for c in names),
         Panel("delta/correlation", "Predicted against actual", "Pearson's r over sites"),
     )
     bottom = (
-        *(
-            Panel(f"delta/{c}/rms", f"Size of the {c} component", size, from_zero=True)
-            for c in names
-        ),
-        Panel("delta/residual/rms", "Size of what first order misses", size, from_zero=True),
+        *(Panel(f"delta/{c}/rms", f"Size: {c}", size, from_zero=True) for c in names),
+        Panel("delta/residual/rms", "Size: beyond first order", size, from_zero=True),
     )
     figure, axes = grid_of_panels(2, len(top), height=2.6)
     rows = Rows()

@@ -9,7 +9,8 @@ where n counts the sequences or the tokens of the *whole* batch. Every metric is
 So with the whole batch's `Normalizer` the losses, metrics and gradients of micro-batches add up to
 the batch's: gradient accumulation changes nothing.
 
-A loss here differs from its paper in one respect only: an omitted ℓᵒ means ℓᵒ = stop_gradient(ℓ).
+Deviations from the papers: an omitted ℓᵒ means ℓᵒ = stop_gradient(ℓ), so ρ = 1; RLOO's sequence
+ratio is clipped, which changes nothing on the first pass over a batch; REINFORCE uses no ℓᵒ.
 """
 
 import dataclasses

@@ -186,7 +186,7 @@ def test_page_shows_the_summary_and_states_differences_at_equal_seeds(page, runs
     mean, deviation, pairs = summary.paired_difference(runs, "classifier_first", "joint")
     assert (mean, pairs) == (pytest.approx(np.mean(gaps), rel=1e-9), 2)
     assert deviation == pytest.approx(np.std(gaps, ddof=1), abs=1e-12)
-    assert f"CF-RL's reward ended {-mean:.3f} below standard RL's" in text
+    assert f"CF-RL's reward ended {-mean:.3f} below that of standard RL" in text
     after = np.mean([reward(39, seed) - 0.05 for seed in (0, 1)])
     assert f"0.155 ± 0.007 → {after:.3f} ± 0.007" in text
     assert "2 (0, 1)" in text

@@ -1,0 +1,228 @@
+"""config.json in and out: real models' shapes, both spellings, and refusals that name the field."""
+
+import dataclasses
+
+import jax
+import numpy as np
+import pytest
+import tiny_checkpoints
+
+from jaxdyn.models import (
+    LanguageModel,
+    RotaryScaling,
+    config_from_hf,
+    config_to_hf,
+    gpt_neox,
+)
+from jaxdyn.types import JaxdynError
+
+PYTHIA_2_8B = {
+    "model_type": "gpt_neox",
+    "vocab_size": 50304,
+    "hidden_size": 2560,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "intermediate_size": 10240,
+    "max_position_embeddings": 2048,
+    "hidden_act": "gelu",
+    "layer_norm_eps": 1e-05,
+    "rotary_pct": 0.25,
+    "rotary_emb_base": 10000,
+    "use_parallel_residual": True,
+    "tie_word_embeddings": False,
+}
+LLAMA_3_2_1B = {
+    "model_type": "llama",
+    "vocab_size": 128256,
+    "hidden_size": 2048,
+    "num_hidden_layers": 16,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "head_dim": 64,
+    "intermediate_size": 8192,
+    "max_position_embeddings": 131072,
+    "hidden_act": "silu",
+    "rms_norm_eps": 1e-05,
+    "rope_theta": 500000.0,
+    "rope_scaling": {
+        "rope_type": "llama3",
+        "factor": 32.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 8192,
+    },
+    "tie_word_embeddings": True,
+}
+QWEN_2_5_HALF_B = {
+    "model_type": "qwen2",
+    "vocab_size": 151936,
+    "hidden_size": 896,
+    "num_hidden_layers": 24,
+    "num_attention_heads": 14,
+    "num_key_value_heads": 2,
+    "intermediate_size": 4864,
+    "max_position_embeddings": 32768,
+    "hidden_act": "silu",
+    "rms_norm_eps": 1e-06,
+    "rope_theta": 1000000.0,
+    "use_sliding_window": False,
+    "sliding_window": 32768,
+    "max_window_layers": 21,
+    "tie_word_embeddings": True,
+}
+GPT2 = {
+    "model_type": "gpt2",
+    "vocab_size": 50257,
+    "n_embd": 768,
+    "n_layer": 12,
+    "n_head": 12,
+    "n_positions": 1024,
+    "n_ctx": 1024,
+    "activation_function": "gelu_new",
+    "layer_norm_epsilon": 1e-05,
+}
+
+
+@pytest.mark.parametrize(
+    ("data", "parameters"),
+    [
+        (PYTHIA_2_8B, 2_775_208_960),
+        (LLAMA_3_2_1B, 1_235_814_400),
+        (QWEN_2_5_HALF_B, 494_032_768),
+        (GPT2, 124_439_808),
+    ],
+    ids=["pythia-2.8b", "llama-3.2-1b", "qwen2.5-0.5b", "gpt2"],
+)
+def test_published_models_have_their_published_number_of_parameters(data, parameters):
+    model = LanguageModel(config_from_hf(data))
+    shapes = jax.eval_shape(model.init, jax.random.key(0))
+    assert sum(np.prod(leaf.shape) for leaf in jax.tree.leaves(shapes)) == parameters
+
+
+def test_pythias_config_is_our_constructors():
+    assert config_from_hf(PYTHIA_2_8B) == gpt_neox(
+        vocab_size=50304, width=2560, num_layers=32, num_heads=32
+    )
+    assert config_from_hf(PYTHIA_2_8B).rotary_dim == 20
+
+
+def test_both_spellings_of_rotary_positions_mean_the_same():
+    old = {k: v for k, v in PYTHIA_2_8B.items() if not k.startswith("rotary")}
+    new = {"rope_type": "default", "rope_theta": 500, "partial_rotary_factor": 0.5}
+    spelled_old = config_from_hf({**old, "rotary_pct": 0.5, "rotary_emb_base": 500})
+    assert config_from_hf({**old, "rope_parameters": new}) == spelled_old
+    # Inside wins over beside.
+    both = {**old, "rotary_pct": 0.1, "rotary_emb_base": 7, "rope_parameters": new}
+    assert config_from_hf(both) == spelled_old
+
+    scaling = LLAMA_3_2_1B["rope_scaling"]
+    rest = {k: v for k, v in LLAMA_3_2_1B.items() if k not in ("rope_scaling", "rope_theta")}
+    spelled_new = config_from_hf({**rest, "rope_parameters": {**scaling, "rope_theta": 500000.0}})
+    assert spelled_new == config_from_hf(LLAMA_3_2_1B)
+    assert spelled_new.rotary_scaling == RotaryScaling("llama3", 32.0, 1.0, 4.0, 8192)
+    assert spelled_new.rotary_base == 500000.0
+
+
+def test_absent_fields_take_transformers_defaults():
+    few = {k: v for k, v in LLAMA_3_2_1B.items() if k in tiny_checkpoints.CONFIGS["qwen2"]}
+    del few["num_key_value_heads"], few["rms_norm_eps"], few["rope_theta"]
+    config = config_from_hf({**few, "tie_word_embeddings": None})
+    assert (config.num_kv_heads, config.head_dim, config.norm_eps) == (32, 64, 1e-6)
+    assert (config.rotary_base, config.rotary_scaling, config.tied) == (10000.0, None, False)
+    neox = {k: v for k, v in PYTHIA_2_8B.items() if not k.startswith("rotary")}
+    assert config_from_hf(neox).rotary_fraction == 0.25
+    assert config_from_hf(GPT2).tied
+    assert config_from_hf(GPT2).mlp_width == 3072
+
+
+@pytest.mark.parametrize("name", tiny_checkpoints.CONFIGS)
+def test_to_hugging_face_and_back_is_the_same(name):
+    config = config_from_hf(tiny_checkpoints.CONFIGS[name])
+    data = config_to_hf(config, bos_token_id=0, stop_ids=(5,))
+    assert config_from_hf(data) == config
+    assert (data["bos_token_id"], data["eos_token_id"]) == (0, 5)
+    assert config_to_hf(config, stop_ids=(5, 6))["eos_token_id"] == [5, 6]
+    assert config_to_hf(config)["eos_token_id"] is None
+    # Either spelling alone suffices, so that old and new versions of transformers agree.
+    for spelling in ("rope_scaling", "rope_parameters"):
+        without = {k: v for k, v in data.items() if k != spelling}
+        assert config_from_hf(without) == config
+
+
+@pytest.mark.parametrize("name", tiny_checkpoints.CONFIGS)
+@pytest.mark.parity
+def test_transformers_reads_the_same_rotary_settings(name):
+    transformers = pytest.importorskip("transformers")
+    config = config_from_hf(tiny_checkpoints.CONFIGS[name])
+    if not config.rotary_dim:
+        pytest.skip("learned positions")
+    data = config_to_hf(config)
+    theirs = transformers.AutoConfig.for_model(data.pop("model_type"), **data).rope_parameters
+    assert theirs["rope_theta"] == config.rotary_base
+    assert theirs.get("partial_rotary_factor", 1.0) == config.rotary_fraction
+    kind = config.rotary_scaling.kind if config.rotary_scaling else "default"
+    assert theirs["rope_type"] == kind
+
+
+LLAMA = LLAMA_3_2_1B
+REFUSED = [
+    (LLAMA, {"model_type": "mistral"}, "model_type = 'mistral'", "gpt_neox, llama, qwen2, gpt2"),
+    (LLAMA, {"model_type": None}, "no model_type", ""),
+    (LLAMA, {"hidden_size": None}, "no hidden_size", ""),
+    (LLAMA, {"hidden_size": "big"}, "hidden_size = 'big'", "a whole number from 1"),
+    (LLAMA, {"num_hidden_layers": 0}, "num_hidden_layers = 0", "a whole number from 1"),
+    (LLAMA, {"vocab_size": True}, "vocab_size = True", "a whole number from 1"),
+    (LLAMA, {"rms_norm_eps": 0}, "rms_norm_eps = 0", "a number above 0"),
+    (LLAMA, {"rope_theta": float("nan")}, "rope_theta = nan", "a number above 0"),
+    (LLAMA, {"attention_bias": "yes"}, "attention_bias = 'yes'", "true or false"),
+    (LLAMA, {"hidden_act": "quick_gelu"}, "hidden_act = 'quick_gelu'", "gelu"),
+    (LLAMA, {"rope_scaling": {"type": "yarn"}}, "rope_scaling.type = 'yarn'", "linear, llama3"),
+    (LLAMA, {"rope_scaling": {"rope_type": "linear"}}, "no rope_scaling.factor", ""),
+    (LLAMA, {"rope_scaling": "linear"}, "rope_scaling = 'linear'", "one set of parameters"),
+    (
+        LLAMA,
+        {"rope_scaling": None, "rope_parameters": {"full_attention": {"rope_theta": 1.0}}},
+        "rope_parameters = {'full_attention'",
+        "one set of parameters",
+    ),
+    (LLAMA, {"partial_rotary_factor": 0.5}, "partial_rotary_factor = 0.5", "1"),
+    (LLAMA, {"quantization_config": {"bits": 4}}, "quantization_config = {'bits': 4}", "none"),
+    (LLAMA, {"num_local_experts": 8}, "num_local_experts = 8", "none"),
+    (LLAMA, {"num_key_value_heads": 5}, "num_heads (32)", "num_kv_heads (5)"),
+    (PYTHIA_2_8B, {"rotary_pct": 1.5}, "partial_rotary_factor = 1.5", "up to 1"),
+    (PYTHIA_2_8B, {"num_attention_heads": 48}, "attention heads = 48", "divisors of 2560"),
+    (QWEN_2_5_HALF_B, {"use_sliding_window": True}, "use_sliding_window = True", "false"),
+    (
+        QWEN_2_5_HALF_B,
+        {"num_hidden_layers": 2, "layer_types": ["full_attention", "sliding_attention"]},
+        "layer_types = ['full_attention', 'sliding_attention']",
+        "full_attention in every layer",
+    ),
+    (GPT2, {"scale_attn_by_inverse_layer_idx": True}, "inverse_layer_idx = True", "false"),
+    (GPT2, {"scale_attn_weights": False}, "scale_attn_weights = False", "true"),
+    (GPT2, {"add_cross_attention": True}, "add_cross_attention = True", "false"),
+]
+
+
+@pytest.mark.parametrize(("base", "change", "named", "supported"), REFUSED)
+def test_what_we_do_not_compute_is_refused_by_name(base, change, named, supported):
+    with pytest.raises(JaxdynError) as error:
+        config_from_hf({**base, **change})
+    message = str(error.value)
+    assert named in message
+    assert supported in message
+    assert "\n" not in message
+
+
+def test_a_sliding_window_that_no_layer_uses_is_no_obstacle():
+    unused = {**QWEN_2_5_HALF_B, "use_sliding_window": True, "max_window_layers": 24}
+    assert config_from_hf(unused) == config_from_hf(QWEN_2_5_HALF_B)
+
+
+def test_a_configuration_the_family_cannot_express_is_not_exported():
+    parallel_llama = dataclasses.replace(config_from_hf(LLAMA), parallel_residual=True)
+    with pytest.raises(JaxdynError, match="cannot express parallel_residual = True"):
+        config_to_hf(parallel_llama)
+    biased = dataclasses.replace(config_from_hf(GPT2), classifier_bias=True)
+    with pytest.raises(JaxdynError, match="cannot express classifier_bias = True"):
+        config_to_hf(biased)

@@ -1,0 +1,109 @@
+"""Tiny models of every architecture, and the plainest computation of what the package is about.
+
+Everything here is brute force in float64: full Jacobians, explicit contractions.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxdyn.models import LanguageModel, gpt_neox
+from jaxdyn.types import Sites
+
+VOCAB = 11
+NEOX = gpt_neox(VOCAB, width=8, num_layers=2, num_heads=2, max_positions=32, rotary_fraction=0.5)
+LLAMA = dataclasses.replace(
+    NEOX,
+    architecture="llama",
+    num_kv_heads=1,
+    norm="rms",
+    activation="silu",
+    gated_mlp=True,
+    parallel_residual=False,
+    rotary_fraction=1.0,
+    qkv_bias=False,
+    attention_out_bias=False,
+    mlp_bias=False,
+)
+QWEN2 = dataclasses.replace(LLAMA, architecture="qwen2", num_kv_heads=2, qkv_bias=True)
+GPT2 = dataclasses.replace(
+    NEOX,
+    architecture="gpt2",
+    activation="gelu_new",
+    parallel_residual=False,
+    rotary_fraction=0.0,
+)
+CONFIGS = {
+    f"{config.architecture}-{'tied' if tied else 'untied'}": dataclasses.replace(config, tied=tied)
+    for config in (NEOX, LLAMA, QWEN2, GPT2)
+    for tied in (False, True)
+}
+
+
+def tiny_model(name, dtype=jnp.float64):
+    """A model and random parameters far from their small initial values."""
+    model = LanguageModel(CONFIGS[name], dtype)
+    shapes = jax.eval_shape(model.init, jax.random.key(0))
+    rng = np.random.default_rng(0)
+    draw = lambda path, x: jnp.asarray(
+        (1.0 if "scale" in str(path) else 0.0) + 0.3 * rng.standard_normal(x.shape), dtype
+    )
+    return model, jax.tree_util.tree_map_with_path(draw, shapes)
+
+
+def tiny_sites():
+    """Five sites in three sequences, padded on the left and on the right."""
+    rng = np.random.default_rng(1)
+    tokens = rng.integers(0, VOCAB, (3, 6))
+    mask = np.array([[1, 1, 1, 1, 1, 1], [0, 0, 1, 1, 1, 1], [0, 1, 1, 1, 1, 0]], bool)
+    rows, positions = np.array([0, 0, 1, 2, 2]), np.array([2, 5, 3, 1, 4])
+    return Sites(
+        tokens=jnp.asarray(tokens, jnp.int32),
+        mask=jnp.asarray(mask),
+        rows=jnp.asarray(rows, jnp.int32),
+        positions=jnp.asarray(positions, jnp.int32),
+        targets=jnp.asarray(rng.integers(0, VOCAB, 5), jnp.int32),
+        is_prompt=jnp.asarray([True, False, True, True, False]),
+    )
+
+
+def site_logits(model, view, sites):
+    """f at the sites, [N, V], straight from the model's two functions."""
+    phi = model.features(view["backbone"], sites.tokens, sites.mask)
+    return model.logits(view["classifier"], phi)[sites.rows, sites.positions]
+
+
+def path_jacobians(model, params, sites):
+    """∂f/∂θ by path: {"head": [N, V, Vd], "body": [N, V, P]} of an untied view, flattened.
+
+    For a tied model the shared matrix is a column block of both.
+    """
+    view = model.view(params)
+
+    def logits(classifier, backbone):
+        return site_logits(model, {"classifier": classifier, "backbone": backbone}, sites)
+
+    both = jax.jacrev(logits, argnums=(0, 1))(view["classifier"], view["backbone"])
+    n = len(sites.rows)
+    flat = lambda tree: jnp.concatenate(
+        [x.reshape(n, VOCAB, -1) for x in jax.tree.leaves(tree)], axis=-1
+    )
+    embedding = both[1]["embed"]["embedding"].reshape(n, VOCAB, -1)
+    weight = both[0]["weight"].reshape(n, VOCAB, -1)
+    return {"head": flat(both[0]), "body": flat(both[1]), "weight": weight, "embed": embedding}
+
+
+def component_kernels(model, params, sites):
+    """Θ(s, s') [N, V, N, V] by component, as contractions of full Jacobians."""
+    j = path_jacobians(model, params, sites)
+    outer = lambda a, b: jnp.einsum("nvp,mwp->nvmw", a, b)
+    cross = jnp.zeros_like(outer(j["head"], j["head"]))
+    if model.config.tied:
+        cross = outer(j["weight"], j["embed"]) + outer(j["embed"], j["weight"])
+    return {
+        "representation": outer(j["head"], j["head"]),
+        "gradient": outer(j["body"], j["body"]),
+        "cross": cross,
+    }

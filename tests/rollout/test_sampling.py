@@ -1,0 +1,107 @@
+"""Tokens drawn: which ones can be, how often, and what is recorded about them."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from scipy import stats
+
+from jaxdyn.rollout import sample_token
+from jaxdyn.rollout.sampling import filtered
+
+KEY = jax.random.key(0)
+
+
+def numpy_support(logits, top_k, top_p):
+    """Which tokens remain, by sorting: the k likeliest, then of those the nucleus."""
+    support = np.zeros(logits.shape, bool)
+    for row, f in enumerate(np.asarray(logits, np.float64)):
+        order = np.argsort(-f)[: top_k if top_k else None]
+        probs = np.exp(f[order] - f[order[0]])
+        probs /= probs.sum()
+        before = np.cumsum(probs) - probs
+        support[row, order[before < top_p] if top_p < 1 else order] = True
+    return support
+
+
+def draw(logits, temperature=1.0, top_k=0, top_p=1.0, key=KEY):
+    args = (np.float32(temperature), np.int32(top_k), np.float32(top_p))
+    return jax.jit(sample_token)(key, logits, *map(jnp.asarray, args))
+
+
+# A sum of V probabilities in float32 errs by at most V * 2^-24: the nucleus found must lie between
+# the exact ones of a probability smaller and larger by that.
+@pytest.mark.parametrize("top_p", [1.0, 0.999, 0.9, 0.5, 0.05])
+@pytest.mark.parametrize(
+    "top_k, size", [(0, 41), (1, 41), (7, 41), (41, 41), (1000, 41), (9, 9000)]
+)
+def test_filters_keep_what_a_sort_keeps(top_k, size, top_p):
+    logits = jnp.asarray(np.random.default_rng(0).normal(0, 3, (8, size)), jnp.float32)
+    got = filtered(logits, jnp.int32(top_k), jnp.float32(top_p))
+    kept = np.isfinite(got)
+    error = size * 2.0**-24 if top_p < 1 else 0
+    assert (kept >= numpy_support(logits, top_k, top_p - error)).all()
+    assert (kept <= numpy_support(logits, top_k, top_p + error)).all()
+    np.testing.assert_array_equal(np.asarray(got)[kept], np.asarray(logits)[kept])
+
+
+def test_nucleus_of_a_large_vocabulary():
+    logits = jnp.asarray(np.random.default_rng(1).normal(0, 2, (2, 50_000)), jnp.float32)
+    kept = np.isfinite(filtered(logits, jnp.int32(0), jnp.float32(0.9)))
+    error = 50_000 * 2.0**-24
+    assert (kept >= numpy_support(logits, 0, 0.9 - error)).all()
+    assert (kept <= numpy_support(logits, 0, 0.9 + error)).all()
+
+
+def test_ties_with_the_last_token_kept_are_kept():
+    logits = jnp.asarray([[2.0, 1.0, 1.0, 0.0]])
+    got = filtered(logits, jnp.int32(2), jnp.float32(1.0))
+    np.testing.assert_array_equal(np.isfinite(got[0]), [True, True, True, False])
+
+
+def test_equal_logits_survive_every_filter():
+    logits = jnp.zeros((1, 5))
+    assert np.isfinite(filtered(logits, jnp.int32(2), jnp.float32(0.3))).all()
+
+
+# 1 - 1e-6 of the chi-square distribution: under a fixed key the test is deterministic, and over
+# keys a correct sampler fails one time in a million.
+@pytest.mark.parametrize(
+    "temperature, top_k, top_p", [(1.0, 0, 1.0), (0.6, 0, 1.0), (1.5, 4, 1.0), (1.3, 6, 0.8)]
+)
+def test_frequencies_are_those_of_the_filtered_policy(temperature, top_k, top_p):
+    f = np.random.default_rng(2).normal(0, 1, 9)
+    count = 20_000
+    tokens, _ = draw(jnp.asarray(np.tile(f, (count, 1)), jnp.float32), temperature, top_k, top_p)
+    support = numpy_support(f[None] / temperature, top_k, top_p)[0]
+    probs = np.where(support, np.exp(f / temperature), 0)
+    expected = count * probs / probs.sum()
+    observed = np.bincount(tokens, minlength=9)
+    assert (observed[~support] == 0).all()
+    chi_square = ((observed - expected)[support] ** 2 / expected[support]).sum()
+    assert chi_square < stats.chi2.ppf(1 - 1e-6, support.sum() - 1)
+
+
+@pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])
+def test_log_probs_ignore_the_filters(temperature):
+    f = np.random.default_rng(3).normal(0, 2, (16, 30))
+    for top_k, top_p in ((0, 1.0), (3, 0.7)):
+        tokens, logps = draw(jnp.asarray(f, jnp.float32), temperature, top_k, top_p)
+        scaled = f / temperature
+        want = scaled - np.log(np.exp(scaled).sum(axis=1, keepdims=True))
+        np.testing.assert_allclose(logps, want[np.arange(16), tokens], rtol=0, atol=1e-5)
+
+
+def test_temperature_zero_is_greedy_with_log_probs_at_temperature_one():
+    f = np.random.default_rng(4).normal(0, 0.01, (16, 30))
+    tokens, logps = draw(jnp.asarray(f, jnp.float32), temperature=0.0, top_k=2, top_p=0.4)
+    np.testing.assert_array_equal(tokens, f.argmax(axis=1))
+    want = f.max(axis=1) - np.log(np.exp(f).sum(axis=1))
+    np.testing.assert_allclose(logps, want, rtol=0, atol=1e-6)
+
+
+def test_rows_draw_independently():
+    """Two rows agree as often as two independent draws do: 1/V within five standard errors."""
+    tokens, _ = draw(jnp.zeros((20_000, 4)))
+    agree = np.mean(tokens[0::2] == tokens[1::2])
+    assert abs(agree - 0.25) < 5 * np.sqrt(0.25 * 0.75 / 10_000)
