@@ -231,14 +231,15 @@ def _rotary_to_hf(config: ModelConfig, partial: bool) -> dict[str, Any]:
             scaling["low_freq_factor"] = s.low_freq_factor
             scaling["high_freq_factor"] = s.high_freq_factor
             scaling["original_max_position_embeddings"] = s.original_max_positions
-    base, fraction = {"rope_theta": config.rotary_base}, {}
-    if partial:
-        fraction = {"partial_rotary_factor": config.rotary_fraction}
-    old = {"rotary_emb_base": config.rotary_base, "rotary_pct": config.rotary_fraction}
+    base, fraction = config.rotary_base, config.rotary_fraction
     return {
-        **(old if partial else base),
+        **({"rotary_emb_base": base, "rotary_pct": fraction} if partial else {"rope_theta": base}),
         "rope_scaling": scaling if config.rotary_scaling else None,
-        "rope_parameters": {**scaling, **base, **fraction},
+        "rope_parameters": {
+            **scaling,
+            "rope_theta": base,
+            **({"partial_rotary_factor": fraction} if partial else {}),
+        },
     }
 
 

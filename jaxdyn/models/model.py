@@ -25,6 +25,11 @@ class LanguageModel:
     own. With tied embeddings the stored `params["classifier"]` holds no weight: `view` puts the
     shared matrix there, every function below takes that view, and `fold` adds a view's gradient
     back onto the shared matrix.
+
+    A caller that takes text from outside refuses token ids (padding's too) from
+    `config.vocab_size` on and sequences beyond `config.max_positions`: neither can raise inside a
+    compiled program. The first makes the sequence's features NaN, and so does the second with
+    learned positions; rotary positions go on, untrained.
     """
 
     config: ModelConfig
