@@ -28,7 +28,7 @@ COMMANDS = {
 
 @dataclasses.dataclass(frozen=True)
 class Quickstart:
-    """Make a small Pythia-like model, train it on equations until it is partly right, run standard
+    """Make a small Pythia-like model, train it on anagrams until it is partly right, run standard
     and classifier-first RL from that checkpoint, and write the report. Needs no network.
 
     Attributes:

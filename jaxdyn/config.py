@@ -139,6 +139,7 @@ class RunConfig:
     probe: ProbeConfig = ProbeConfig()
 
     def __post_init__(self):
+        _not_negative(self, "run", "seed")
         if self.advantage_kind != "plain" and self.train.num_generations < 2:
             raise JaxdynError(
                 f"{self.advantage_kind} advantages compare a prompt's completions: "
@@ -184,7 +185,7 @@ class SFTConfig:
 
     def __post_init__(self):
         _positive(self, "sft", "steps", "batch_size", "checkpoint_every", "max_prompt_length")
-        _not_negative(self, "sft", "warmup_steps", "weight_decay", "max_grad_norm")
+        _not_negative(self, "sft", "seed", "warmup_steps", "weight_decay", "max_grad_norm")
         _not_negative(self, "sft", "evaluate_every", "target_reward")
         if not self.learning_rate > 0:
             raise JaxdynError(f"learning_rate must be positive, got {self.learning_rate}")

@@ -16,42 +16,42 @@ from jaxdyn.rl import LossConfig
 from jaxdyn.rollout import SamplingConfig
 from jaxdyn.types import JaxdynError
 
-_EQUATIONS = {
-    "data": DataConfig(name="equations"),
-    "reward": RewardConfig(functions=("equation",)),
+_ANAGRAMS = {
+    "data": DataConfig(name="anagrams"),
+    "reward": RewardConfig(functions=("anagram",)),
     "sampling": SamplingConfig(max_completion_length=8),
 }
 
 SFT = {
-    "equations": SFTConfig(
-        output="runs/equations/sft",
-        model=ModelSource("runs/equations/new"),
-        **_EQUATIONS,
-        evaluation=EvaluationConfig(num_prompts=18, num_generations=16),
+    "anagrams": SFTConfig(
+        output="runs/anagrams/sft",
+        model=ModelSource("runs/anagrams/new"),
+        **_ANAGRAMS,
+        evaluation=EvaluationConfig(num_prompts=64, num_generations=8),
         steps=1000,
         learning_rate=2e-3,
         warmup_steps=20,
-        evaluate_every=25,
-        target_reward=0.3,
+        evaluate_every=10,
+        target_reward=0.35,
         max_prompt_length=8,
     ),
 }
 
 RL = {
-    "equations": RunConfig(
-        output="runs/equations/joint",
-        model=ModelSource("runs/equations/sft/model"),
-        **_EQUATIONS,
+    "anagrams": RunConfig(
+        output="runs/anagrams/joint",
+        model=ModelSource("runs/anagrams/sft/model"),
+        **_ANAGRAMS,
         loss=LossConfig(beta=0.01),
-        optim=OptimConfig(learning_rate=2e-4, classifier_steps=25),
+        optim=OptimConfig(learning_rate=3e-4, classifier_steps=25),
         train=TrainConfig(
             steps=100,
             num_prompts=16,
             num_generations=8,
             max_prompt_length=8,
         ),
-        evaluation=EvaluationConfig(num_prompts=18, num_generations=16),
-        probe=ProbeConfig(every=5, num_prompts=18, sites_per_completion=2),
+        evaluation=EvaluationConfig(every=25, num_prompts=64, num_generations=8),
+        probe=ProbeConfig(every=5, num_prompts=32, sites_per_completion=2),
     ),
 }
 

@@ -12,28 +12,34 @@ from rich.console import Console
 from rich.table import Table
 
 from jaxdyn.config import ModelSource
-from jaxdyn.data import ALPHABET, character_tokenizer
+from jaxdyn.data import AnagramsConfig, character_tokenizer
 from jaxdyn.models import LanguageModel, gpt_neox, save_pretrained
 from jaxdyn.presets import RL, SFT
 from jaxdyn.report import load_run, write_report
 from jaxdyn.train import Progress, run_rl, run_sft
+from jaxdyn.types import JaxdynError
 
 SCHEDULES = ("joint", "classifier_first")
 
 
 def quickstart(output: Path, seed: int = 0) -> Path:
-    """Run it all; prints a short table and returns the report's path."""
+    """Run it all; prints a short table and returns the report's path.
+
+    Raises:
+      JaxdynError: if `output` holds anything but a quickstart of the same seed.
+    """
     progress = Progress()
     new = output / "new"
-    if not (new / "config.json").exists():
-        make_model(new, seed)
     sft = dataclasses.replace(
-        SFT["equations"], output=str(output / "sft"), seed=seed, model=ModelSource(str(new))
+        SFT["anagrams"], output=str(output / "sft"), seed=seed, model=ModelSource(str(new))
     )
+    refuse_others(output)
+    if not (output / "sft" / "config.json").exists():
+        make_model(new, sft.data.anagrams, seed)
     model = run_sft(sft, progress)
     runs = []
     for schedule in SCHEDULES:
-        base = RL["equations"]
+        base = RL["anagrams"]
         config = dataclasses.replace(
             base,
             output=str(output / schedule),
@@ -47,10 +53,27 @@ def quickstart(output: Path, seed: int = 0) -> Path:
     return page
 
 
-def make_model(directory: Path, seed: int) -> None:
-    """A random model of the Pythia architecture, 0.8 million parameters, and its tokenizer."""
-    tokenizer = character_tokenizer(ALPHABET)
-    config = gpt_neox(tokenizer.vocab_size, width=128, num_layers=4, num_heads=4, max_positions=64)
+def refuse_others(output: Path) -> None:
+    """JaxdynError if `output` is a file, or holds what a quickstart does not write."""
+    if output.exists() and not output.is_dir():
+        raise JaxdynError(f"{output} is not a directory; choose another output")
+    ours = {"new", "sft", *SCHEDULES, "report"}
+    others = sorted({path.name for path in output.glob("*")} - ours)
+    if others:
+        raise JaxdynError(f"{output} already holds {others[0]}; choose another output")
+
+
+def make_model(directory: Path, data: AnagramsConfig, seed: int) -> None:
+    """A random model of the Pythia architecture, 0.4 million parameters, and its tokenizer."""
+    tokenizer = character_tokenizer(data.letters + "=")
+    config = gpt_neox(
+        tokenizer.vocab_size,
+        width=128,
+        num_layers=2,
+        num_heads=4,
+        max_positions=64,
+        rotary_fraction=1.0,
+    )
     model = LanguageModel(config)
     params = model.init(jax.random.key(seed))
     save_pretrained(directory, model, params, stop_ids=tokenizer.stop_ids)

@@ -76,10 +76,13 @@ class Sites:
 
 @struct.dataclass
 class KVCache:
-    """Keys and values of every layer, `[L, B, K, kv_heads, head_dim]`, for K cache slots."""
+    """Keys and values of every layer, `[L, B, kv_heads, K, head_dim]`, for K cache slots.
 
-    keys: Float[Array, "L B K heads width"]
-    values: Float[Array, "L B K heads width"]
+    Heads come before slots, so that a decoding step reads each head's keys in one stretch.
+    """
+
+    keys: Float[Array, "L B heads K width"]
+    values: Float[Array, "L B heads K width"]
 
 
 @struct.dataclass

@@ -1,5 +1,6 @@
 """Examples, tokenizers and batches: knows nothing of models or of reinforcement learning."""
 
+from jaxdyn.data.anagrams import AnagramsConfig
 from jaxdyn.data.batching import (
     batch_indices,
     bucket,
@@ -8,15 +9,13 @@ from jaxdyn.data.batching import (
     encode_supervised,
     epoch_of,
 )
-from jaxdyn.data.equations import ALPHABET, EquationsConfig
 from jaxdyn.data.source import DataConfig, Example, Source, columns, load_source
 from jaxdyn.data.stories import StoriesConfig
 from jaxdyn.data.tokenizer import Tokenizer, character_tokenizer, load_tokenizer
 
 __all__ = [
-    "ALPHABET",
+    "AnagramsConfig",
     "DataConfig",
-    "EquationsConfig",
     "Example",
     "Source",
     "StoriesConfig",

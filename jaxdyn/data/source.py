@@ -16,7 +16,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from jaxdyn.data.equations import EquationsConfig
+from jaxdyn.data.anagrams import AnagramsConfig
 from jaxdyn.data.jsonl import JsonlFile
 from jaxdyn.data.stories import StoriesConfig
 from jaxdyn.types import JaxdynError
@@ -28,8 +28,8 @@ Example = dict[str, Any]
 class DataConfig:
     """Which examples to use."""
 
-    name: Literal["equations", "stories", "jsonl"] = "equations"
-    """`equations` (procedural), `stories` (openings) or `jsonl` (a file of your own)."""
+    name: Literal["anagrams", "stories", "jsonl"] = "anagrams"
+    """`anagrams` (procedural), `stories` (openings) or `jsonl` (a file of your own)."""
     path: str | None = None
     """jsonl: the file, one JSON object a line."""
     test_path: str | None = None
@@ -40,7 +40,7 @@ class DataConfig:
     """jsonl: the field that holds the supervised completion, if there is one."""
     held_out: float = 0.1
     """jsonl: share of the rows in the test split when there is no `test_path`, in (0, 1)."""
-    equations: EquationsConfig = EquationsConfig()
+    anagrams: AnagramsConfig = AnagramsConfig()
     stories: StoriesConfig = StoriesConfig()
     cache_dir: str | None = None
     """Where built data sets are kept; default $JAXDYN_CACHE, else ~/.cache/jaxdyn."""
@@ -80,10 +80,10 @@ def load_source(config: DataConfig, split: str) -> Source:
     if split not in ("train", "test"):
         raise JaxdynError(f"unknown split {split!r}: wanted 'train' or 'test'")
     # TensorFlow Datasets takes a third of a second to import: only when it is needed.
-    if config.name == "equations":
-        from jaxdyn.data.builders.equations import Equations
+    if config.name == "anagrams":
+        from jaxdyn.data.builders.anagrams import Anagrams
 
-        return Source(_built(Equations, config.equations, config).as_data_source(split))
+        return Source(_built(Anagrams, config.anagrams, config).as_data_source(split))
     if config.name == "stories":
         from jaxdyn.data.builders.stories import Stories
 

@@ -75,3 +75,23 @@ def attention(
     if query.dtype == jnp.float64:
         return plain_attention(query, key, value, mask)
     return jax.nn.dot_product_attention(query, key, value, mask=mask)
+
+
+def cached_attention(
+    query: Float[Array, "B 1 heads width"],
+    key: Float[Array, "B kv_heads K width"],
+    value: Float[Array, "B kv_heads K width"],
+    mask: Bool[Array, "B 1 1 K"],
+) -> Float[Array, "B 1 heads width"]:
+    """`plain_attention` of one query on a cache whose heads come before its slots.
+
+    The queries that share a key head go through one matrix product, so no key is repeated; the
+    softmax is at least float32.
+    """
+    batch, _, heads, width = query.shape
+    wide = jnp.promote_types(query.dtype, jnp.float32)
+    grouped = query.reshape(batch, key.shape[1], -1, width)
+    scores = jnp.einsum("bhgw,bhkw->bhgk", grouped, key, preferred_element_type=wide)
+    scores = jnp.where(mask, scores / np.sqrt(width), jnp.finfo(wide).min / 2)
+    weights = jax.nn.softmax(scores, axis=-1).astype(value.dtype)
+    return jnp.einsum("bhgk,bhkw->bhgw", weights, value).reshape(batch, 1, heads, width)

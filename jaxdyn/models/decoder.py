@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array, Bool, Float, Int
 
-from jaxdyn.models.attention import attention, rotary_tables, rotate
+from jaxdyn.models.attention import attention, cached_attention, rotary_tables, rotate
 from jaxdyn.models.config import ModelConfig
 from jaxdyn.types import KVCache
 
@@ -47,15 +47,16 @@ class Attention(nn.Module):
         if tables is not None:
             query, key = rotate(query, *tables), rotate(key, *tables)
         written = (key, value)
-        if cache is not None:
-            start = (layer, 0, slot, 0, 0)
-            cache = KVCache(
-                jax.lax.dynamic_update_slice(cache.keys, key[None], start),
-                jax.lax.dynamic_update_slice(cache.values, value[None], start),
+        if cache is None:
+            mixed = attention(query, key, value, mask)
+        else:
+            start = (layer, 0, 0, slot, 0)
+            write = lambda old, new: jax.lax.dynamic_update_slice(
+                old, new.swapaxes(1, 2)[None], start
             )
-            key = jax.lax.dynamic_index_in_dim(cache.keys, layer, 0, keepdims=False)
-            value = jax.lax.dynamic_index_in_dim(cache.values, layer, 0, keepdims=False)
-        mixed = attention(query, key, value, mask)
+            read = lambda x: jax.lax.dynamic_index_in_dim(x, layer, 0, keepdims=False)
+            cache = KVCache(write(cache.keys, key), write(cache.values, value))
+            mixed = cached_attention(query, read(cache.keys), read(cache.values), mask)
         mixed = mixed.reshape(*x.shape[:2], c.num_heads * c.head_dim)
         out = _dense(c, c.width, c.attention_out_bias, self.dtype, "out", residual=True)(mixed)
         return out, cache, written

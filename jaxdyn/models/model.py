@@ -105,8 +105,9 @@ class LanguageModel:
     ) -> tuple[Float[Array, "B S D"], KVCache]:
         """Features of the prompts and a cache of `cache_slots` >= S slots that begins with them."""
         features, (keys, values) = self._full_pass(backbone, tokens, mask, keep_cache=True)
-        spare = ((0, 0), (0, 0), (0, cache_slots - tokens.shape[1]), (0, 0), (0, 0))
-        return features, KVCache(jnp.pad(keys, spare), jnp.pad(values, spare))
+        spare = ((0, 0), (0, 0), (0, 0), (0, cache_slots - tokens.shape[1]), (0, 0))
+        heads_first = lambda x: jnp.pad(x.swapaxes(2, 3), spare)
+        return features, KVCache(heads_first(keys), heads_first(values))
 
     def decode(
         self,

@@ -3,8 +3,8 @@
 from jaxdyn.rewards.compose import BUILT_IN, Reward, RewardConfig, RewardOutput, make_reward
 from jaxdyn.rewards.verifiable import (
     RewardFunction,
+    anagram,
     contains_words,
-    equation,
     exact_match,
     finished,
     last_number,
@@ -19,8 +19,8 @@ __all__ = [
     "RewardConfig",
     "RewardFunction",
     "RewardOutput",
+    "anagram",
     "contains_words",
-    "equation",
     "exact_match",
     "finished",
     "last_number",

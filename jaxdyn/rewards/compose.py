@@ -21,15 +21,17 @@ from jaxdyn.types import JaxdynError
 class RewardConfig:
     """What completions are rewarded for."""
 
-    functions: tuple[str, ...] = ("equation",)
-    """Built in: exact_match, numeric_match, equation, contains_words, regex_match, length,
+    functions: tuple[str, ...] = ("anagram",)
+    """Built in: exact_match, numeric_match, anagram, contains_words, regex_match, length,
     finished. Your own by path: package.module:function."""
     weights: tuple[float, ...] = ()
     """A weight for each function; 1 each if empty."""
     answer: str = "answer"
-    """exact_match, numeric_match, equation: the column with the answer."""
+    """exact_match, numeric_match: the column with the answer."""
     tolerance: float = 1e-6
     """numeric_match: relative tolerance (absolute below 1)."""
+    letters: str = "letters"
+    """anagram: the column with the letters."""
     words: str = "words"
     """contains_words: the column with the words."""
     all_words: bool = False
@@ -76,7 +78,7 @@ Reward = Callable[[Sequence[str], Sequence[str], dict[str, list]], RewardOutput]
 BUILT_IN: dict[str, Callable[[RewardConfig], RewardFunction]] = {
     "exact_match": lambda c: verifiable.exact_match(c.answer),
     "numeric_match": lambda c: verifiable.numeric_match(c.answer, c.tolerance),
-    "equation": lambda c: verifiable.equation(c.answer),
+    "anagram": lambda c: verifiable.anagram(c.letters),
     "contains_words": lambda c: verifiable.contains_words(c.words, c.all_words),
     "regex_match": lambda c: verifiable.regex_match(_required(c, "pattern")),
     "length": lambda c: verifiable.length(

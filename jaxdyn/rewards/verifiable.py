@@ -23,8 +23,6 @@ _NUMBER = re.compile(
     r"(?:(?:[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])|[0-9]+)(?:\.[0-9]+)?|(?<![0-9])\.[0-9]+)"
     r"(?:[eE][-+]?[0-9]+)?"
 )
-_OPERAND = "(0|[1-9][0-9]{0,8})"
-_EQUATION = re.compile(rf"{_OPERAND}\s*([+-])\s*{_OPERAND}")
 
 
 def exact_match(answer: str = "answer") -> RewardFunction:
@@ -52,18 +50,16 @@ def numeric_match(answer: str = "answer", tolerance: float = 1e-6) -> RewardFunc
     return _by_column(score, answer)
 
 
-def equation(answer: str = "answer") -> RewardFunction:
-    """1 where the completion is a sum or difference of two numbers equal to `answer`, else 0."""
+def anagram(letters: str = "letters") -> RewardFunction:
+    """1 where the completion is the example's `letters` in some order, each once, else 0.
 
-    def score(completion: str, wanted: Any) -> float:
-        match = _EQUATION.fullmatch(completion.strip())
-        if match is None:
-            return 0.0
-        first, operator, second = match.groups()
-        value = int(first) + int(second) if operator == "+" else int(first) - int(second)
-        return float(value == int(wanted))
+    Spaces around the completion are ignored.
+    """
 
-    return _by_column(score, answer)
+    def score(completion: str, wanted: str) -> float:
+        return float(sorted(completion.strip()) == sorted(wanted))
+
+    return _by_column(score, letters)
 
 
 def contains_words(words: str = "words", all_or_nothing: bool = False) -> RewardFunction:

@@ -5,6 +5,7 @@ loss = − mean over completion tokens of log π(y_t | prompt, y_<t),   the stop
 
 import functools
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -70,8 +71,7 @@ def run_sft(config: SFTConfig, progress: Progress | None = None) -> Path:
     """
     progress = progress or Progress()
     task = open_task(config, config.max_prompt_length)
-    if "completion" not in task.train[0]:
-        raise JaxdynError(f"supervised training needs completions, and {config.data.name} has none")
+    completions_of(task.train[:1])
     directory = RunDirectory(config.output, config)
     checkpoints = Checkpoints(directory.checkpoints, keep=2)
     params = jax.tree.map(jnp.copy, task.params)
@@ -93,7 +93,7 @@ def run_sft(config: SFTConfig, progress: Progress | None = None) -> Path:
         arrays = encode_supervised(
             task.tokenizer,
             [e["prompt"] for e in examples],
-            [e["completion"] for e in examples],
+            completions_of(examples),
             task.model.config.max_positions,
         )
         state, metrics = sft_update(state, *arrays, model=task.model, config=config)
@@ -123,6 +123,17 @@ def run_sft(config: SFTConfig, progress: Progress | None = None) -> Path:
     save_pretrained(model_directory, task.model, state.params, stop_ids=task.tokenizer.stop_ids)
     task.tokenizer.save(model_directory)
     return model_directory
+
+
+def completions_of(examples: Sequence[dict[str, Any]]) -> list[str]:
+    """The examples' completions; JaxdynError, showing its prompt, for one without."""
+    for example in examples:
+        if not isinstance(example.get("completion"), str):
+            raise JaxdynError(
+                "supervised training needs a text under 'completion' in every example, and the "
+                f"one with the prompt {example['prompt'][:60]!r} has none"
+            )
+    return [example["completion"] for example in examples]
 
 
 def sampled_metrics(task: Task, view: Params, config: SFTConfig) -> dict[str, float]:
