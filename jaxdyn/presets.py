@@ -1,5 +1,7 @@
 """Configurations with a name, to start from: `jaxdyn rl --preset NAME --field value …`."""
 
+from typing import Any
+
 from jaxdyn.config import (
     EvaluationConfig,
     ModelSource,
@@ -16,7 +18,7 @@ from jaxdyn.rl import LossConfig
 from jaxdyn.rollout import SamplingConfig
 from jaxdyn.types import JaxdynError
 
-_ANAGRAMS = {
+_ANAGRAMS: dict[str, Any] = {
     "data": DataConfig(name="anagrams"),
     "reward": RewardConfig(functions=("anagram",)),
     "sampling": SamplingConfig(max_completion_length=8),
@@ -25,10 +27,10 @@ _ANAGRAMS = {
 SFT = {
     "anagrams": SFTConfig(
         output="runs/anagrams/sft",
-        model=ModelSource("runs/anagrams/new"),
+        model=ModelSource("runs/quickstart/new"),
         **_ANAGRAMS,
         evaluation=EvaluationConfig(num_prompts=64, num_generations=8),
-        steps=1000,
+        steps=300,
         learning_rate=2e-3,
         warmup_steps=20,
         evaluate_every=10,
@@ -40,7 +42,7 @@ SFT = {
 RL = {
     "anagrams": RunConfig(
         output="runs/anagrams/joint",
-        model=ModelSource("runs/anagrams/sft/model"),
+        model=ModelSource("runs/quickstart/sft/model"),
         **_ANAGRAMS,
         loss=LossConfig(beta=0.01),
         optim=OptimConfig(learning_rate=3e-4, classifier_steps=25),
@@ -51,6 +53,19 @@ RL = {
             max_prompt_length=8,
         ),
         evaluation=EvaluationConfig(every=25, num_prompts=64, num_generations=8),
+        probe=ProbeConfig(every=5, num_prompts=32, sites_per_completion=2),
+    ),
+    "stories": RunConfig(
+        output="runs/stories/joint",
+        data=DataConfig(name="stories"),
+        reward=RewardConfig(functions=("contains_words", "finished"), weights=(0.5, 0.5)),
+        sampling=SamplingConfig(max_completion_length=160),
+        loss=LossConfig(beta=0.02),
+        optim=OptimConfig(learning_rate=2e-4, classifier_steps=15),
+        train=TrainConfig(
+            steps=60, num_prompts=6, num_generations=8, max_prompt_length=64, checkpoint_every=15
+        ),
+        evaluation=EvaluationConfig(num_prompts=32, num_generations=4),
         probe=ProbeConfig(every=5, num_prompts=32, sites_per_completion=2),
     ),
 }

@@ -8,18 +8,20 @@ import dataclasses
 from pathlib import Path
 
 import jax
+from rich import box
 from rich.console import Console
 from rich.table import Table
 
 from jaxdyn.config import ModelSource
 from jaxdyn.data import AnagramsConfig, character_tokenizer
 from jaxdyn.models import LanguageModel, gpt_neox, save_pretrained
+from jaxdyn.optim import Schedule
 from jaxdyn.presets import RL, SFT
 from jaxdyn.report import load_run, write_report
 from jaxdyn.train import Progress, run_rl, run_sft
 from jaxdyn.types import JaxdynError
 
-SCHEDULES = ("joint", "classifier_first")
+SCHEDULES: tuple[Schedule, ...] = ("joint", "classifier_first")
 
 
 def quickstart(output: Path, seed: int = 0) -> Path:
@@ -81,17 +83,22 @@ def make_model(directory: Path, data: AnagramsConfig, seed: int) -> None:
 
 
 def print_summary(runs: list[Path], page: Path) -> None:
-    """Reward, confidence and diversity before and after, a row a run."""
-    table = Table(title="held-out prompts, before → after")
-    for column in ("run", "reward", "entropy", "unique", "time"):
+    """Reward and diversity on held-out prompts, entropy and confidence on a step's samples."""
+    table = Table(
+        title="before → after RL (reward, unique: held-out prompts)",
+        box=box.SIMPLE_HEAD,
+        collapse_padding=True,
+    )
+    for column in ("run", "reward", "unique", "entropy", "confidence", "time"):
         table.add_column(column)
     for path in runs:
         lines = load_run(path).metrics
         first, last = lines[0], lines[-1]
         pairs = (
             (first["eval_reward"], last["eval_reward"]),
-            (lines[1]["entropy"], last["entropy"]),
             (first["eval_diversity/unique"], last["eval_diversity/unique"]),
+            (lines[1]["entropy"], last["entropy"]),
+            (lines[1]["confidence/max_prob"], last["confidence/max_prob"]),
         )
         cells = [f"{before:.2f} → {after:.2f}" for before, after in pairs]
         table.add_row(path.name, *cells, f"{last['time/wall']:.0f} s")

@@ -1,4 +1,7 @@
-"""Strict by default: 8 host devices, no implicit rank promotion, shapes checked, warnings raised."""
+"""Strict by default: 8 devices, no implicit rank promotion, checked shapes, warnings as errors.
+
+The warnings' filters are in setup.cfg.
+"""
 
 import os
 

@@ -45,14 +45,12 @@ def sites_from_rollout(rollout: Rollout, sites_per_completion: int, seed: int) -
     completions = np.asarray(rollout.completion_ids)
     prompt_slots = rollout.prompt_ids.shape[1]
     rng = np.random.default_rng(seed)
-    rows, places = [], []
+    sites = []
     for row, length in enumerate(mask.sum(axis=1)):
         inside = np.arange(1, length)
         drawn = rng.permutation(inside)[:sites_per_completion]
-        for place in (0, *sorted(drawn)):
-            rows.append(row)
-            places.append(place)
-    rows, places = np.array(rows), np.array(places)
+        sites += [(row, place) for place in (0, *sorted(drawn))]
+    rows, places = np.array(sites).T
     return Sites(
         tokens=jnp.asarray(rollout.tokens),
         mask=jnp.asarray(rollout.mask),

@@ -57,6 +57,12 @@ class OptimConfig:
             if not getattr(self, name) >= 0:
                 raise JaxdynError(f"optim.{name} must not be negative, got {getattr(self, name)}")
 
+    @property
+    def rule(self) -> "OptimConfig":
+        """What of it a compiled update depends on: one for all schedules and learning rates."""
+        names = ("optimizer", "b1", "b2", "eps", "momentum", "weight_decay", "max_grad_norm")
+        return OptimConfig(**{name: getattr(self, name) for name in names})
+
 
 def by_part(inner: optax.GradientTransformation) -> optax.GradientTransformation:
     """`inner` on each top-level part of the tree, with a state of its own for each.

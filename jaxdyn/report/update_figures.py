@@ -47,7 +47,7 @@ def prediction(runs: Sequence[Run]) -> Exhibit | None:
         return None
     cross = any(np.any(c["cross"]) for changes in groups.values() for *_, c in changes)
     columns = ("predicted", *(COMPONENTS if cross else COMPONENTS[:2]))
-    figure, axes = grid_of_panels(len(groups), len(columns), height=10.5 / len(columns))
+    figure, axes = grid_of_panels(len(groups), len(columns), height=11.5 / len(columns))
     rows = Rows()
     for line, (schedule, changes) in zip(axes, groups.items(), strict=True):
         together = {k: np.concatenate([c[k] for *_, c in changes]) for k in (*columns, "actual")}

@@ -56,7 +56,7 @@ def anagram(letters: str = "letters") -> RewardFunction:
     Spaces around the completion are ignored.
     """
 
-    def score(completion: str, wanted: str) -> float:
+    def score(completion: str, wanted: Any) -> float:
         return float(sorted(completion.strip()) == sorted(wanted))
 
     return _by_column(score, letters)

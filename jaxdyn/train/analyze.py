@@ -50,25 +50,25 @@ def analyze(run: Path, output: Path, progress: Progress | None = None) -> Path:
     probe = Probe(task, config, reference)
     steps = checkpoints.steps()
     output.mkdir(parents=True, exist_ok=True)
-    progress.start(f"analyse {run.name}", len(steps))
     lines = [{"step": -1, **probe.measure_state(reference)[0]}]
-    for saved in steps:
-        state, _ = begin_or_resume(task, config, plan, checkpoints, saved)
-        if saved == plan[-1].end:
-            scalars, arrays = probe.measure_state(task.model.view(state.params))
-            line = {"step": saved - 1, "cfrl/stage": plan[-1].number, **scalars}
-        else:
-            stage = stage_at(plan, saved)
-            if saved == stage.start > 0:
-                state = begin_stage(config, stage, state)
-            before = probe.remember(state)
-            state, _, _ = take_step(task, config, reference, state, stage, saved)
-            scalars, arrays = probe.measure(before, state)
-            line = {"step": saved, "cfrl/stage": stage.number, **scalars}
-        lines.append(line)
-        np.savez_compressed(output / f"step_{line['step']:06d}.npz", **arrays)
-        progress.advance(correlation=scalars.get("delta/correlation", float("nan")))
-    progress.stop()
+    with progress.start(f"analyse {run.name}", len(steps)):
+        for saved in steps:
+            state, _ = begin_or_resume(task, config, plan, checkpoints, saved)
+            if saved == plan[-1].end:
+                scalars, arrays = probe.measure_state(task.model.view(state.params))
+                line = {"step": saved - 1, "cfrl/stage": plan[-1].number, **scalars}
+            else:
+                stage = stage_at(plan, saved)
+                if saved == stage.start > 0:
+                    state = begin_stage(config, stage, state)
+                before = probe.remember(state)
+                state, _, _ = take_step(task, config, reference, state, stage, saved)
+                scalars, arrays = probe.measure(before, state)
+                line = {"step": saved, "cfrl/stage": stage.number, **scalars}
+            lines.append(line)
+            path = output / f"step_{line['step']:06d}.npz"
+            np.savez_compressed(path, allow_pickle=False, **arrays)
+            progress.advance(correlation=scalars.get("delta/correlation", float("nan")))
     (output / "dynamics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     return output
 

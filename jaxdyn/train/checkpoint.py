@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
 
 from jaxdyn.types import JaxdynError
@@ -30,15 +31,21 @@ class Checkpoints:
         return sorted(self._manager.all_steps())
 
     def save(self, step: int, state: Any, position: dict[str, Any]) -> None:
-        """Save the state with which `step` begins."""
-        self._manager.save(
-            step,
-            args=ocp.args.Composite(
-                state=ocp.args.StandardSave(state), position=ocp.args.JsonSave(position)
-            ),
-            force=True,
+        """Save the state with which `step` begins.
+
+        Raises:
+          JaxdynError: if it cannot be written, to a full disk for one; earlier checkpoints stay.
+        """
+        args = ocp.args.Composite(
+            state=ocp.args.StandardSave(state), position=ocp.args.JsonSave(position)
         )
-        self._manager.wait_until_finished()
+        try:
+            self._manager.save(step, args=args, force=True)
+            self._manager.wait_until_finished()
+        except Exception as error:  # its storage library raises many kinds
+            raise JaxdynError(
+                f"cannot save step {step} in {self.directory}: {_one_line(error)}"
+            ) from error
 
     def position(self, step: int) -> dict[str, Any]:
         """The position saved with `step`."""
@@ -59,10 +66,26 @@ class Checkpoints:
         try:
             return self._manager.restore(step, args=args)
         except Exception as error:
-            reason = " ".join(str(error).split())[:200]
             raise JaxdynError(
-                f"cannot restore step {step} from {self.directory}: {reason}"
+                f"cannot restore step {step} from {self.directory}: {_one_line(error)}"
             ) from error
 
     def close(self) -> None:
         self._manager.close()
+
+
+def require_finite(metrics: dict[str, float], step: int, checkpoints: Checkpoints) -> None:
+    """Stop a run whose metrics are no longer numbers, before anything is saved."""
+    watched = ("loss", "policy_loss", "kl", "entropy", "grad_norm", "update_norm")
+    bad = [name for name in watched if not np.isfinite(metrics.get(name, 0.0))]
+    if bad:
+        saved = checkpoints.steps()
+        good = f"the last good checkpoint, step {saved[-1]}, is" if saved else "no checkpoint yet"
+        raise JaxdynError(
+            f"step {step}: {', '.join(bad)} stopped being finite; {good} in "
+            f"{checkpoints.directory}; a lower learning rate may help"
+        )
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(f"{type(error).__name__}: {error}".split())[:200]

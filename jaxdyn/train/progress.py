@@ -9,14 +9,14 @@ from rich.progress import Progress as Bar
 
 
 class Progress:
-    """One bar at a time: `start`, `advance` with figures to show, `stop`."""
+    """One bar at a time: `with progress.start(...)`, and `advance` with figures to show."""
 
     def __init__(self, seconds_between_lines: float = 10.0):
         self.console = Console(file=sys.stderr)
         self._between = seconds_between_lines
         self._bar: Bar | None = None
 
-    def start(self, title: str, total: int, done: int = 0) -> None:
+    def start(self, title: str, total: int, done: int = 0) -> "Progress":
         self._title, self._total, self._done = title, total, done
         self._began, self._first, self._last_line = time.monotonic(), done, 0.0
         if self.console.is_terminal:
@@ -31,6 +31,10 @@ class Progress:
             )
             self._bar.start()
             self._task = self._bar.add_task(title, total=total, completed=done, figures="")
+        return self
+
+    def __enter__(self) -> None:
+        pass
 
     def advance(self, **figures: float) -> None:
         self._done += 1
@@ -46,7 +50,8 @@ class Progress:
             line = f"{self._title}  {self._done}/{self._total}  {text}  {left:.0f} s left"
             self.console.print(line, highlight=False)
 
-    def stop(self) -> None:
+    def __exit__(self, *_) -> None:
+        """Put the bar away, also when the work failed: it hides the terminal's cursor."""
         if self._bar is not None:
             self._bar.stop()
             self._bar = None

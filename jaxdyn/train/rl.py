@@ -15,7 +15,7 @@ import numpy as np
 from jaxdyn.config import RunConfig
 from jaxdyn.optim import Stage, make_optimizer, stage_at, stages, trainable
 from jaxdyn.rollout import step_key
-from jaxdyn.train.checkpoint import Checkpoints
+from jaxdyn.train.checkpoint import Checkpoints, require_finite
 from jaxdyn.train.probe import Probe
 from jaxdyn.train.progress import Progress
 from jaxdyn.train.run_directory import RunDirectory
@@ -49,33 +49,34 @@ def run_rl(config: RunConfig, progress: Progress | None = None) -> Path:
         probe.record_start(directory)
 
     first, last = position["step"], plan[-1].end
-    progress.start(f"{directory.path.name} · {config.optim.schedule}", last, first)
-    for step in range(first, last):
-        stage = stage_at(plan, step)
-        if step == stage.start > 0:
-            state = begin_stage(config, stage, state)
-        before = probe.remember(state) if probe.due(step) else None
-        state, experience, metrics = take_step(task, config, reference, state, stage, step)
-        require_finite(metrics, step, checkpoints)
-        if before is not None:
-            scalars, arrays = probe.measure(before, state)
-            directory.log("dynamics.jsonl", {"step": step, "cfrl/stage": stage.number, **scalars})
-            directory.save_arrays(step, arrays)
-        position["num_tokens"] += int(np.sum(experience.rollout.mask))
-        position["time/wall"] += metrics["step_time"]
-        totals = {name: position[name] for name in ("num_tokens", "time/wall")}
-        metrics = {"step": step, **metrics, **totals}
-        every = config.evaluation.every
-        if step + 1 == last or (every and (step + 1) % every == 0):
-            metrics |= evaluate(task, task.model.view(state.params), config, directory, step)
-        directory.log("metrics.jsonl", metrics)
-        for record in experience.records(step, config.train.save_completions):
-            directory.log("completions.jsonl", record)
-        if step + 1 == last or (step + 1) % config.train.checkpoint_every == 0:
-            position |= {"step": step + 1, "stage": stage.name}
-            checkpoints.save(step + 1, state, position)
-        progress.advance(reward=metrics["reward"])
-    progress.stop()
+    with progress.start(f"{directory.path.name} · {config.optim.schedule}", last, first):
+        for step in range(first, last):
+            stage = stage_at(plan, step)
+            if step == stage.start > 0:
+                state = begin_stage(config, stage, state)
+            before = probe.remember(state) if probe.due(step) else None
+            state, experience, metrics = take_step(task, config, reference, state, stage, step)
+            require_finite(metrics, step, checkpoints)
+            if before is not None:
+                scalars, arrays = probe.measure(before, state)
+                directory.log(
+                    "dynamics.jsonl", {"step": step, "cfrl/stage": stage.number, **scalars}
+                )
+                directory.save_arrays(step, arrays)
+            position["num_tokens"] += int(np.sum(experience.rollout.mask))
+            position["time/wall"] += metrics["step_time"]
+            totals = {name: position[name] for name in ("num_tokens", "time/wall")}
+            metrics = {"step": step, **metrics, **totals}
+            every = config.evaluation.every
+            if step + 1 == last or (every and (step + 1) % every == 0):
+                metrics |= evaluate(task, task.model.view(state.params), config, directory, step)
+            directory.log("metrics.jsonl", metrics)
+            for record in experience.records(step, config.train.save_completions):
+                directory.log("completions.jsonl", record)
+            if step + 1 == last or (step + 1) % config.train.checkpoint_every == 0:
+                position |= {"step": step + 1, "stage": stage.name}
+                checkpoints.save(step + 1, state, position)
+            progress.advance(reward=metrics["reward"])
     checkpoints.close()
     directory.close()
     return directory.path
@@ -155,16 +156,3 @@ def evaluate(
     if step < 0:
         directory.log("metrics.jsonl", {"step": step, **metrics})
     return metrics
-
-
-def require_finite(metrics: dict[str, float], step: int, checkpoints: Checkpoints) -> None:
-    """Stop a run whose metrics are no longer numbers, before anything is saved."""
-    watched = ("loss", "policy_loss", "kl", "entropy", "grad_norm")
-    bad = [name for name in watched if not np.isfinite(metrics.get(name, 0.0))]
-    if bad:
-        saved = checkpoints.steps()
-        good = f"the last good checkpoint, step {saved[-1]}, is" if saved else "no checkpoint yet"
-        raise JaxdynError(
-            f"step {step}: {', '.join(bad)} stopped being finite; {good} in "
-            f"{checkpoints.directory}; a lower optim.learning_rate may help"
-        )

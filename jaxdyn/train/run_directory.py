@@ -38,12 +38,16 @@ class RunDirectory:
                     f"{self.path} already holds another run ({differences(earlier, config)}); "
                     "choose another output"
                 )
-        elif self.path.is_dir() and any(self.path.iterdir()):
-            raise JaxdynError(f"{self.path} is not empty and holds no run; choose another output")
-        self.dynamics.mkdir(parents=True, exist_ok=True)
         partial = saved.with_suffix(".partial")
-        save_config(config, partial)
-        partial.replace(saved)
+        if not saved.exists():
+            if self.path.is_dir() and set(self.path.iterdir()) - {partial}:
+                raise JaxdynError(
+                    f"{self.path} is not empty and holds no run; choose another output"
+                )
+            self.path.mkdir(parents=True, exist_ok=True)
+            save_config(config, partial)
+            partial.replace(saved)
+        self.dynamics.mkdir(exist_ok=True)
         self._board: SummaryWriter | None = None
 
     def rewind(self, step: int) -> None:
@@ -51,9 +55,11 @@ class RunDirectory:
         for name in LOGS:
             path = self.path / name
             if path.exists():
-                kept = [line for line in path.read_text().splitlines() if _before(line, step)]
+                # A text may hold other line separators, and a killed run half a character.
+                lines = path.read_text(encoding="utf-8", errors="replace").split("\n")
+                kept = [line for line in lines if _before(line, step)]
                 partial = path.with_suffix(".partial")
-                partial.write_text("".join(line + "\n" for line in kept))
+                partial.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
                 partial.replace(path)
         for path in self.dynamics.glob("step_*.npz"):
             if int(path.stem.removeprefix("step_")) >= step:
@@ -62,7 +68,7 @@ class RunDirectory:
 
     def log(self, name: str, record: dict[str, Any]) -> None:
         """Append one record to a log; scalars of the metrics also go to TensorBoard."""
-        with open(self.path / name, "a") as file:
+        with open(self.path / name, "a", encoding="utf-8") as file:
             file.write(json.dumps(record, ensure_ascii=False) + "\n")
             file.flush()
             os.fsync(file.fileno())
@@ -74,8 +80,9 @@ class RunDirectory:
     def save_arrays(self, step: int, arrays: dict[str, np.ndarray]) -> None:
         """The per-site arrays of a probed step."""
         path = self.dynamics / f"step_{step:06d}.npz"
-        partial = path.with_suffix(".partial.npz")
-        np.savez_compressed(partial, **arrays)
+        partial = path.with_suffix(".partial")
+        with open(partial, "wb") as file:
+            np.savez_compressed(file, allow_pickle=False, **arrays)
         partial.replace(path)
 
     def close(self) -> None:

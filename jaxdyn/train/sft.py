@@ -11,7 +11,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 
 from jaxdyn.config import SFTConfig
@@ -19,7 +18,7 @@ from jaxdyn.data import batch_indices, encode_supervised
 from jaxdyn.models import save_pretrained
 from jaxdyn.rl import feature_statistics
 from jaxdyn.rollout import step_key
-from jaxdyn.train.checkpoint import Checkpoints
+from jaxdyn.train.checkpoint import Checkpoints, require_finite
 from jaxdyn.train.progress import Progress
 from jaxdyn.train.run_directory import RunDirectory
 from jaxdyn.train.task import Task, experience_metrics, gather_experience, open_task
@@ -59,7 +58,7 @@ def sft_update(
     loss, gradient = jax.value_and_grad(loss_of)(state.params)
     updates, opt_state = make_optimizer(config).update(gradient, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
-    metrics = {"loss": loss, "grad_norm": optax.global_norm(gradient)}
+    metrics = {"loss": loss, "grad_norm": optax.tree.norm(gradient)}
     return TrainState(params, opt_state), metrics
 
 
@@ -82,41 +81,37 @@ def run_sft(config: SFTConfig, progress: Progress | None = None) -> Path:
         state = checkpoints.state(saved[-1], state)
     directory.rewind(position["step"])
 
-    progress.start(f"{Path(config.output).name} · supervised", config.steps, position["step"])
     reward = float("nan")
-    for step in range(position["step"], config.steps):
-        if position["reached"]:
-            break
-        began = time.perf_counter()
-        indices = batch_indices(config.seed, step, config.batch_size, len(task.train))
-        examples = [task.train[int(i)] for i in indices]
-        arrays = encode_supervised(
-            task.tokenizer,
-            [e["prompt"] for e in examples],
-            completions_of(examples),
-            task.model.config.max_positions,
-        )
-        state, metrics = sft_update(state, *arrays, model=task.model, config=config)
-        metrics = {k: float(v) for k, v in jax.device_get(metrics).items()}
-        if not np.isfinite(metrics["loss"]):
-            raise JaxdynError(
-                f"step {step}: loss stopped being finite; checkpoints up to step "
-                f"{checkpoints.steps()[-1:] or 'none'} are in {checkpoints.directory}"
+    title = f"{directory.path.name} · supervised"
+    with progress.start(title, config.steps, position["step"]):
+        for step in range(position["step"], config.steps):
+            if position["reached"]:
+                break
+            began = time.perf_counter()
+            indices = batch_indices(config.seed, step, config.batch_size, len(task.train))
+            examples = [task.train[int(i)] for i in indices]
+            arrays = encode_supervised(
+                task.tokenizer,
+                [e["prompt"] for e in examples],
+                completions_of(examples),
+                task.model.config.max_positions,
             )
-        position["wall"] += time.perf_counter() - began
-        last = step + 1 == config.steps
-        if last or (config.evaluate_every and (step + 1) % config.evaluate_every == 0):
-            evaluated = sampled_metrics(task, task.model.view(state.params), config)
-            reward = evaluated["reward"]
-            metrics |= {f"eval_{k}": v for k, v in evaluated.items()}
-            position["reached"] = bool(config.target_reward and reward >= config.target_reward)
-        line = {"step": step, **metrics, "time/wall": position["wall"]}
-        directory.log("metrics.jsonl", line)
-        if last or position["reached"] or (step + 1) % config.checkpoint_every == 0:
-            position["step"] = step + 1
-            checkpoints.save(step + 1, state, position)
-        progress.advance(loss=metrics["loss"], reward=reward)
-    progress.stop()
+            state, metrics = sft_update(state, *arrays, model=task.model, config=config)
+            metrics = {k: float(v) for k, v in jax.device_get(metrics).items()}
+            require_finite(metrics, step, checkpoints)
+            position["wall"] += time.perf_counter() - began
+            last = step + 1 == config.steps
+            if last or (config.evaluate_every and (step + 1) % config.evaluate_every == 0):
+                evaluated = sampled_metrics(task, task.model.view(state.params), config)
+                reward = evaluated["reward"]
+                metrics |= {f"eval_{k}": v for k, v in evaluated.items()}
+                position["reached"] = bool(config.target_reward and reward >= config.target_reward)
+            line = {"step": step, **metrics, "time/wall": position["wall"]}
+            directory.log("metrics.jsonl", line)
+            if last or position["reached"] or (step + 1) % config.checkpoint_every == 0:
+                position["step"] = step + 1
+                checkpoints.save(step + 1, state, position)
+            progress.advance(loss=metrics["loss"], reward=reward)
     checkpoints.close()
     directory.close()
     model_directory = directory.path / "model"

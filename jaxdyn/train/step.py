@@ -58,8 +58,8 @@ def take_step(
     jax.block_until_ready(batch)
     prepared = time.perf_counter()
     rate = learning_rate(config.optim, stage.name, step - stage.start, stage.end - stage.start)
-    state, metrics = update(task, config, state, stage, batch, features, rate)
-    metrics = {name: float(value) for name, value in jax.device_get(metrics).items()}
+    state, measured = update(task, config, state, stage, batch, features, rate)
+    metrics = {name: float(value) for name, value in jax.device_get(measured).items()}
     updated = time.perf_counter()
     metrics = {
         **experience_metrics(experience, task.model.config.vocab_size),
@@ -120,21 +120,19 @@ def make_batch(
         ids = rollout.completion_ids
         return classifier_logps(task.model, policy["classifier"], features, ids, temperature)
 
-    if loss.beta:
-        batch = batch.replace(ref_per_token_logps=logps(reference))
-    if config.train.num_iterations > 1 or loss.kl_placement == "reward":
-        batch = batch.replace(old_per_token_logps=logps(view))
+    in_reward = loss.kl_placement == "reward"
+    old = logps(view) if config.train.num_iterations > 1 or in_reward else None
+    ref = logps(reference) if loss.beta else None
     rewards = jnp.asarray(experience.rewards.total, jnp.float32)
-    if loss.kl_placement == "reward":
+    if in_reward and old is not None and ref is not None:
+        estimator = loss.resolved_kl_estimator
         rewards = penalised_rewards(
-            rewards,
-            loss.beta,
-            loss.resolved_kl_estimator,
-            batch.old_per_token_logps,
-            batch.ref_per_token_logps,
-            batch.completion_mask,
+            rewards, loss.beta, estimator, old, ref, rollout.completion_mask
         )
-    return batch.replace(advantages=advantages(config, rewards)), features
+    batch = batch.replace(
+        advantages=advantages(config, rewards), old_per_token_logps=old, ref_per_token_logps=ref
+    )
+    return batch, features
 
 
 def advantages(config: RunConfig, rewards: jax.Array) -> jax.Array:
@@ -160,7 +158,7 @@ def update(
     static = {
         "model": task.model,
         "loss": config.loss,
-        "optim": config.optim,
+        "optim": config.optim.rule,
         "microbatches": config.train.microbatches,
     }
     rate = jnp.float32(rate)

@@ -53,6 +53,12 @@ def open_task(config: RunConfig | SFTConfig, max_prompt_length: int) -> Task:
             f"the tokenizer in {directory} has {tokenizer.vocab_size} tokens, more than the "
             f"model's vocabulary of {model.config.vocab_size}"
         )
+    outside = [i for i in (tokenizer.pad_id, *tokenizer.stop_ids) if i >= model.config.vocab_size]
+    if outside:
+        raise JaxdynError(
+            f"{directory} names {outside[0]} as a padding or stop token, outside the model's "
+            f"vocabulary of {model.config.vocab_size}"
+        )
     longest = max_prompt_length + config.sampling.max_completion_length
     if longest > model.config.max_positions:
         raise JaxdynError(

@@ -21,8 +21,7 @@ from jaxdyn.rl import LossConfig, Normalizer, feature_statistics, normalizer_of,
 from jaxdyn.types import Params
 
 
-@struct.dataclass
-class UpdateBatch:
+class UpdateBatch(struct.PyTreeNode):
     """What a policy-gradient update needs of B sampled sequences of S + C slots."""
 
     tokens: Int[Array, "B T"]
@@ -34,18 +33,18 @@ class UpdateBatch:
     ref_per_token_logps: Float[Array, "B C"] | None = None
 
 
-@struct.dataclass
-class TrainState:
+class TrainState(struct.PyTreeNode):
     """Parameters as stored, and the optimizer's state of those that the stage moves.
 
-    For tied models `head_moment` follows the head path's part of the shared matrix's momentum and
-    `head_share` sums its part of the updates since it was last set to zero; else both are None.
+    For tied models `head_moment` [V, D] follows the head path's part of the shared matrix's
+    momentum and `head_share` [V, D] sums its part of the updates since it was last set to zero;
+    else both are None. The leaves may also be shapes or anything else that checkpoints put there.
     """
 
     params: Params
     opt_state: Any
-    head_moment: jax.Array | None = None
-    head_share: jax.Array | None = None
+    head_moment: Any = None
+    head_share: Any = None
 
 
 def completion_features(model: Any, backbone: Params, batch: UpdateBatch) -> Float[Array, "B C D"]:
@@ -112,10 +111,12 @@ def accumulate(function: Callable[[Any], Any], batch: Any, microbatches: int) ->
     """Σ `function(part)` over `microbatches` equal parts of the batch, one part in memory."""
     if microbatches == 1:
         return function(batch)
-    parts = jax.tree.map(lambda x: x.reshape(microbatches, -1, *x.shape[1:]), batch)
-    first = jax.tree.map(lambda x: x[0], parts)
-    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(function, first))
-    add = lambda total, part: (jax.tree.map(jnp.add, total, function(part)), None)
+    leaves, structure = jax.tree.flatten(batch)
+    parts = [x.reshape(microbatches, -1, *x.shape[1:]) for x in leaves]
+    of_part = lambda part: function(structure.unflatten(part))
+    shapes = jax.eval_shape(of_part, [x[0] for x in parts])
+    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+    add = lambda total, part: (jax.tree.map(jnp.add, total, of_part(part)), None)
     return jax.lax.scan(add, zeros, parts)[0]
 
 
@@ -150,7 +151,7 @@ def joint_update(
 
     by_path, metrics = accumulate(gradient_of, batch, microbatches)
     gradient = model.fold(by_path)
-    norm = optax.global_norm(gradient)
+    norm = optax.tree.norm(gradient)
     direction, opt_state = make_optimizer(optim).update(gradient, state.opt_state, state.params)
     new = state.replace(params=descend(state.params, direction, learning_rate), opt_state=opt_state)
     if model.config.tied:
@@ -159,7 +160,7 @@ def joint_update(
         moment, share = head_direction(optim, state.head_moment, head, norm, moments)
         head_share = state.head_share - learning_rate * share
         new = new.replace(head_moment=moment, head_share=head_share)
-    return new, {**metrics, "grad_norm": norm}
+    return new, {**metrics, **norms(gradient, direction, learning_rate)}
 
 
 @functools.partial(jax.jit, static_argnames=_STATIC, donate_argnames=("classifier", "opt_state"))
@@ -190,7 +191,13 @@ def classifier_update(
     moving, gradient = {"classifier": classifier}, {"classifier": gradient}
     direction, opt_state = make_optimizer(optim).update(gradient, opt_state, moving)
     new = descend(moving, direction, learning_rate)["classifier"]
-    return new, opt_state, {**metrics, "grad_norm": optax.global_norm(gradient)}
+    return new, opt_state, {**metrics, **norms(gradient, direction, learning_rate)}
+
+
+def norms(gradient: Params, direction: Params, learning_rate: jax.Array) -> dict[str, jax.Array]:
+    """Global norms of the gradient, before clipping, and of the applied update η (P m + λ θ)."""
+    update_norm = learning_rate * optax.tree.norm(direction)
+    return {"grad_norm": optax.tree.norm(gradient), "update_norm": update_norm}
 
 
 def descend(params: Params, direction: Params, learning_rate: jax.Array) -> Params:

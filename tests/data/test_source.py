@@ -1,23 +1,21 @@
+import dataclasses
 import json
 import re
+import string
 import subprocess
 import sys
 from collections import Counter
+from itertools import combinations
 
 import pytest
 import tyro
 
-from jaxdyn.data import DataConfig, EquationsConfig, StoriesConfig, columns, load_source
-from jaxdyn.data.builders.equations import Equations
+from jaxdyn.data import AnagramsConfig, DataConfig, StoriesConfig, columns, load_source
+from jaxdyn.data.builders.anagrams import Anagrams
 from jaxdyn.data.stories import FEELINGS, openings
 from jaxdyn.types import JaxdynError
 
-SMALL = EquationsConfig(lowest=3, highest=12, per_target=40, seed=1)
-
-
-def value(expression: str) -> int:
-    first, operator, second = re.fullmatch(r"(\d+)([+-])(\d+)", expression).groups()
-    return int(first) + (1 if operator == "+" else -1) * int(second)
+SMALL = AnagramsConfig("abcxyz", length=3, train_examples=600, test_examples=5, seed=1)
 
 
 @pytest.fixture
@@ -30,44 +28,61 @@ def write_rows(path, *rows):
     return str(path)
 
 
-def test_equations_are_right_and_targets_held_out(cache):
-    config = DataConfig(equations=SMALL, cache_dir=cache)
+def test_anagrams_are_right_and_letter_sets_held_out(cache):
+    config = DataConfig(anagrams=SMALL, cache_dir=cache)
     train, test = load_source(config, "train"), load_source(config, "test")
-    assert (len(train), len(test)) == (8 * 40, 2)
+    assert (len(train), len(test)) == (600, 5)
     for example in [*train, *test]:
-        assert example["prompt"] == example["answer"] + "="
-        assert value(example["completion"]) == int(example["answer"])
-        operands = map(int, re.split(r"[+-]", example["completion"]))
-        assert all(0 <= operand <= 12 for operand in operands)
-    counts = Counter(example["answer"] for example in train)
-    assert set(counts.values()) == {40}
-    answers = {int(answer) for answer in counts} | {int(e["answer"]) for e in test}
-    assert answers == set(range(3, 13))
-    # Both kinds, and many answers to one prompt: of the 14, the 20 or so draws of a sum alone
-    # would have to fall on three at most.
-    assert {"+", "-"} <= {c for e in train for c in e["completion"]}
-    for answer in counts:
-        assert len({e["completion"] for e in train if e["answer"] == answer}) >= 4
+        assert example["prompt"] == example["letters"] + "="
+        assert len(set(example["letters"])) == 3
+        assert sorted(example["completion"]) == sorted(example["letters"])
+    held_out = {frozenset(e["letters"]) for e in test}
+    others = {frozenset(e["letters"]) for e in train}
+    # C(6, 3) = 20 sets: the 5 held out are distinct, and 600 draws reach each of the other 15
+    # (one is missed with a probability of 15 * (14/15)^600 < 1e-16).
+    assert len(held_out) == 5 and held_out | others == set(
+        map(frozenset, combinations("abcxyz", 3))
+    )
+    assert not held_out & others
 
 
-def test_equations_depend_on_the_seed_alone(cache, tmp_path):
-    first = load_source(DataConfig(equations=SMALL, cache_dir=cache), "train")
-    again = load_source(DataConfig(equations=SMALL, cache_dir=str(tmp_path / "b")), "train")
+def test_anagrams_orders_are_uniform_and_independent(cache):
+    config = AnagramsConfig(letters="abc", length=2, train_examples=6000, test_examples=1)
+    train = load_source(DataConfig(anagrams=config, cache_dir=cache), "train")
+    # Two sets and two orders of each, for the prompt and for the completion alone: 8 pairs.
+    pairs = Counter((e["prompt"], e["completion"]) for e in train)
+    assert len(pairs) == 8
+    # 6000 draws of probability 1/8: a standard deviation of 25.6; five of them.
+    assert all(abs(count - 750) < 128 for count in pairs.values())
+
+
+def test_anagrams_depend_on_the_seed_alone(cache, tmp_path):
+    first = load_source(DataConfig(anagrams=SMALL, cache_dir=cache), "train")
+    again = load_source(DataConfig(anagrams=SMALL, cache_dir=str(tmp_path / "b")), "train")
     assert list(first) == list(again)
-    other = EquationsConfig(lowest=3, highest=12, per_target=40, seed=2)
-    assert list(load_source(DataConfig(equations=other, cache_dir=cache), "train")) != list(first)
+    other = dataclasses.replace(SMALL, seed=2)
+    assert list(load_source(DataConfig(anagrams=other, cache_dir=cache), "train")) != list(first)
 
 
-def test_noise_is_the_share_of_wrong_demonstrations(cache):
-    noisy = EquationsConfig(lowest=3, highest=12, per_target=250, noise=0.3)
-    config = DataConfig(equations=noisy, cache_dir=cache)
-    train = load_source(config, "train")
-    wrong = [e for e in train if value(e["completion"]) != int(e["answer"])]
-    # 2000 draws: a standard error of 0.0102; five of them.
-    assert abs(len(wrong) / len(train) - 0.3) < 0.052
-    assert {value(e["completion"]) for e in wrong} == set(range(3, 13))
-    test = load_source(config, "test")
-    assert all(value(e["completion"]) == int(e["answer"]) for e in test)
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"letters": "abca"}, "distinct letters or digits, got 'abca'"),
+        ({"letters": "ab="}, "distinct letters or digits, got 'ab='"),
+        ({"letters": ""}, "distinct letters or digits, got ''"),
+        ({"length": 0}, "1 <= length <= 16 letters, got 0"),
+        ({"length": 17}, "1 <= length <= 16 letters, got 17"),
+        ({"letters": string.ascii_letters, "length": 5}, "5 of 52 letters make 2598960 sets"),
+        ({"test_examples": 4368}, "hold out at least 1 of the 4368 sets .* got 4368"),
+        ({"test_examples": 0}, "got 0"),
+        ({"train_examples": 0}, "train_examples must be at least 1, got 0"),
+        ({"seed": -1}, "seed must not be negative, got -1"),
+    ],
+)
+def test_anagrams_that_cannot_be_made(options, message):
+    with pytest.raises(JaxdynError, match=message) as caught:
+        AnagramsConfig(**options)
+    assert "\n" not in str(caught.value)
 
 
 def test_stories_name_what_they_ask_for(cache):
@@ -157,18 +172,14 @@ def test_other_bad_input(cache, tmp_path):
     with pytest.raises(JaxdynError, match="unknown split 'validation'"):
         load_source(DataConfig(cache_dir=cache), "validation")
     (tmp_path / "file").write_text("")
-    with pytest.raises(JaxdynError, match="cannot build the data set equations"):
+    with pytest.raises(JaxdynError, match="cannot build the data set anagrams"):
         load_source(DataConfig(cache_dir=str(tmp_path / "file")), "train")
-    with pytest.raises(JaxdynError, match="noise must lie"):
-        EquationsConfig(noise=1.5)
-    with pytest.raises(JaxdynError, match="lowest < highest, got 9 and 9"):
-        EquationsConfig(lowest=9, highest=9)
 
 
 def test_two_builds_at_once(cache, monkeypatch):
     """The other build ends while this one is under way: both read the same data."""
-    config = DataConfig(equations=SMALL, cache_dir=cache)
-    prepare, others = Equations.download_and_prepare, []
+    config = DataConfig(anagrams=SMALL, cache_dir=cache)
+    prepare, others = Anagrams.download_and_prepare, []
 
     def interrupted(self):
         prepare(self)
@@ -176,26 +187,26 @@ def test_two_builds_at_once(cache, monkeypatch):
             others.append(None)
             others[0] = load_source(config, "train")
 
-    monkeypatch.setattr(Equations, "download_and_prepare", interrupted)
+    monkeypatch.setattr(Anagrams, "download_and_prepare", interrupted)
     mine = load_source(config, "train")
-    assert len(mine) == 320 and list(mine) == list(others[0])
+    assert len(mine) == 600 and list(mine) == list(others[0])
 
 
 def test_a_build_that_dies_leaves_nothing(cache, tmp_path, monkeypatch):
-    config = DataConfig(equations=SMALL, cache_dir=cache)
+    config = DataConfig(anagrams=SMALL, cache_dir=cache)
     with monkeypatch.context() as patch:
-        patch.setattr(Equations, "_generate_examples", lambda self, split: 1 / 0)
+        patch.setattr(Anagrams, "_generate_examples", lambda self, split: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             load_source(config, "train")
-    assert not list((tmp_path / "cache" / "equations").iterdir())
-    assert len(load_source(config, "train")) == 320
+    assert not list((tmp_path / "cache" / "anagrams").iterdir())
+    assert len(load_source(config, "train")) == 600
 
 
 def test_a_full_disk_is_one_line(cache, monkeypatch):
     def full(self):
         raise RuntimeError("write() failed:\nNo space left on device")
 
-    monkeypatch.setattr(Equations, "download_and_prepare", full)
+    monkeypatch.setattr(Anagrams, "download_and_prepare", full)
     with pytest.raises(JaxdynError, match=r"cannot build .*failed: No space left on device"):
         load_source(DataConfig(cache_dir=cache), "train")
 
@@ -209,9 +220,9 @@ def test_columns_fill_gaps_with_none():
 
 
 def test_the_command_line_can_edit_it():
-    args = ["--name", "stories", "--stories.test-prompts", "5", "--equations.noise", "0.5"]
+    args = ["--name", "stories", "--stories.test-prompts", "5", "--anagrams.length", "4"]
     config = tyro.cli(DataConfig, args=args)
-    assert (config.name, config.stories.test_prompts, config.equations.noise) == ("stories", 5, 0.5)
+    assert (config.name, config.stories.test_prompts, config.anagrams.length) == ("stories", 5, 4)
 
 
 def test_tensorflow_is_never_imported(cache, tmp_path):
@@ -220,7 +231,7 @@ def test_tensorflow_is_never_imported(cache, tmp_path):
 import sys
 import jaxdyn.data as data
 assert "tensorflow_datasets" not in sys.modules
-for name in ("equations", "stories", "jsonl"):
+for name in ("anagrams", "stories", "jsonl"):
     config = data.DataConfig(name, path={path!r}, cache_dir={cache!r})
     assert all(data.load_source(config, split)[0]["prompt"] for split in ("train", "test"))
 print(sorted(name for name in sys.modules if name.split(".")[0] == "tensorflow"))

@@ -1,5 +1,7 @@
 """First-order propagation against full Jacobians, the model's own derivative, and real updates."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -23,13 +25,9 @@ def random_like(tree, seed):
     return jax.tree.map(lambda x: jnp.asarray(rng.standard_normal(x.shape), x.dtype), tree)
 
 
-@pytest.mark.parametrize("name", oracles.CONFIGS)
-def test_components_are_the_kernels_times_the_logit_gradients(name, x64):
-    """Δf = η Σ_u Θ(s_o, s_u) g_u, component by component, for one plain gradient step."""
-    model, params = oracles.tiny_model(name)
-    sites = oracles.tiny_sites()
-    g = jnp.asarray(np.random.default_rng(2).standard_normal((5, oracles.VOCAB)))
-    eta = 0.1
+@functools.partial(jax.jit, static_argnums=0)
+def one_step(model, params, sites, g, eta):
+    """Predicted Δf by component of a plain gradient step, and the kernels times g."""
     step = jax.tree.map(lambda x: eta * x, gradient_by_path(model, params, sites, g))
     head_share = None
     if model.config.tied:
@@ -37,28 +35,55 @@ def test_components_are_the_kernels_times_the_logit_gradients(name, x64):
         step = model.view(model.fold(step))
     _, parts = delta_logits(model, model.view(params), step, sites, head_share)
     kernels = oracles.component_kernels(model, params, sites)
-    for part in PARTS:
-        expected = eta * jnp.einsum("nvmw,mw->nv", kernels[part], g)
-        scale = max(float(jnp.abs(expected).max()), 1.0)
-        np.testing.assert_allclose(getattr(parts, part), expected, atol=1e-11 * scale)
-    assert (float(jnp.abs(parts.cross).max()) > 0) == model.config.tied
+    return parts, {part: eta * jnp.einsum("nvmw,mw->nv", kernels[part], g) for part in PARTS}
 
 
 @pytest.mark.parametrize("name", oracles.CONFIGS)
-def test_split_sums_to_the_derivative_of_log_probs_along_any_update(name, x64):
+def test_components_are_the_kernels_times_the_logit_gradients(name, x64):
+    """Δf = η Σ_u Θ(s_o, s_u) g_u, component by component, for one plain gradient step."""
     model, params = oracles.tiny_model(name)
-    sites = oracles.tiny_sites()
-    delta = random_like(params, 3)
-    head_share = random_like(params["backbone"]["embed"]["embedding"], 4)
+    g = jnp.asarray(np.random.default_rng(2).standard_normal((5, oracles.VOCAB)))
+    parts, expected = one_step(model, params, oracles.tiny_sites(), g, 0.1)
+    for part in PARTS:
+        scale = max(float(jnp.abs(expected[part]).max()), 1.0)
+        np.testing.assert_allclose(getattr(parts, part), expected[part], atol=1e-11 * scale)
+    assert (float(jnp.abs(parts.cross).max()) > 0) == model.config.tied
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def first_order_and_actual(model, params, delta, head_share, sites, size):
+    """For the update size · delta: the split, the derivative of log π along it, the change."""
 
     def log_probs(params):
         return jax.nn.log_softmax(oracles.site_logits(model, model.view(params), sites))
 
-    _, expected = jax.jvp(log_probs, (params,), (delta,))
-    share = head_share if model.config.tied else None
-    parts = propagate(model, model.view(params), model.view(delta), sites, share)
-    scale = float(jnp.abs(expected).max())
-    np.testing.assert_allclose(parts.total, expected, atol=1e-12 * scale)
+    delta = jax.tree.map(lambda x: size * x, delta)
+    head_share = size * head_share if model.config.tied else None
+    parts = propagate(model, model.view(params), model.view(delta), sites, head_share)
+    before, derivative = jax.jvp(log_probs, (params,), (delta,))
+    actual = log_probs(jax.tree.map(jnp.add, params, delta)) - before
+    return parts, derivative, actual
+
+
+@pytest.mark.parametrize("name", oracles.CONFIGS)
+def test_split_is_exact_and_its_residual_shrinks_with_the_square_of_the_step(name, x64):
+    """The parts sum to the derivative of log π along any update, and halving the step quarters
+    actual − predicted: the slope on a log–log plot is 2."""
+    model, params = oracles.tiny_model(name)
+    delta = random_like(params, 5)
+    share = random_like(params["backbone"]["embed"]["embedding"], 6)
+    sizes = 1e-3 * 0.5 ** np.arange(4)
+    residuals = []
+    for size in sizes:
+        parts, derivative, actual = first_order_and_actual(
+            model, params, delta, share, oracles.tiny_sites(), size
+        )
+        scale = float(jnp.abs(derivative).max())
+        np.testing.assert_allclose(parts.total, derivative, atol=1e-12 * scale)
+        residuals.append(float(jnp.linalg.norm(actual - parts.total)))
+    slope = np.polyfit(np.log(sizes), np.log(residuals), 1)[0]
+    # The next term adds about 2·size·|f'''/f''| to the slope; sizes are below 1e-3.
+    assert abs(slope - 2) < 0.02
 
 
 def test_a_classifier_bias_belongs_to_the_representation_component(x64):
@@ -75,29 +100,6 @@ def test_a_classifier_bias_belongs_to_the_representation_component(x64):
     _, parts = delta_logits(model, params, delta, oracles.tiny_sites())
     np.testing.assert_allclose(parts.representation, np.tile(2 * bias, (5, 1)), atol=1e-14)
     assert float(jnp.abs(parts.gradient).max()) == 0.0
-
-
-@pytest.mark.parametrize("name", oracles.CONFIGS)
-def test_residual_shrinks_with_the_square_of_the_step(name, x64):
-    """Halving the step quarters actual − predicted; the slope on a log–log plot is 2."""
-    model, params = oracles.tiny_model(name)
-    sites = oracles.tiny_sites()
-    view, direction = model.view(params), random_like(params, 5)
-    share = random_like(params["backbone"]["embed"]["embedding"], 6)
-    sizes = 1e-3 * 0.5 ** np.arange(4)
-
-    def residual(size):
-        delta = jax.tree.map(lambda x: size * x, direction)
-        after = jax.tree.map(jnp.add, params, delta)
-        head_share = size * share if model.config.tied else None
-        predicted = propagate(model, view, model.view(delta), sites, head_share).total
-        log_probs = lambda v: jax.nn.log_softmax(oracles.site_logits(model, v, sites))
-        actual = log_probs(model.view(after)) - log_probs(view)
-        return float(jnp.linalg.norm(actual - predicted))
-
-    slope = np.polyfit(np.log(sizes), np.log([residual(s) for s in sizes]), 1)[0]
-    # The next term adds about 2·size·|f'''/f''| to the slope; sizes are below 1e-3.
-    assert abs(slope - 2) < 0.02
 
 
 @pytest.mark.parametrize("name", ["gpt_neox-untied", "llama-tied"])

@@ -8,9 +8,9 @@ import tyro
 from jaxdyn.rewards import RewardConfig, make_reward
 from jaxdyn.types import JaxdynError
 
-PROMPTS = ["17=", "17=", "3="]
-COMPLETIONS = ["9+8", "1", "3-0"]
-COLUMNS = {"answer": ["17", "17", "3"], "finished": [True, True, False]}
+PROMPTS = ["abc=", "abc=", "xyz="]
+COMPLETIONS = ["cab", "1", "xyz"]
+COLUMNS = {"letters": ["abc", "abc", "xyz"], "finished": [True, True, False]}
 
 MODULE = """
 def halves(prompts, completions, **columns):
@@ -22,8 +22,8 @@ def sometimes(prompts, completions, **columns):
 def never(prompts, completions, **columns):
     return [None] * len(completions)
 
-def raises(prompts, completions, answer, **columns):
-    return [1 / (int(a) - 3) for a in answer]
+def raises(prompts, completions, letters, **columns):
+    return [1 / (a != "xyz") for a in letters]
 
 def only_together(prompts, completions, **columns):
     if len(prompts) > 1:
@@ -66,16 +66,16 @@ def evaluate(*functions, **options):
 
 
 def test_weighted_total():
-    output = evaluate("equation", "finished", weights=(2.0, -0.5))
-    np.testing.assert_array_equal(output.values["equation"], [1, 0, 1])
+    output = evaluate("anagram", "finished", weights=(2.0, -0.5))
+    np.testing.assert_array_equal(output.values["anagram"], [1, 0, 1])
     np.testing.assert_array_equal(output.values["finished"], [1, 1, 0])
     np.testing.assert_array_equal(output.total, [1.5, -0.5, 2])
-    assert output.means == {"equation": 2 / 3, "finished": 2 / 3}
-    np.testing.assert_array_equal(evaluate("equation", "finished").total, [2, 1, 1])
+    assert output.means == {"anagram": 2 / 3, "finished": 2 / 3}
+    np.testing.assert_array_equal(evaluate("anagram", "finished").total, [2, 1, 1])
 
 
 def test_the_users_own_by_path_with_unscorable_completions(mine):
-    output = evaluate("equation", f"{mine}:sometimes", f"{mine}.never", weights=(1.0, 0.5, 9.0))
+    output = evaluate("anagram", f"{mine}:sometimes", f"{mine}.never", weights=(1.0, 0.5, 9.0))
     np.testing.assert_array_equal(output.values["sometimes"], [3, np.nan, 3])
     # Left out of the mean, and nothing to the total.
     assert output.means["sometimes"] == 3
@@ -85,7 +85,7 @@ def test_the_users_own_by_path_with_unscorable_completions(mine):
 
 
 def test_options_reach_the_functions():
-    options = {"pattern": "8$", "min_length": 3, "max_length": 3}
+    options = {"pattern": "b$", "min_length": 3, "max_length": 3}
     output = evaluate("regex_match", "length", **options)
     np.testing.assert_array_equal(output.values["regex_match"], [1, 0, 0])
     np.testing.assert_array_equal(output.values["length"], [1, 0, 1])
@@ -99,12 +99,12 @@ def test_options_reach_the_functions():
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("raises", r"reward 'raises' failed for example 2 \('3='\): ZeroDivisionError"),
+        ("raises", r"reward 'raises' failed for example 2 \('xyz='\): ZeroDivisionError"),
         ("only_together", r"reward 'only_together' failed: RuntimeError: two lines"),
-        ("short", r"'short' returned 1 values for 3 completions.*example 0 \('17='\)"),
+        ("short", r"'short' returned 1 values for 3 completions.*example 0 \('abc='\)"),
         ("nothing", r"'nothing' returned NoneType, wanted a list"),
-        ("text", r"'text' returned '2' for example 1 \('17='\), wanted a finite number or None"),
-        ("infinite", r"'infinite' returned nan for example 2 \('3='\)"),
+        ("text", r"'text' returned '2' for example 1 \('abc='\), wanted a finite number or None"),
+        ("infinite", r"'infinite' returned nan for example 2 \('xyz='\)"),
     ],
 )
 def test_a_reward_that_fails_names_itself_and_the_example(mine, name, message):
@@ -114,21 +114,23 @@ def test_a_reward_that_fails_names_itself_and_the_example(mine, name, message):
 
 
 def test_a_missing_column_names_the_reward():
-    with pytest.raises(JaxdynError, match=r"'contains_words' failed.*column 'words'.* answer, fin"):
+    with pytest.raises(
+        JaxdynError, match=r"'contains_words' failed.*column 'words'.* letters, fin"
+    ):
         evaluate("contains_words")
 
 
 def test_an_answer_that_does_not_fit_names_the_example():
-    reward = make_reward(RewardConfig(("equation",)))
-    with pytest.raises(JaxdynError, match=r"example 1 \('q'\): ValueError.*'seven'"):
-        reward(["p", "q"], ["1+1", "3+4"], {"answer": ["2", "seven"]})
+    reward = make_reward(RewardConfig(("anagram",)))
+    with pytest.raises(JaxdynError, match=r"example 1 \('q'\): TypeError.*'int'"):
+        reward(["p", "q"], ["ab", "ab"], {"letters": ["ab", 7]})
 
 
 @pytest.mark.parametrize(
     ("path", "message"),
     [
         ("exact", "unknown reward 'exact': did you mean 'exact_match'"),
-        ("equations", "did you mean 'equation'"),
+        ("anagrams", "did you mean 'anagram'"),
         ("absent_module:f", "cannot import the reward 'absent_module:f': ModuleNotFoundError"),
         ("broken_rewards.f", "ModuleNotFoundError: No module named 'absent_module'"),
         ("my_rewards:absent", "cannot import.*AttributeError"),
@@ -144,11 +146,11 @@ def test_a_reward_that_cannot_be_found(mine, path, message):
 
 def test_config_errors(mine):
     with pytest.raises(JaxdynError, match="2 functions but 1 weights"):
-        RewardConfig(("equation", "finished"), weights=(1.0,))
+        RewardConfig(("anagram", "finished"), weights=(1.0,))
     with pytest.raises(JaxdynError, match="functions is empty"):
         RewardConfig(())
-    with pytest.raises(JaxdynError, match="two functions are named 'equation'"):
-        make_reward(RewardConfig(("equation", "equation")))
+    with pytest.raises(JaxdynError, match="two functions are named 'anagram'"):
+        make_reward(RewardConfig(("anagram", "anagram")))
 
 
 def test_the_command_line_can_edit_it():

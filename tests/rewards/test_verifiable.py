@@ -3,8 +3,8 @@ import math
 import pytest
 
 from jaxdyn.rewards import (
+    anagram,
     contains_words,
-    equation,
     exact_match,
     finished,
     last_number,
@@ -65,26 +65,13 @@ def test_numeric_match():
     assert score(numeric_match(tolerance=0.01), close, answer=[100, 100, 1, 0.495]) == [1, 0, 0, 1]
 
 
-@pytest.mark.parametrize(
-    ("completion", "reward"),
-    [
-        ("9+8", 1),
-        ("20-3", 1),
-        (" 17 + 0\n", 1),
-        ("9+9", 0),
-        ("17", 0),
-        ("9+8+0", 0),
-        ("9+8=", 0),
-        ("09+8", 0),
-        ("-1+18", 0),
-        ("34/2", 0),
-        ("__import__('os')", 0),
-        ("", 0),
-        ("1" * 9000 + "+1", 0),
-    ],
-)
-def test_equation(completion, reward):
-    assert score(equation(), [completion], answer=["17"]) == [reward]
+def test_anagram():
+    completions = ["cab", "abc", " bca\n", "ab", "abcc", "aab", "abd", "ABC", "a b c", "", "cab"]
+    expected = [1, 1, 1, 0, 0, 0, 0, 0, 0, 0, None]
+    letters = ["abc"] * 10 + [None]
+    assert score(anagram(), completions, letters=letters) == expected
+    # A letter that the prompt has twice is wanted twice.
+    assert score(anagram("bag"), ["oto", "ot"], bag=["too", "too"]) == [1, 0]
 
 
 def test_contains_words():

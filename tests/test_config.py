@@ -1,0 +1,138 @@
+"""Configurations: JSON and back, and the one-line complaints about what does not fit."""
+
+import json
+import math
+
+import jaxtyping
+import pytest
+
+from jaxdyn.config import (
+    AdvantageConfig,
+    RunConfig,
+    SFTConfig,
+    TrainConfig,
+    from_dict,
+    load_config,
+    save_config,
+    to_dict,
+)
+from jaxdyn.data import DataConfig
+from jaxdyn.optim import OptimConfig
+from jaxdyn.presets import RL, SFT, preset
+from jaxdyn.rewards import RewardConfig
+from jaxdyn.rl import LossConfig
+from jaxdyn.types import JaxdynError
+
+FULL = RunConfig(
+    output="somewhere",
+    seed=3,
+    data=DataConfig("jsonl", path="p.jsonl"),
+    reward=RewardConfig(functions=("length", "my.module:reward"), weights=(1.0, 0.1 + 0.2)),
+    loss=LossConfig(beta=1 / 3, loss_type="rloo", epsilon_high=None),
+    optim=OptimConfig(schedule="classifier_first", classifier_learning_rate=1e-30),
+    advantage=AdvantageConfig(kind="plain"),
+)
+
+
+@pytest.mark.parametrize("config", [FULL, RunConfig(), SFTConfig(), *RL.values(), *SFT.values()])
+def test_a_configuration_survives_json_exactly(config, tmp_path):
+    save_config(config, tmp_path / "config.json")
+    assert load_config(type(config), tmp_path / "config.json") == config
+    assert json.loads((tmp_path / "config.json").read_text())["seed"] == config.seed
+
+
+def test_what_is_not_given_takes_its_default():
+    assert from_dict(RunConfig, {"train": {"steps": 7}}) == RunConfig(train=TrainConfig(steps=7))
+    assert from_dict(RunConfig, {"loss": {"beta": 1}}).loss.beta == 1.0
+
+
+BAD = {
+    "unknown field": ({"sead": 1}, "unknown field 'sead'; did you mean 'seed'?"),
+    "unknown nested field": (
+        {"optim": {"learning_rat": 1.0}},
+        "optim: unknown field 'learning_rat'; did you mean 'learning_rate'?",
+    ),
+    "nothing near": ({"zzz": 1}, "unknown field 'zzz'"),
+    "text for a number": ({"train": {"steps": "5"}}, "train: steps: expected int, got '5'"),
+    "bool for a number": ({"seed": True}, "seed: expected int, got True"),
+    "number for a bool": ({"model": {"untie": 1}}, "model: untie: expected bool, got 1"),
+    "fraction for a count": ({"train": {"steps": 1.5}}, "steps: expected int, got 1.5"),
+    "number for an object": ({"optim": 3}, "optim: expected an object with fields, got 3"),
+    "unknown choice": (
+        {"optim": {"schedule": "both"}},
+        "schedule: expected one of ('joint', 'classifier_first', 'classifier_only', "
+        "'joint_extra'), got 'both'",
+    ),
+    "wrong item": (
+        {"reward": {"weights": [1.0, "a"]}},
+        "reward: weights[1]: expected float, got 'a'",
+    ),
+    "null": ({"seed": None}, "seed: expected int, got None"),
+    "out of range": ({"train": {"num_prompts": 0}}, "train.num_prompts must be at least 1, got 0"),
+    "negative": ({"train": {"steps": -1}}, "train.steps must not be negative, got -1"),
+    "indivisible": (
+        {"train": {"microbatches": 3}},
+        "train.microbatches (3) must divide num_prompts * num_generations (64)",
+    ),
+    "too few": (
+        {"train": {"num_generations": 1}},
+        "train.num_generations must be at least 2, got 1",
+    ),
+    "not a number": (
+        {"optim": {"learning_rate": math.nan}},
+        "optim.learning_rate must be positive, got nan",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_complaints_name_the_field_and_the_value(name, tmp_path, monkeypatch):
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
+    data, message = BAD[name]
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(data))
+    with pytest.raises(JaxdynError) as caught:
+        load_config(RunConfig, path)
+    assert message in str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [("{", "is not a JSON file"), ("[1]", "expected an object with fields, got [1]")],
+)
+def test_files_that_hold_no_configuration(text, message, tmp_path):
+    path = tmp_path / "config.json"
+    path.write_text(text)
+    with pytest.raises(JaxdynError) as caught:
+        load_config(RunConfig, path)
+    assert message in str(caught.value) and str(path) in str(caught.value)
+    with pytest.raises(JaxdynError, match="no such configuration file"):
+        load_config(RunConfig, tmp_path / "none.json")
+
+
+def test_supervised_ranges():
+    with pytest.raises(JaxdynError, match=r"sft.batch_size must be at least 1, got 0"):
+        SFTConfig(batch_size=0)
+    with pytest.raises(JaxdynError, match=r"learning_rate must be positive, got 0\.0"):
+        SFTConfig(learning_rate=0.0)
+
+
+def test_the_advantage_is_the_losss_own_unless_set():
+    kind = lambda loss, **more: RunConfig(loss=LossConfig(loss_type=loss), **more).advantage_kind
+    assert kind("grpo") == "group_relative"
+    assert kind("rloo") == "leave_one_out"
+    assert kind("reinforce") == "plain"
+    assert kind("rloo", advantage=AdvantageConfig(kind="plain")) == "plain"
+
+
+def test_presets_are_found_by_name_or_nearly():
+    for presets in (RL, SFT):
+        name = next(iter(presets))
+        assert preset(presets, name) is presets[name]
+        with pytest.raises(JaxdynError, match=f"unknown preset .*did you mean '{name}'"):
+            preset(presets, name[:-1])
+
+
+def test_plain_data_only():
+    assert to_dict(FULL)["reward"]["weights"] == (1.0, 0.1 + 0.2)
+    json.dumps(to_dict(FULL), allow_nan=False)

@@ -1,0 +1,102 @@
+"""Who may import whom, and what importing the package brings along."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import jaxdyn
+
+ROOT = Path(jaxdyn.__file__).parent
+PACKAGES = sorted(p.name for p in ROOT.iterdir() if (p / "__init__.py").exists())
+
+# What each room may import of jaxdyn beside its own files. A room that is not here fails the test.
+PURE = ("rl", "kernels", "optim", "rewards", "rollout", "models", "data", "dynamics", "distributed")
+ALLOWED = {room: {"types"} for room in PURE} | {
+    "report": {"errors"},
+    "train": {"types", "config", "data", "dynamics", "models", "optim", "rewards", "rl", "rollout"},
+}
+
+
+def imported(path):
+    """The modules that a file imports, by their full names."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            found.add(node.module)
+    return found
+
+
+def rooms(path):
+    """The rooms of jaxdyn that a file imports."""
+    names = [name.split(".") for name in imported(path)]
+    return {(parts[1] if parts[1:] else "jaxdyn") for parts in names if parts[0] == "jaxdyn"}
+
+
+def test_every_room_has_a_rule():
+    assert set(PACKAGES) == set(ALLOWED)
+
+
+@pytest.mark.parametrize("room", sorted(ALLOWED))
+def test_a_room_imports_only_what_it_may(room):
+    for path in (ROOT / room).rglob("*.py"):
+        assert rooms(path) <= ALLOWED[room] | {room}, path
+
+
+def test_types_import_nobody():
+    assert rooms(ROOT / "errors.py") == set()
+    assert rooms(ROOT / "types.py") <= {"errors"}
+
+
+def test_reports_are_made_without_a_device():
+    for path in [*(ROOT / "report").rglob("*.py"), ROOT / "errors.py"]:
+        heavy = {name.split(".")[0] for name in imported(path)} & {"jax", "flax", "optax", "orbax"}
+        assert not heavy, path
+
+
+def test_nothing_imports_the_tests_or_the_experiments():
+    for path in ROOT.rglob("*.py"):
+        assert not {n.split(".")[0] for n in imported(path)} & {"tests", "experiments", "oracles"}
+
+
+def modules_after(code):
+    """What a new process has imported once it has run `code`."""
+    code += "\nimport sys; print(' '.join(sorted(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    return set(done.stdout.split())
+
+
+def test_importing_the_package_is_light():
+    loaded = modules_after("import jaxdyn")
+    assert "jaxdyn" in loaded
+    heavy = {"tensorflow", "tensorflow_datasets", "matplotlib", "orbax", "flax", "optax"}
+    assert not loaded & heavy
+    assert not {name for name in loaded if name.startswith(("jaxdyn.", "orbax.", "tensorflow"))}
+
+
+def test_the_command_line_answers_without_jax():
+    code = "from jaxdyn.cli import main\nimport contextlib, io\n"
+    code += "with contextlib.redirect_stdout(io.StringIO()): main(['--help'])"
+    loaded = modules_after(code)
+    assert "jaxdyn.cli" in loaded
+    assert not loaded & {"jax", "tensorflow", "tensorflow_datasets", "matplotlib", "orbax"}
+
+
+@pytest.mark.slow
+def test_tensorflow_is_never_imported(tmp_path):
+    """Not even by the training loop, its checkpoints, or a data set that is built and read."""
+    (tmp_path / "prompts.jsonl").write_text('{"prompt": "a"}\n{"prompt": "b"}\n')
+    code = f"""
+import jaxdyn, jaxdyn.train, jaxdyn.report
+from jaxdyn.data import DataConfig, load_source
+config = DataConfig("jsonl", path={str(tmp_path / "prompts.jsonl")!r}, cache_dir={str(tmp_path)!r})
+assert len(load_source(config, "train")) == 1
+"""
+    loaded = modules_after(code)
+    assert {"jaxdyn.train", "orbax.checkpoint", "tensorflow_datasets"} <= loaded
+    assert "tensorflow" not in loaded

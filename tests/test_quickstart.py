@@ -1,0 +1,60 @@
+import dataclasses
+
+import pytest
+
+from jaxdyn import quickstart as module
+from jaxdyn.presets import RL, SFT
+from jaxdyn.quickstart import quickstart
+from jaxdyn.types import JaxdynError
+
+
+@pytest.fixture
+def small(monkeypatch, tmp_path):
+    """The presets, a few steps long."""
+    monkeypatch.setenv("JAXDYN_CACHE", str(tmp_path / "cache"))
+    few = {"num_prompts": 2, "num_generations": 2}
+    sft, rl = SFT["anagrams"], RL["anagrams"]
+    evaluation = dataclasses.replace(rl.evaluation, every=0, **few)
+    sft = dataclasses.replace(sft, steps=2, evaluation=evaluation, evaluate_every=2)
+    rl = dataclasses.replace(
+        rl,
+        evaluation=evaluation,
+        train=dataclasses.replace(rl.train, steps=2, **few),
+        optim=dataclasses.replace(rl.optim, classifier_steps=1),
+        probe=dataclasses.replace(rl.probe, every=1, num_prompts=2),
+    )
+    monkeypatch.setitem(SFT, "anagrams", sft)
+    monkeypatch.setitem(RL, "anagrams", rl)
+
+
+@pytest.mark.slow
+def test_the_whole_story_and_started_again(small, tmp_path, capsys):
+    output = tmp_path / "out"
+    page = quickstart(output, seed=1)
+    assert page.is_file() and page.parent == output / "report"
+    said = capsys.readouterr()
+    assert str(page) in said.out
+    # Without a terminal every stage still says how far it is.
+    for stage in ("sft · supervised  2/2", "joint · joint  2/2", "classifier_first  3/3"):
+        assert stage in said.err
+    logs = [output / run / "metrics.jsonl" for run in ("sft", "joint", "classifier_first")]
+    # A line a step, and for RL one before the first.
+    assert [len(log.read_text().splitlines()) for log in logs] == [2, 3, 4]
+    before = [log.read_bytes() for log in logs]
+    page.unlink()
+    assert quickstart(output, seed=1) == page and page.is_file()
+    assert [log.read_bytes() for log in logs] == before
+    with pytest.raises(JaxdynError, match=r"already holds another run \(seed: 1 there, 2 here\)"):
+        quickstart(output, seed=2)
+
+
+def test_an_output_that_holds_something_else(tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "make_model", lambda *_: pytest.fail("work was done"))
+    (tmp_path / "notes.txt").write_text("mine")
+    with pytest.raises(JaxdynError, match=r"already holds notes.txt; choose another output"):
+        quickstart(tmp_path)
+    with pytest.raises(JaxdynError, match=r"notes.txt is not a directory"):
+        quickstart(tmp_path / "notes.txt")
+    with pytest.raises(JaxdynError, match="seed must not be negative, got -1"):
+        quickstart(tmp_path / "new", seed=-1)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["notes.txt"]

@@ -1,0 +1,126 @@
+"""Tiny runs: a random one-layer model, a handful of prompts in a JSONL file, a regular expression.
+
+Everything here is one shape, so that the jitted programs are compiled once a session.
+"""
+
+import dataclasses
+import json
+from pathlib import Path
+
+import jax
+
+from jaxdyn.config import (
+    EvaluationConfig,
+    ModelSource,
+    RunConfig,
+    SFTConfig,
+    TrainConfig,
+)
+from jaxdyn.data import DataConfig, character_tokenizer
+from jaxdyn.dynamics import ProbeConfig
+from jaxdyn.models import LanguageModel, gpt_neox, save_pretrained
+from jaxdyn.optim import OptimConfig
+from jaxdyn.rewards import RewardConfig
+from jaxdyn.rollout import SamplingConfig
+
+ALPHABET = "0123456789=abcd"
+
+
+def make_model(directory: Path, tied: bool = False, **overrides) -> str:
+    """A random model and its tokenizer in the Hugging Face layout."""
+    tokenizer = character_tokenizer(ALPHABET)
+    config = gpt_neox(
+        tokenizer.vocab_size, width=16, num_layers=1, num_heads=2, max_positions=32, tied=tied
+    )
+    model = LanguageModel(dataclasses.replace(config, **overrides))
+    params = model.init(jax.random.key(0))
+    save_pretrained(directory, model, params, stop_ids=tokenizer.stop_ids)
+    tokenizer.save(directory)
+    return str(directory)
+
+
+def make_prompts(path: Path, count: int = 20) -> str:
+    """`count` rows with a prompt and a supervised completion."""
+    rows = [{"prompt": f"{i}=", "completion": "ab" if i % 2 else "ba"} for i in range(count)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+def parts(root: Path, tied: bool = False, untie: bool = False) -> dict:
+    """What an RL and a supervised run share; makes the model and the prompts on first use."""
+    directory = root / ("tied" if tied else "model")
+    if not directory.exists():
+        make_model(directory, tied)
+    prompts = root / "prompts.jsonl"
+    if not prompts.exists():
+        make_prompts(prompts)
+    return {
+        "model": ModelSource(str(directory), untie=untie),
+        "data": DataConfig(
+            "jsonl",
+            path=str(prompts),
+            completion_field="completion",
+            held_out=0.2,
+            cache_dir=str(root / "cache"),
+        ),
+        "reward": RewardConfig(functions=("regex_match",), pattern="a"),
+        "sampling": SamplingConfig(max_completion_length=6),
+        "evaluation": EvaluationConfig(every=3, num_prompts=2, num_generations=4),
+    }
+
+
+def rl_config(root: Path, output: str, tied: bool = False, untie: bool = False, **changes):
+    """Six joint steps, a checkpoint every three, every update probed; `changes` are dotted."""
+    config = RunConfig(
+        output=str(root / output),
+        **parts(root, tied, untie),
+        optim=OptimConfig(learning_rate=3e-3, classifier_steps=3, warmup_steps=1, decay="linear"),
+        train=TrainConfig(
+            steps=6,
+            num_prompts=2,
+            num_generations=4,
+            max_prompt_length=8,
+            checkpoint_every=3,
+            keep_checkpoints=0,
+            save_completions=8,
+        ),
+        probe=ProbeConfig(every=1, num_prompts=3),
+    )
+    return replaced(config, changes)
+
+
+def sft_config(root: Path, output: str, **changes):
+    """Six supervised steps, a checkpoint every two."""
+    config = SFTConfig(
+        output=str(root / output),
+        **parts(root),
+        steps=6,
+        batch_size=4,
+        learning_rate=1e-2,
+        warmup_steps=2,
+        evaluate_every=3,
+        checkpoint_every=2,
+        max_prompt_length=8,
+    )
+    return replaced(config, changes)
+
+
+def replaced(config, changes: dict):
+    """`config` with fields changed; `optim__schedule` is the field `schedule` of `optim`."""
+    for name, value in changes.items():
+        head, _, rest = name.partition("__")
+        if rest:
+            value = replaced(getattr(config, head), {rest: value})
+        config = dataclasses.replace(config, **{head: value})
+    return config
+
+
+def lines(run: Path, name: str) -> list[dict]:
+    """A log's records."""
+    return [json.loads(line) for line in (Path(run) / name).read_text().split("\n") if line]
+
+
+def without_times(records: list[dict]) -> list[str]:
+    """Records as text, which compares nan with nan, less the fields that hold seconds."""
+    timed = lambda key: key.startswith("time/") or key == "step_time"
+    return [json.dumps({k: v for k, v in r.items() if not timed(k)}) for r in records]
