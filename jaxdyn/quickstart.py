@@ -83,9 +83,9 @@ def make_model(directory: Path, data: AnagramsConfig, seed: int) -> None:
 
 
 def print_summary(runs: list[Path], page: Path) -> None:
-    """Reward and diversity on held-out prompts, entropy and confidence on a step's samples."""
+    """Reward, diversity and certainty on held-out prompts, a row a run."""
     table = Table(
-        title="before → after RL (reward, unique: held-out prompts)",
+        title="held-out prompts, before → after RL",
         box=box.SIMPLE_HEAD,
         collapse_padding=True,
     )
@@ -97,8 +97,8 @@ def print_summary(runs: list[Path], page: Path) -> None:
         pairs = (
             (first["eval_reward"], last["eval_reward"]),
             (first["eval_diversity/unique"], last["eval_diversity/unique"]),
-            (lines[1]["entropy"], last["entropy"]),
-            (lines[1]["confidence/max_prob"], last["confidence/max_prob"]),
+            (first["eval_entropy"], last["eval_entropy"]),
+            (first["eval_confidence/max_prob"], last["eval_confidence/max_prob"]),
         )
         cells = [f"{before:.2f} → {after:.2f}" for before, after in pairs]
         table.add_row(path.name, *cells, f"{last['time/wall']:.0f} s")

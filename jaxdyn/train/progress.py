@@ -38,6 +38,8 @@ class Progress:
 
     def advance(self, **figures: float) -> None:
         self._done += 1
+        if self._done == self._first + 1:  # the first step compiles: no measure of the others
+            self._began = time.monotonic()
         text = "  ".join(f"{name} {value:.3f}" for name, value in figures.items())
         if self._bar is not None:
             self._bar.update(self._task, completed=self._done, figures=text)
@@ -45,9 +47,10 @@ class Progress:
         now = time.monotonic()
         if now - self._last_line >= self._between or self._done == self._total:
             self._last_line = now
-            pace = (now - self._began) / max(self._done - self._first, 1)
-            left = pace * (self._total - self._done)
-            line = f"{self._title}  {self._done}/{self._total}  {text}  {left:.0f} s left"
+            measured = self._done - self._first - 1
+            pace = (now - self._began) / max(measured, 1)
+            left = f"  {pace * (self._total - self._done):.0f} s left" if measured else ""
+            line = f"{self._title}  {self._done}/{self._total}  {text}{left}"
             self.console.print(line, highlight=False)
 
     def __exit__(self, *_) -> None:

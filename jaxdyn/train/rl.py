@@ -21,7 +21,7 @@ from jaxdyn.train.progress import Progress
 from jaxdyn.train.run_directory import RunDirectory
 from jaxdyn.train.step import begin_stage, take_step
 from jaxdyn.train.task import Task, experience_metrics, gather_experience, open_task
-from jaxdyn.train.update import TrainState
+from jaxdyn.train.update import TrainState, policy_certainty
 from jaxdyn.types import JaxdynError, Params
 
 
@@ -71,8 +71,8 @@ def run_rl(config: RunConfig, progress: Progress | None = None) -> Path:
             if step + 1 == last or (every and (step + 1) % every == 0):
                 metrics |= evaluate(task, task.model.view(state.params), config, directory, step)
             directory.log("metrics.jsonl", metrics)
-            for record in experience.records(step, config.train.save_completions):
-                directory.log("completions.jsonl", record)
+            readable = experience.records(step, config.train.save_completions)
+            directory.log("completions.jsonl", *readable)
             if step + 1 == last or (step + 1) % config.train.checkpoint_every == 0:
                 position |= {"step": step + 1, "stage": stage.name}
                 checkpoints.save(step + 1, state, position)
@@ -149,9 +149,11 @@ def evaluate(
         config.evaluation.num_generations,
         config.train.max_prompt_length,
     )
-    for record in experience.records(step):
-        directory.log("samples.jsonl", record)
+    directory.log("samples.jsonl", *experience.records(step))
+    temperature = jnp.float32(config.sampling.temperature)
+    certainty = policy_certainty(task.model, view, experience.rollout, temperature)
     metrics = experience_metrics(experience, task.model.config.vocab_size)
+    metrics |= {name: float(value) for name, value in certainty.items()}
     metrics = {f"eval_{name}": value for name, value in metrics.items()}
     if step < 0:
         directory.log("metrics.jsonl", {"step": step, **metrics})

@@ -5,6 +5,7 @@ every line from its checkpoint's step on, so that the finished files are those o
 interrupted.
 """
 
+import dataclasses
 import json
 import os
 from pathlib import Path
@@ -66,16 +67,17 @@ class RunDirectory:
                 path.unlink()
         self._board = SummaryWriter(str(self.path / "tensorboard"), purge_step=max(step, 0))
 
-    def log(self, name: str, record: dict[str, Any]) -> None:
-        """Append one record to a log; scalars of the metrics also go to TensorBoard."""
+    def log(self, name: str, *records: dict[str, Any]) -> None:
+        """Append records to a log, all on disk at return; scalars also go to TensorBoard."""
         with open(self.path / name, "a", encoding="utf-8") as file:
-            file.write(json.dumps(record, ensure_ascii=False) + "\n")
+            file.writelines(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
             file.flush()
             os.fsync(file.fileno())
         if name in ("metrics.jsonl", "dynamics.jsonl") and self._board is not None:
-            for key, value in record.items():
-                if isinstance(value, int | float) and key != "step":
-                    self._board.add_scalar(key, value, record["step"])
+            for record in records:
+                for key, value in record.items():
+                    if isinstance(value, int | float) and key != "step":
+                        self._board.add_scalar(key, value, record["step"])
 
     def save_arrays(self, step: int, arrays: dict[str, np.ndarray]) -> None:
         """The per-site arrays of a probed step."""
@@ -99,8 +101,6 @@ def _before(line: str, step: int) -> bool:
 
 def differences(a: Any, b: Any, prefix: str = "") -> str:
     """The first few fields in which two configurations differ, for an error message."""
-    import dataclasses
-
     found = []
     for field in dataclasses.fields(a):
         old, new = getattr(a, field.name), getattr(b, field.name)

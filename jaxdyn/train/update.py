@@ -17,8 +17,15 @@ from flax import struct
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxdyn.optim import OptimConfig, head_direction, make_optimizer
-from jaxdyn.rl import LossConfig, Normalizer, feature_statistics, normalizer_of, policy_loss
-from jaxdyn.types import Params
+from jaxdyn.rl import (
+    LossConfig,
+    Normalizer,
+    TokenStatistics,
+    feature_statistics,
+    normalizer_of,
+    policy_loss,
+)
+from jaxdyn.types import Params, Rollout
 
 
 class UpdateBatch(struct.PyTreeNode):
@@ -47,7 +54,9 @@ class TrainState(struct.PyTreeNode):
     head_share: Any = None
 
 
-def completion_features(model: Any, backbone: Params, batch: UpdateBatch) -> Float[Array, "B C D"]:
+def completion_features(
+    model: Any, backbone: Params, batch: UpdateBatch | Rollout
+) -> Float[Array, "B C D"]:
     """φ at the slots that predict each completion token."""
     slots = batch.completion_ids.shape[1]
     return model.features(backbone, batch.tokens, batch.mask)[:, -slots - 1 : -1]
@@ -74,6 +83,30 @@ def policy_logps(
     return classifier_logps(model, view["classifier"], features, batch.completion_ids, temperature)
 
 
+@functools.partial(jax.jit, static_argnames="model")
+def policy_certainty(
+    model: Any, view: Params, rollout: Rollout, temperature: jax.Array
+) -> dict[str, jax.Array]:
+    """Means over a rollout's completion tokens: entropy, confidence, sampled log-prob."""
+    features = completion_features(model, view["backbone"], rollout)
+    statistics = feature_statistics(
+        model.logits, view["classifier"], features, rollout.completion_ids, temperature
+    )
+    return certainty(statistics, rollout.completion_mask, normalizer_of(rollout.completion_mask))
+
+
+def certainty(
+    statistics: TokenStatistics, mask: jax.Array, normalizer: Normalizer
+) -> dict[str, jax.Array]:
+    """Entropy (nats), largest probability and sampled log-prob, summed over tokens / all tokens."""
+    token_mean = lambda x: jnp.sum(jnp.where(mask, x, 0)) / normalizer.tokens
+    return {
+        "entropy": token_mean(statistics.entropy),
+        "confidence/max_prob": token_mean(statistics.max_prob),
+        "confidence/sampled_logp": token_mean(statistics.logps),
+    }
+
+
 def objective(
     model: Any,
     loss: LossConfig,
@@ -96,14 +129,8 @@ def objective(
         batch.completion_mask,
         normalizer,
     )
-    token_mean = lambda x: jnp.sum(jnp.where(batch.completion_mask, x, 0)) / normalizer.tokens
-    metrics = {
-        **metrics,
-        "loss": value,
-        "entropy": token_mean(statistics.entropy),
-        "confidence/max_prob": token_mean(statistics.max_prob),
-        "confidence/sampled_logp": token_mean(statistics.logps),
-    }
+    sure = certainty(statistics, batch.completion_mask, normalizer)
+    metrics = {**metrics, "loss": value, **sure}
     return value, jax.tree.map(jax.lax.stop_gradient, metrics)
 
 
