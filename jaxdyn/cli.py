@@ -188,9 +188,10 @@ def configure(kind: type, presets: dict[str, Any], program: str, arguments: list
     default = preset(presets, name) if name else kind()
     if path:
         default = load_config(kind, Path(path))
+    what = (kind.__doc__ or "").split("\n\n")[0]
     text = (
-        f"{kind.__doc__}\n\n--preset NAME starts from a preset ({', '.join(presets)}), "
-        "--config FILE from a run's config.json; the options below override either."
+        f"{what}\n\n--preset NAME starts from a preset ({', '.join(presets)}), --config FILE "
+        "from a run's config.json; the options below override either."
     )
     return parse(kind, program, arguments, default, text)
 

@@ -124,7 +124,12 @@ class EvaluationConfig:
 
 @dataclasses.dataclass(frozen=True)
 class RunConfig:
-    """One RL run, whole."""
+    """One RL run, whole.
+
+    Attributes:
+      output: the run's directory; the same command goes on with a run that was stopped.
+      seed: of the data's order and of every random draw.
+    """
 
     output: str = "runs/rl"
     seed: int = 0
@@ -159,6 +164,8 @@ class SFTConfig:
     """Supervised training on the `completion` column.
 
     Attributes:
+      output: the run's directory; the trained model is left in its `model`.
+      seed: of the data's order and of every random draw.
       steps: updates.
       batch_size: sequences an update.
       learning_rate: AdamW's peak, after `warmup_steps`, with cosine decay to zero.

@@ -33,9 +33,15 @@ Aggregation = Literal["sequence-mean-token-mean", "sequence-mean-token-sum", "to
 class LossConfig:
     """Which loss, how it is clipped, and how it is kept near the reference.
 
-    What is None takes the usual choice: `epsilon_high` is `epsilon`; `aggregation` is the loss's
-    own (`LOSSES`); `kl_estimator` is k3 in the loss and k1 in the reward.
-    `use_bias_correction_kl` multiplies the KL in the loss by ρ.
+    Attributes:
+      loss_type: grpo, rloo or reinforce (`LOSSES`).
+      beta: weight β of the KL to the reference, in the loss or in the reward; 0 leaves it out.
+      epsilon: the ratio is clipped below at 1 - ε.
+      epsilon_high: and above at 1 + ε_high; ε when not given.
+      aggregation: how tokens and sequences are averaged; the loss's own way when not given.
+      kl_estimator: k1, k2 or k3; when not given, k3 in the loss and k1 in the reward.
+      kl_placement: where the KL goes.
+      use_bias_correction_kl: multiply the KL in the loss by the ratio ρ.
     """
 
     loss_type: LossType = "grpo"

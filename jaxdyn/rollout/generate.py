@@ -15,7 +15,14 @@ from jaxdyn.types import JaxdynError, Params, PromptBatch, Rollout
 
 @dataclasses.dataclass(frozen=True)
 class SamplingConfig:
-    """How completions are drawn. Top-k 0 and top-p 1 are off; temperature 0 is greedy."""
+    """How completions are drawn.
+
+    Attributes:
+      max_completion_length: longest completion, in tokens, the stop token included.
+      temperature: divides the logits; 0 is greedy.
+      top_k: draw from the k likeliest tokens only; 0 is off.
+      top_p: draw from the likeliest tokens that hold this share of the mass only; 1 is off.
+    """
 
     max_completion_length: int = 256
     temperature: float = 1.0
