@@ -49,7 +49,7 @@ class Analyze:
       output: where to write; RUN/analysis when not given.
     """
 
-    run: Annotated[str, tyro.conf.Positional]
+    run: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
     output: str | None = None
 
 
@@ -62,7 +62,7 @@ class Report:
       output: where to write; by default `report` in the run, or in the runs' common parent.
     """
 
-    runs: Annotated[tuple[str, ...], tyro.conf.Positional]
+    runs: Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
     output: str | None = None
 
 
@@ -76,8 +76,8 @@ class Export:
       step: which checkpoint; the newest when not given.
     """
 
-    run: Annotated[str, tyro.conf.Positional]
-    output: Annotated[str, tyro.conf.Positional]
+    run: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
+    output: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="OUTPUT")]
     step: int | None = None
 
 
@@ -236,13 +236,18 @@ def parse(
 
 
 def one_line(box: str) -> str:
-    """What a boxed message says: its first paragraph, and the nearest option if it names one."""
-    rows = [row.strip("│╭╮╰╯─ ") for row in box.splitlines()]
-    rows = [row for row in rows if row]
+    """What a boxed message says: its first paragraph, and the nearest option if it names some."""
+    from jaxdyn.config import nearest
+
+    rows = [row.strip("│╭╮╰╯ ").removeprefix("─ ") for row in box.splitlines()]
+    rows = [row for row in rows if row.strip("─-")]  # rules are of dashes where a box is ASCII
     said = rows[1] if len(rows) > 1 else " ".join(rows)
+    if said.endswith(":") and len(rows) > 2:
+        said += f" {rows[2]}"
     options = [row.split()[0] for row in rows[2:] if row.startswith("--")]
     if "nrecognized" in said and options:
-        said += f"; did you mean {options[0]}?"
+        unknown = next((word.strip(",") for word in said.split() if word.startswith("--")), "")
+        said += nearest(unknown, options)
     return said
 
 

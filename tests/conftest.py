@@ -4,6 +4,7 @@ The warnings' filters are in setup.cfg.
 """
 
 import os
+import typing
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + (
@@ -12,9 +13,12 @@ os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + (
 
 import jax
 import pytest
+from flax.linen import linear
 from jaxtyping import install_import_hook
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
+# Flax types a field of its layers by a protocol, which beartype can check only if told so.
+typing.runtime_checkable(linear.PromoteDtypeFn)
 install_import_hook("jaxdyn", "beartype.beartype")
 
 

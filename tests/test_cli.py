@@ -82,7 +82,7 @@ def test_every_command_has_help(command, capsys):
         (["rl", "--preset"], "--preset needs a value"),
         (["rl", "--preset", "a", "--config", "b"], "give --preset or --config, not both"),
         (["rl", "--config", "/nowhere/config.json"], "no such configuration file"),
-        (["rl", "--optim.learning-rat", "1"], "did you mean --optim.learning-rate?"),
+        (["rl", "--optim.learning-rat", "1"], "did you mean '--optim.learning-rate'?"),
         (["rl", "--train.steps", "many"], "many"),
         (["rl", "--optim.schedule", "both"], "both"),
         (["rl", "--train.num-prompts", "0"], "train.num_prompts must be at least 1, got 0"),
@@ -90,7 +90,7 @@ def test_every_command_has_help(command, capsys):
         (["rl", "--seed", "-1"], "seed"),
         (["sft", "--seed", "-1"], "seed"),
         (["sft", "--batch-size", "0"], "sft.batch_size must be at least 1, got 0"),
-        (["analyze"], "run"),
+        (["analyze"], "RUN"),
         (["report"], "at least one run directory"),
         (["analyze", "/nowhere"], "/nowhere holds no run"),
         (["export", "/nowhere", "/tmp/x"], "/nowhere holds no run"),
@@ -194,9 +194,13 @@ def test_prompts_that_do_not_fit(config_file, tmp_path, refused):
     line = refused("rl", "--config", config_file, "--train.max-prompt-length", "27")
     assert "27) + sampling.max_completion_length (6) = 33 exceeds the model's context of 32" in line
     long = tmp_path / "long.jsonl"
-    long.write_text('{"prompt": "123456789=", "completion": "a"}\n' * 4)
-    line = refused("rl", "--config", config_file, "--data.path", str(long))
+    short = '{"prompt": "12=", "completion": "a"}\n'
+    long.write_text(19 * short + '{"prompt": "123456789=", "completion": "a"}\n')
+    never = tmp_path / "never"
+    arguments = ["--data.path", str(long), "--output", str(never)]
+    line = refused("rl", "--config", config_file, *arguments)
     assert "'123456789='" in line and "11 tokens, max_prompt_length is 8" in line
+    assert not never.exists()
     missing = refused("rl", "--config", config_file, "--data.path", str(tmp_path / "none.jsonl"))
     assert "none.jsonl" in missing
 
@@ -207,7 +211,9 @@ def test_supervised_training_needs_completions(root, tmp_path, refused):
     (tmp_path / "plain.jsonl").write_text('{"prompt": "1="}\n{"prompt": "2="}\n')
     save_config(config, tmp_path / "c.json")
     arguments = ["--data.path", str(tmp_path / "plain.jsonl")]
-    assert "needs completions" in refused("sft", "--config", str(tmp_path / "c.json"), *arguments)
+    assert "supervised training needs" in refused(
+        "sft", "--config", str(tmp_path / "c.json"), *arguments
+    )
 
 
 REWARDS = """
@@ -227,7 +233,7 @@ def infinite(prompts, completions, **columns):
     "name, words",
     [
         ("raises", "reward 'raises' failed for example 0"),
-        ("short", "reward 'short' returned 1 values for 8 completions"),
+        ("short", "reward 'short' returned 1 values for 3 completions"),
         ("infinite", "reward 'infinite' returned inf for example 0"),
         ("absent", "cannot import the reward 'my_rewards:absent'"),
     ],
@@ -251,7 +257,7 @@ def test_an_output_that_cannot_be_made(config_file, tmp_path, refused):
 
 @pytest.mark.slow
 def test_a_full_disk(config_file, refused, monkeypatch):
-    def log(self, name, record):
+    def log(self, name, *records):
         raise OSError(errno.ENOSPC, "No space left on device", str(self.path / name))
 
     monkeypatch.setattr(RunDirectory, "log", log)

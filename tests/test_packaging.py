@@ -106,7 +106,9 @@ def test_readme_example_runs(tmp_path, monkeypatch, capsys):
     (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
     exec(compile(code, "README.md", "exec"), {})
     shapes, measured = capsys.readouterr().out.splitlines()
-    assert shapes == "(12, 19) (12, 19)"
+    representation, gradient = re.findall(r"\((\d+), (\d+)\)", shapes)
+    assert representation == gradient
+    assert gradient[1] == "20"  # the letters, `=` and three special tokens
     share, correlation = map(float, measured.split())
     # An ascent step along the full gradient: both parts of the kernel are positive semi-definite,
     # and at so small a step the first order is the change.

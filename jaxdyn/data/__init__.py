@@ -8,6 +8,7 @@ from jaxdyn.data.batching import (
     encode_prompts,
     encode_supervised,
     epoch_of,
+    require_prompts_fit,
 )
 from jaxdyn.data.source import DataConfig, Example, Source, columns, load_source
 from jaxdyn.data.stories import StoriesConfig
@@ -30,4 +31,5 @@ __all__ = [
     "epoch_of",
     "load_source",
     "load_tokenizer",
+    "require_prompts_fit",
 ]

@@ -5,7 +5,8 @@ have seen. Lengths come in a few buckets, so that a jitted step compiles a few t
 """
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -73,6 +74,18 @@ def encode_prompts(
         _check(row, prompt, index, max_prompt_length, "max_prompt_length")
     ids, mask = _pad(rows, tokenizer.pad_id, max_prompt_length, buckets, left=True)
     return PromptBatch(prompt_ids=jnp.asarray(ids), prompt_mask=jnp.asarray(mask))
+
+
+def require_prompts_fit(
+    tokenizer: Tokenizer, examples: Sequence[Mapping[str, Any]], max_prompt_length: int
+) -> None:
+    """Read every prompt once, so that a run does not stop in its middle for one of them.
+
+    Raises JaxdynError for a prompt without a token or with more than `max_prompt_length`.
+    """
+    for index, example in enumerate(examples):
+        prompt = example["prompt"]
+        _check(tokenizer.encode(prompt), prompt, index, max_prompt_length, "max_prompt_length")
 
 
 def encode_supervised(

@@ -1,4 +1,9 @@
-"""The body of the language model: one Flax decoder, scanned over its layers."""
+"""The body of the language model: one Flax decoder, scanned over its layers.
+
+Every layer that has parameters can be opened: it sows its input as "intermediates" and adds a
+"perturbation" to its output, so that one backward pass hands back each layer's input and its
+output's cotangent (`LanguageModel.opened`). Without these collections nothing is recorded or added.
+"""
 
 from typing import Any
 
@@ -19,17 +24,57 @@ _ACTIVATIONS = {
 }
 
 
+def _sow_input(layer: nn.Module, x: Any) -> None:
+    layer.sow("intermediates", "input", x, reduce_fn=lambda _, new: new, init_fn=lambda: None)
+
+
+class Dense(nn.Dense):
+    """y = x K + b, open at x and y."""
+
+    def __call__(self, inputs):
+        _sow_input(self, inputs)
+        return self.perturb("output", super().__call__(inputs))
+
+
+class Embed(nn.Embed):
+    """Rows of a table by id, open at the ids and the rows."""
+
+    def __call__(self, inputs):
+        _sow_input(self, inputs)
+        return self.perturb("output", super().__call__(inputs))
+
+
+class LayerNorm(nn.LayerNorm):
+    """y = x̂ s + b, open at x̂ and y."""
+
+    def __call__(self, x, **options):
+        if self.is_mutable_collection("intermediates"):
+            unit = self.clone(parent=None, name=None, use_scale=False, use_bias=False)
+            _sow_input(self, unit.apply({}, x, **options))
+        return self.perturb("output", super().__call__(x, **options))
+
+
+class RMSNorm(nn.RMSNorm):
+    """y = x̂ s, open at x̂ and y."""
+
+    def __call__(self, x, **options):
+        if self.is_mutable_collection("intermediates"):
+            unit = self.clone(parent=None, name=None, use_scale=False)
+            _sow_input(self, unit.apply({}, x, **options))
+        return self.perturb("output", super().__call__(x, **options))
+
+
 def _dense(config: ModelConfig, features: int, bias: bool, dtype, name: str, residual=False):
     """A dense layer; those that write into the residual stream start smaller by 1/√(2L)."""
     std = 0.02 / (2 * config.num_layers) ** 0.5 if residual else 0.02
     init = nn.initializers.normal(std)
-    return nn.Dense(features, use_bias=bias, dtype=dtype, kernel_init=init, name=name)
+    return Dense(features, use_bias=bias, dtype=dtype, kernel_init=init, name=name)
 
 
 def _norm(config: ModelConfig, dtype, name: str):
     if config.norm == "rms":
-        return nn.RMSNorm(epsilon=config.norm_eps, dtype=dtype, name=name)
-    return nn.LayerNorm(epsilon=config.norm_eps, dtype=dtype, use_fast_variance=False, name=name)
+        return RMSNorm(epsilon=config.norm_eps, dtype=dtype, name=name)
+    return LayerNorm(epsilon=config.norm_eps, dtype=dtype, use_fast_variance=False, name=name)
 
 
 class Attention(nn.Module):
@@ -126,9 +171,7 @@ class Backbone(nn.Module):
     ) -> tuple[Float[Array, "B T D"], Any]:
         c = self.config
         init = nn.initializers.normal(0.02)
-        embed = lambda n, name: nn.Embed(
-            n, c.width, dtype=self.dtype, embedding_init=init, name=name
-        )
+        embed = lambda n, name: Embed(n, c.width, dtype=self.dtype, embedding_init=init, name=name)
         x = embed(c.vocab_size, "embed")(tokens)
         if c.rotary_dim:
             tables = rotary_tables(c, positions, x.dtype)
@@ -137,7 +180,7 @@ class Backbone(nn.Module):
             x = x + embed(c.max_positions, "position")(positions)
         layers = nn.scan(
             Block,
-            variable_axes={"params": 0},
+            variable_axes={"params": 0, "intermediates": 0, "perturbations": 0},
             split_rngs={"params": True},
             in_axes=(0, nn.broadcast, nn.broadcast, nn.broadcast),
             length=c.num_layers,

@@ -1,6 +1,7 @@
 """The language model as two pure functions: features φ of the backbone, logits f = Wφ."""
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -94,6 +95,33 @@ class LanguageModel:
             logits = logits + bias.reshape((1,) * (logits.ndim - 1) + bias.shape)
         return logits
 
+    def opened(
+        self, backbone: Params, tokens: Int[Array, "B T"], mask: Bool[Array, "B T"]
+    ) -> tuple[Float[Array, "B T D"], Params, Callable[[Array], Params]]:
+        """φ, the input of every layer that has parameters, and the way back to their outputs.
+
+        The two trees have one leaf where `backbone` has a layer's parameters, and a leading axis L
+        below "layers". Inputs are x of a dense layer x K + b, x̂ of a normalisation x̂ s + b, and
+        the ids of an embedding. The function takes φ's cotangent to the cotangents of the
+        layers' outputs, so that a parameter's gradient is a sum over slots of products of the two.
+        """
+        inputs = (tokens, positions_of(mask), self._visible(mask))
+        module = Backbone(self.config, self.dtype)
+        shapes = jax.eval_shape(module.init, jax.random.key(0), *inputs)["perturbations"]
+        still = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+
+        def run(shifts):
+            variables = {"params": backbone, "perturbations": shifts}
+            (phi, _), recorded = module.apply(variables, *inputs, mutable=["intermediates"])
+            return phi, recorded["intermediates"]
+
+        is_layer = lambda tree: "input" in tree or "output" in tree
+        bare = lambda tree: jax.tree.map(
+            lambda layer: next(iter(layer.values())), tree, is_leaf=is_layer
+        )
+        phi, pull, recorded = jax.vjp(run, still, has_aux=True)
+        return phi, bare(recorded), lambda cotangent: bare(pull(cotangent)[0])
+
     # -- decoding -----------------------------------------------------------------------------
 
     def prefill(
@@ -131,9 +159,12 @@ class LanguageModel:
         return features[:, 0], cache
 
     def _full_pass(self, backbone, tokens, mask, keep_cache: bool):
-        slots = jnp.arange(tokens.shape[1])
-        causal = slots[:, None] >= slots[None, :]
-        visible = causal[None, None] & mask[:, None, None, :]
         return Backbone(self.config, self.dtype, keep_cache).apply(
-            {"params": backbone}, tokens, positions_of(mask), visible
+            {"params": backbone}, tokens, positions_of(mask), self._visible(mask)
         )
+
+    def _visible(self, mask) -> Bool[Array, "B 1 T T"]:
+        """Which slots (last axis) a slot attends to: the tokens up to itself."""
+        slots = jnp.arange(mask.shape[1])
+        causal = slots[:, None] >= slots[None, :]
+        return causal[None, None] & mask[:, None, None, :]

@@ -17,6 +17,7 @@ from jaxdyn.data import (
     encode_prompts,
     load_source,
     load_tokenizer,
+    require_prompts_fit,
 )
 from jaxdyn.dynamics.diversity import diversity_metrics
 from jaxdyn.models import LanguageModel, load_pretrained, local_directory
@@ -66,14 +67,10 @@ def open_task(config: RunConfig | SFTConfig, max_prompt_length: int) -> Task:
             f"({config.sampling.max_completion_length}) = {longest} exceeds the model's context "
             f"of {model.config.max_positions} tokens"
         )
-    return Task(
-        model,
-        params,
-        tokenizer,
-        train=load_source(config.data, "train"),
-        test=load_source(config.data, "test"),
-        reward=make_reward(config.reward),
-    )
+    train, test = load_source(config.data, "train"), load_source(config.data, "test")
+    for split in (train, test):
+        require_prompts_fit(tokenizer, split, max_prompt_length)
+    return Task(model, params, tokenizer, train, test, make_reward(config.reward))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -140,7 +140,7 @@ def accumulate(function: Callable[[Any], Any], batch: Any, microbatches: int) ->
         return function(batch)
     leaves, structure = jax.tree.flatten(batch)
     parts = [x.reshape(microbatches, -1, *x.shape[1:]) for x in leaves]
-    of_part = lambda part: function(structure.unflatten(part))
+    of_part = lambda part: function(jax.tree.unflatten(structure, part))
     shapes = jax.eval_shape(of_part, [x[0] for x in parts])
     zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
     add = lambda total, part: (jax.tree.map(jnp.add, total, of_part(part)), None)

@@ -54,12 +54,12 @@ def half_a_line(monkeypatch):
     """Dies with half of step 4's metrics written, in the middle of a character."""
     original = RunDirectory.log
 
-    def log(self, name, record):
-        if name == "metrics.jsonl" and record["step"] == 4:
+    def log(self, name, *records):
+        if name == "metrics.jsonl" and records[0]["step"] == 4:
             with open(self.path / name, "ab") as file:
                 file.write('{"step": 4, "reward": "é'.encode()[:-1])
             raise Killed
-        original(self, name, record)
+        original(self, name, *records)
 
     monkeypatch.setattr(RunDirectory, "log", log)
 

@@ -103,13 +103,14 @@ def test_every_kind_of_loss_runs(root, kind):
 
 
 def test_a_tied_model_has_a_cross_component(root):
-    changes = {"train__steps": 2, "evaluation__every": 0, "loss__beta": 0.05}
+    """The first order's error relative to the change is of the order of the step: a small one."""
+    changes = {"train__steps": 2, "evaluation__every": 0, "optim__learning_rate": 1e-4}
     run = run_rl(tiny_runs.rl_config(root, "tied-run", tied=True, **changes))
     for line in tiny_runs.lines(run, "dynamics.jsonl")[1:]:
         assert line["delta/cross/rms"] > 1e-7
         shares = [line[f"share/{part}"] for part in ("representation", "gradient", "cross")]
         np.testing.assert_allclose(sum(shares), 1, atol=1e-5)
-        assert line["delta/residual/rms"] < 0.2 * line["delta/actual/rms"]
+        assert line["delta/residual/rms"] < 0.05 * line["delta/actual/rms"]
 
 
 def test_the_body_is_passed_once_a_rollout_batch_however_many_inner_epochs(root, monkeypatch):

@@ -1,0 +1,245 @@
+r"""The empirical NTK between sites, contracted with logit cotangents, by component.
+
+With Θ(s, s') = (∂f(s)/∂θ)(∂f(s')/∂θ)ᵀ, all that is here is g_iᵀ Θ(s_i, s'_j) g'_j for some g:
+
+    Θ(s, s') = ⟨φ(s), φ(s')⟩ I   +   W J(s) J(s')ᵀ Wᵀ   +   the tied matrix's cross products
+               └ representation ┘    └ gradient ┘           └ cross ┘
+
+(Tomihari 2026, arXiv 2601.04670, the NTK's decomposition; a classifier bias adds 1 to ⟨φ, φ'⟩, and
+the tied case is ours). Two methods: "plain" forms every row's whole gradient; "gram" never does
+(`jaxdyn.kernels.gram`). "auto" is plain where the gradients are small.
+
+These functions run on the host, tile by tile: they are not to be called inside `jax.jit`.
+"""
+
+import functools
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxdyn.kernels.blocks import DEFAULT_BUDGET, assemble, attention_bytes, nbytes, tile_size
+from jaxdyn.kernels.gram import contract, factorize, layout_of
+from jaxdyn.kernels.plain import plain_kernels
+from jaxdyn.kernels.sites import (
+    Rows,
+    sequence_rows,
+    site_rows,
+    with_chosen,
+    with_cotangents,
+)
+from jaxdyn.types import Components, JaxdynError, Params, Rollout, Sites
+
+Method = Literal["auto", "plain", "gram"]
+
+TINY = 16 * 2**20
+"""Bytes of gradients up to which "auto" takes the plain method."""
+
+
+def log_prob_kernel(
+    model: Any,
+    params: Params,
+    sites_a: Sites,
+    sites_b: Sites | None = None,
+    *,
+    method: Method = "auto",
+    memory_budget: int | None = None,
+) -> Components:
+    """⟨∇ log π(y_i | s_i), ∇ log π(y'_j | s'_j)⟩ of the sites' targets, [N, M] by component.
+
+    The case g = e_y − π of `update_kernel`. Entry (i, j), times a learning rate and an advantage,
+    is the first-order change of log π(y_i | s_i), in nats, when y'_j is reinforced at s'_j.
+
+    Args:
+      model: a `LanguageModel`.
+      params: its parameters, as stored or as a view.
+      sites_a: N sites.
+      sites_b: M sites, in sequences of any length; without them, `sites_a` again.
+      method: "plain", "gram", or "auto" for plain where whole gradients are tiny.
+      memory_budget: bytes beside the parameters and the result (without it, 4 GiB).
+
+    Raises:
+      JaxdynError: if a site is outside its sequence or on padding, a token id outside the
+        vocabulary, a sequence longer than the context, or the budget too small for one site.
+    """
+    rows, columns = _both(model, sites_a, sites_b)
+    return _components(_kernels(model, params, rows, columns, method, memory_budget))
+
+
+def update_kernel(
+    model: Any,
+    params: Params,
+    sites_a: Sites,
+    sites_b: Sites | None = None,
+    *,
+    cotangents_a: jax.Array,
+    cotangents_b: jax.Array | None = None,
+    method: Method = "auto",
+    memory_budget: int | None = None,
+) -> Components:
+    """g_iᵀ Θ(s_i, s'_j) g'_j, [N, M] by component, for given logit cotangents.
+
+    Args:
+      cotangents_a: g [N, V], one a site of `sites_a`.
+      cotangents_b: g' [M, V], one a site of `sites_b`; given exactly when `sites_b` is.
+
+    For the other arguments and what is raised see `log_prob_kernel`; and JaxdynError if the
+    cotangents have another shape.
+    """
+    rows, columns = _both(model, sites_a, sites_b, cotangents_a, cotangents_b)
+    return _components(_kernels(model, params, rows, columns, method, memory_budget))
+
+
+def update_kernel_by_part(
+    model: Any,
+    params: Params,
+    sites_a: Sites,
+    sites_b: Sites | None = None,
+    *,
+    cotangents_a: jax.Array | None = None,
+    cotangents_b: jax.Array | None = None,
+    method: Method = "auto",
+    memory_budget: int | None = None,
+) -> dict[str, jax.Array]:
+    """The gradient component of `update_kernel`, by kind of parameter and by layer.
+
+    Without cotangents it is that of `log_prob_kernel`.
+
+    Returns:
+      "attention", "mlp" and "norms", each [L, N, M]; "embedding" (of tokens, and of positions
+      where they are learned) and "final_norm", each [1, N, M]. Their sum over all is the gradient
+      component.
+    """
+    if cotangents_a is None and cotangents_b is not None:
+        raise JaxdynError("cotangents_b is given without cotangents_a; give both or neither")
+    rows, columns = _both(model, sites_a, sites_b, cotangents_a, cotangents_b)
+    _, parts, _ = _kernels(model, params, rows, columns, method, memory_budget)
+    return {kind: jnp.asarray(x[:, :, 0, :, 0]) for kind, x in parts.items()}
+
+
+def token_block(
+    model: Any,
+    params: Params,
+    sites_a: Sites,
+    sites_b: Sites | None = None,
+    *,
+    token_ids: Any,
+    method: Method = "auto",
+    memory_budget: int | None = None,
+) -> Components:
+    """Θ(s_i, s'_j) at the rows and columns of C chosen tokens, [N, M, C, C] by component.
+
+    C backward passes a site. For the arguments and what is raised see `log_prob_kernel`;
+    `token_ids` are C ids of the vocabulary.
+    """
+    vocab = model.config.vocab_size
+    rows, columns = _both(model, sites_a, sites_b)
+    rows = with_chosen(rows, token_ids, vocab)
+    columns = None if columns is None else with_chosen(columns, token_ids, vocab)
+    representation, parts, cross = _kernels(model, params, rows, columns, method, memory_budget)
+    block = lambda x: jnp.asarray(x.transpose(0, 2, 1, 3))
+    return Components(block(representation), block(_summed(parts)), block(cross))
+
+
+def sequence_kernel(
+    model: Any,
+    params: Params,
+    rollout_a: Rollout,
+    rollout_b: Rollout | None = None,
+    *,
+    weights_a: jax.Array | None = None,
+    weights_b: jax.Array | None = None,
+    method: Method = "auto",
+    memory_budget: int | None = None,
+) -> Components:
+    """⟨∇ Σ_c w_ic log π(y_ic), ∇ Σ_c w'_jc log π(y'_jc)⟩ of completions, [B, B'] by component.
+
+    What an RL update applies: the sum over a completion's tokens, here with one backward pass a
+    sequence. It is the sum of `log_prob_kernel` over the pairs of their sites.
+
+    Args:
+      rollout_a: B prompts with their completions.
+      rollout_b: B' others; without them, `rollout_a` again.
+      weights_a: w [B, C], as the advantage over the length; slots outside the completion do not
+        count. Without them 1.
+      weights_b: w' for `rollout_b`.
+
+    For the other arguments and what is raised see `log_prob_kernel`.
+    """
+    if rollout_b is None and weights_b is not None:
+        raise JaxdynError("weights_b is given without rollout_b; give both or neither")
+    rows = sequence_rows(model, rollout_a, weights_a, "rollout_a")
+    columns = None
+    if rollout_b is not None:
+        columns = sequence_rows(model, rollout_b, weights_b, "rollout_b")
+    return _components(_kernels(model, params, rows, columns, method, memory_budget))
+
+
+def _both(model, sites_a, sites_b, cotangents_a=None, cotangents_b=None):
+    """Rows and columns (None: the rows), checked."""
+    if cotangents_a is not None and (sites_b is None) != (cotangents_b is None):
+        given, missing = ("sites_b", "cotangents_b")[:: 1 if cotangents_b is None else -1]
+        raise JaxdynError(f"{given} is given without {missing}; give both or neither")
+    vocab = model.config.vocab_size
+    rows = site_rows(model, sites_a, "sites_a")
+    columns = None if sites_b is None else site_rows(model, sites_b, "sites_b")
+    if cotangents_a is not None:
+        rows = with_cotangents(rows, cotangents_a, vocab, "cotangents_a")
+    if columns is not None and cotangents_b is not None:
+        columns = with_cotangents(columns, cotangents_b, vocab, "cotangents_b")
+    return rows, columns
+
+
+def _kernels(
+    model, params, rows: Rows, columns: Rows | None, method: Method, memory_budget: int | None
+) -> tuple[np.ndarray, dict, np.ndarray]:
+    """Representation, gradient by kind and cross, [(L,) N, K, M, J], by the method asked for."""
+    view = model.view(params)
+    budget = DEFAULT_BUDGET if memory_budget is None else memory_budget
+    held = sum(len(r.tokens) * r.outputs for r in (rows, columns) if r is not None)
+    gradients = held * nbytes(view)
+    if method == "plain" or (method == "auto" and gradients <= min(TINY, budget)):
+        if gradients > budget:
+            raise JaxdynError(
+                f"method 'plain' holds {gradients} bytes of gradients, and memory_budget is "
+                f"{budget}; method 'gram' holds none"
+            )
+        return jax.tree.map(np.asarray, plain_kernels(model, view, rows, columns))
+    if method not in ("auto", "gram"):
+        raise JaxdynError(f"method must be 'auto', 'plain' or 'gram', got {method!r}")
+
+    workspace = budget // 8
+    longest = max((r for r in (rows, columns) if r is not None), key=lambda r: r.tokens.shape[1])
+    held = jax.eval_shape(functools.partial(factorize, model), view, longest.take(0, 1))
+    slots = longest.tokens.shape[1]
+    one_row = 3 * nbytes(held) + attention_bytes(model.config, slots, model_itemsize(model))
+    counts = (len(rows.tokens), len(rows.tokens if columns is None else columns.tokens))
+    return assemble(
+        rows,
+        columns,
+        tile_size(counts, columns is None, one_row, budget - workspace),
+        functools.partial(factorize, model, view),
+        functools.partial(
+            contract,
+            layout=layout_of(view["backbone"]),
+            tied=model.config.tied,
+            biased=model.config.classifier_bias,
+            workspace=workspace,
+        ),
+    )
+
+
+def model_itemsize(model: Any) -> int:
+    """Bytes of a number in the model's compute dtype."""
+    return jnp.dtype(model.dtype).itemsize
+
+
+def _summed(parts: dict) -> np.ndarray:
+    return sum(x.sum(axis=0) for x in parts.values())
+
+
+def _components(kernels) -> Components:
+    representation, parts, cross = kernels
+    scalars = lambda x: jnp.asarray(x[:, 0, :, 0])
+    return Components(scalars(representation), scalars(_summed(parts)), scalars(cross))

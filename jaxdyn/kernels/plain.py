@@ -1,0 +1,59 @@
+"""The plain method: whole gradients, one row after another, and their inner products."""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax.traverse_util import flatten_dict
+
+from jaxdyn.kernels.parts import kind_of
+from jaxdyn.kernels.sites import Rows, logit_cotangents
+from jaxdyn.types import Params
+
+
+def gradients(model, view: Params, rows: Rows) -> Params:
+    """∇ of every row's K functions with respect to the view: leaves [N, K, ...]."""
+
+    def one(row):
+        def logits(view):
+            phi = model.features(view["backbone"], row.tokens[None], row.mask[None])[0]
+            return model.logits(view["classifier"], phi[row.positions])
+
+        f, pull = jax.vjp(logits, view)
+        return jax.vmap(lambda g: pull(g)[0])(logit_cotangents(row, f))
+
+    return jax.lax.map(one, rows)
+
+
+def _inner(x: jax.Array, y: jax.Array) -> jax.Array:
+    """[N, K, ...] and [M, J, ...] -> [N, K, M, J]."""
+    flat = lambda z: z.reshape(*z.shape[:2], -1)
+    wide = jnp.promote_types(x.dtype, jnp.float32)
+    return jnp.einsum("nkp,mjp->nkmj", flat(x), flat(y), preferred_element_type=wide)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def plain_kernels(
+    model: Any, view: Params, rows: Rows, columns: Rows | None
+) -> tuple[jax.Array, dict, jax.Array]:
+    """Representation [N, K, M, J], the gradient component by kind [L, N, K, M, J], and cross."""
+    left = gradients(model, view, rows)
+    right = left if columns is None else gradients(model, view, columns)
+    heads = jax.tree.map(_inner, left["classifier"], right["classifier"])
+    representation = functools.reduce(jnp.add, jax.tree.leaves(heads))
+
+    parts: dict[str, jax.Array] = {}
+    others = flatten_dict(right["backbone"])
+    for path, x in flatten_dict(left["backbone"]).items():
+        layered = (lambda z: jnp.moveaxis(z, 2, 0)) if path[0] == "layers" else lambda z: z[None]
+        kernel = jax.vmap(_inner)(layered(x), layered(others[path]))
+        kind = kind_of(path)
+        parts[kind] = parts[kind] + kernel if kind in parts else kernel
+
+    cross = jnp.zeros_like(representation)
+    if model.config.tied:
+        matrices = lambda g: (g["classifier"]["weight"], g["backbone"]["embed"]["embedding"])
+        (head, table), (other_head, other_table) = matrices(left), matrices(right)
+        cross = _inner(head, other_table) + _inner(table, other_head)
+    return representation, parts, cross

@@ -1,0 +1,187 @@
+"""What a kernel matrix says: its spectrum, its likeness to another, its parts, its signs.
+
+Pure functions of arrays. Everything is computed in float32 or better, whatever comes in.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import struct
+from jax.scipy.special import xlogy
+from jaxtyping import Array, Float
+
+from jaxdyn.types import Components, JaxdynError
+
+# -- the spectrum ---------------------------------------------------------------------------------
+
+
+def spectrum(kernel: Float[Array, "N N"]) -> Float[Array, " N"]:
+    """Eigenvalues of (K + Kᵀ) / 2, the largest first.
+
+    Raises:
+        JaxdynError: the kernel is not square.
+    """
+    if kernel.ndim != 2 or kernel.shape[0] != kernel.shape[1]:
+        raise JaxdynError(f"a spectrum needs a square kernel, got shape {kernel.shape}")
+    kernel = _wide(kernel)
+    return jnp.linalg.eigvalsh((kernel + kernel.T) / 2)[::-1]
+
+
+def effective_rank(eigenvalues: Float[Array, " N"]) -> Float[Array, ""]:
+    """exp H(p) with p_i = |λ_i| / Σ|λ| and H the entropy: between 1 and N.
+
+    N equal eigenvalues give N, one alone gives 1; eigenvalues all zero give NaN. For a symmetric
+    kernel |λ_i| are the singular values of Roy and Vetterli, *The effective rank* (2007), eq. 1-3.
+    """
+    sizes = jnp.abs(_wide(eigenvalues))
+    shares = sizes / jnp.sum(sizes)
+    return jnp.exp(-jnp.sum(xlogy(shares, shares)))
+
+
+def participation_ratio(eigenvalues: Float[Array, " N"]) -> Float[Array, ""]:
+    """(Σ|λ|)² / Σλ²: between 1 and N, and never above the effective rank.
+
+    Eigenvalues all zero give NaN. It is the exponential of the Rényi entropy of order 2 where
+    `effective_rank` is that of order 1.
+    """
+    sizes = jnp.abs(_wide(eigenvalues))
+    shares = sizes / jnp.sum(sizes)
+    return 1 / jnp.sum(shares**2)
+
+
+# -- two kernels ----------------------------------------------------------------------------------
+
+
+def alignment(
+    kernel: Float[Array, "N M"], target: Float[Array, "N M"], *, centred: bool = True
+) -> Float[Array, ""]:
+    """Kernel-target alignment ⟨K, T⟩ / (‖K‖ ‖T‖) in the Frobenius inner product.
+
+    With `centred`, K and T are replaced by H K H and H T H, H = I - 11ᵀ/N: a constant added to
+    every pair then changes nothing. For labels or a direction y [N] or [N, C] the target is yyᵀ.
+    A zero kernel (after centring) gives NaN.
+
+    Source: Cristianini, Shawe-Taylor, Elisseeff, Kandola, *On kernel-target alignment* (2001),
+    def. 1, uncentred; Cortes, Mohri, Rostamizadeh, *Algorithms for learning kernels based on
+    centered alignment* (2012), def. 4, centred.
+
+    Raises:
+        JaxdynError: the two differ in shape.
+    """
+    _same_shape(kernel, target)
+    kernel, target = _wide(kernel), _wide(target)
+    if centred:
+        kernel, target = _centre(kernel), _centre(target)
+    return _inner(_unit(kernel), _unit(target))
+
+
+def kernel_distance(a: Float[Array, "N M"], b: Float[Array, "N M"]) -> Float[Array, ""]:
+    """1 - ⟨A, B⟩ / (‖A‖ ‖B‖): 0 for kernels equal up to a positive factor.
+
+    Computed as ½‖A/‖A‖ - B/‖B‖‖², the same number without the cancellation, so that kernels a
+    step apart can be told from equal ones. A zero kernel gives NaN.
+
+    Source: Fort et al., *Deep learning versus kernel learning* (2020), section 4.
+
+    Raises:
+        JaxdynError: the two differ in shape.
+    """
+    _same_shape(a, b)
+    difference = _unit(_wide(a)) - _unit(_wide(b))
+    return _inner(difference, difference) / 2
+
+
+# -- the parts ------------------------------------------------------------------------------------
+
+
+def component_shares(components: Components) -> Components:
+    """⟨part, total⟩ / ⟨total, total⟩ of each part: scalars that sum to 1.
+
+    A share is a part's projection on the whole: negative where the part opposes it, above 1 where
+    the others do. A zero total gives NaN.
+    """
+    components = jax.tree.map(_wide, components)
+    total = components.total
+    scale = jnp.max(jnp.abs(total))  # keeps the squares inside the range of float32
+    unit = total / scale
+    return jax.tree.map(lambda part: _inner(part / scale, unit) / _inner(unit, unit), components)
+
+
+# -- signs of inner products ----------------------------------------------------------------------
+
+QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
+
+
+@struct.dataclass
+class InnerProducts:
+    """Inner products ⟨φ_i, φ_j⟩ and cosines over the pairs i < j: scalars.
+
+    All pairs are strictly positive where `min` > 0, or `negative_share + zero_share` = 0.
+    `cosine_quantiles` [5] are at `QUANTILES`.
+    """
+
+    negative_share: Float[Array, ""]
+    zero_share: Float[Array, ""]
+    min: Float[Array, ""]
+    mean: Float[Array, ""]
+    cosine_min: Float[Array, ""]
+    cosine_mean: Float[Array, ""]
+    cosine_quantiles: Float[Array, " Q"]
+
+
+def inner_products(gram: Float[Array, "N N"]) -> InnerProducts:
+    """Sign and size of the inner products in a Gram matrix G_ij = ⟨φ_i, φ_j⟩, G_ii left out.
+
+    G is the representation component of the trace kernel (or Φ Φᵀ); the cosine of a pair is
+    G_ij / √(G_ii G_jj). A site with a zero feature makes its cosines, and so their statistics,
+    NaN. The signs decide whether an update at one site is copied to another or reversed there
+    (theory: the representation component).
+
+    Raises:
+        JaxdynError: the matrix is not square, or holds fewer than two sites.
+    """
+    if gram.ndim != 2 or gram.shape[0] != gram.shape[1] or gram.shape[0] < 2:
+        raise JaxdynError(
+            f"inner products need a square Gram matrix of 2 sites or more, got {gram.shape}"
+        )
+    gram = _wide(gram)
+    rows, columns = np.triu_indices(gram.shape[0], k=1)
+    pairs = gram[rows, columns]
+    norms = jnp.sqrt(jnp.diagonal(gram))
+    cosines = pairs / norms[rows] / norms[columns]
+    return InnerProducts(
+        negative_share=jnp.mean(pairs < 0),
+        zero_share=jnp.mean(pairs == 0),
+        min=jnp.min(pairs),
+        mean=jnp.mean(pairs),
+        cosine_min=jnp.min(cosines),
+        cosine_mean=jnp.mean(cosines),
+        cosine_quantiles=jnp.quantile(cosines, jnp.asarray(QUANTILES, cosines.dtype)),
+    )
+
+
+# -- arithmetic -----------------------------------------------------------------------------------
+
+
+def _wide(x: Array) -> Array:
+    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
+
+
+def _inner(a: Array, b: Array) -> Array:
+    # A sum of products, not a matrix product: accelerators round a product's inputs.
+    return jnp.sum(a * b)
+
+
+def _unit(x: Array) -> Array:
+    scaled = x / jnp.max(jnp.abs(x))
+    return scaled / jnp.sqrt(_inner(scaled, scaled))
+
+
+def _centre(x: Array) -> Array:
+    x = x - jnp.mean(x, axis=0, keepdims=True)
+    return x - jnp.mean(x, axis=1, keepdims=True)
+
+
+def _same_shape(a: Array, b: Array) -> None:
+    if a.shape != b.shape:
+        raise JaxdynError(f"two kernels must have one shape, got {a.shape} and {b.shape}")
