@@ -17,6 +17,7 @@ _ROOMS = (
     "config",
     "data",
     "dynamics",
+    "kernels",
     "models",
     "optim",
     "report",

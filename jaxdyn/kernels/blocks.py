@@ -14,6 +14,11 @@ DEFAULT_BUDGET = 4 * 2**30
 """Bytes that a kernel may use beside the parameters and its result, where the caller names none."""
 
 
+def workspace_of(budget: int) -> int:
+    """Bytes of a block of products: an eighth of the budget, or less, to stay near the caches."""
+    return min(budget // 8, 2**25)
+
+
 def nbytes(tree: Any) -> int:
     """The bytes of a tree of arrays or of their shapes."""
     return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree))

@@ -13,13 +13,20 @@ These functions run on the host, tile by tile: they are not to be called inside 
 """
 
 import functools
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxdyn.kernels.blocks import DEFAULT_BUDGET, assemble, attention_bytes, nbytes, tile_size
+from jaxdyn.kernels.blocks import (
+    DEFAULT_BUDGET,
+    assemble,
+    attention_bytes,
+    nbytes,
+    tile_size,
+    workspace_of,
+)
 from jaxdyn.kernels.gram import contract, factorize, layout_of
 from jaxdyn.kernels.plain import plain_kernels
 from jaxdyn.kernels.sites import (
@@ -31,8 +38,6 @@ from jaxdyn.kernels.sites import (
 )
 from jaxdyn.types import Components, JaxdynError, Params, Rollout, Sites
 
-Method = Literal["auto", "plain", "gram"]
-
 TINY = 16 * 2**20
 """Bytes of gradients up to which "auto" takes the plain method."""
 
@@ -43,7 +48,7 @@ def log_prob_kernel(
     sites_a: Sites,
     sites_b: Sites | None = None,
     *,
-    method: Method = "auto",
+    method: str = "auto",
     memory_budget: int | None = None,
 ) -> Components:
     """⟨∇ log π(y_i | s_i), ∇ log π(y'_j | s'_j)⟩ of the sites' targets, [N, M] by component.
@@ -75,7 +80,7 @@ def update_kernel(
     *,
     cotangents_a: jax.Array,
     cotangents_b: jax.Array | None = None,
-    method: Method = "auto",
+    method: str = "auto",
     memory_budget: int | None = None,
 ) -> Components:
     """g_iᵀ Θ(s_i, s'_j) g'_j, [N, M] by component, for given logit cotangents.
@@ -99,7 +104,7 @@ def update_kernel_by_part(
     *,
     cotangents_a: jax.Array | None = None,
     cotangents_b: jax.Array | None = None,
-    method: Method = "auto",
+    method: str = "auto",
     memory_budget: int | None = None,
 ) -> dict[str, jax.Array]:
     """The gradient component of `update_kernel`, by kind of parameter and by layer.
@@ -125,7 +130,7 @@ def token_block(
     sites_b: Sites | None = None,
     *,
     token_ids: Any,
-    method: Method = "auto",
+    method: str = "auto",
     memory_budget: int | None = None,
 ) -> Components:
     """Θ(s_i, s'_j) at the rows and columns of C chosen tokens, [N, M, C, C] by component.
@@ -150,7 +155,7 @@ def sequence_kernel(
     *,
     weights_a: jax.Array | None = None,
     weights_b: jax.Array | None = None,
-    method: Method = "auto",
+    method: str = "auto",
     memory_budget: int | None = None,
 ) -> Components:
     """⟨∇ Σ_c w_ic log π(y_ic), ∇ Σ_c w'_jc log π(y'_jc)⟩ of completions, [B, B'] by component.
@@ -192,7 +197,7 @@ def _both(model, sites_a, sites_b, cotangents_a=None, cotangents_b=None):
 
 
 def _kernels(
-    model, params, rows: Rows, columns: Rows | None, method: Method, memory_budget: int | None
+    model, params, rows: Rows, columns: Rows | None, method: str, memory_budget: int | None
 ) -> tuple[np.ndarray, dict, np.ndarray]:
     """Representation, gradient by kind and cross, [(L,) N, K, M, J], by the method asked for."""
     view = model.view(params)
@@ -209,7 +214,7 @@ def _kernels(
     if method not in ("auto", "gram"):
         raise JaxdynError(f"method must be 'auto', 'plain' or 'gram', got {method!r}")
 
-    workspace = budget // 8
+    workspace = workspace_of(budget)
     longest = max((r for r in (rows, columns) if r is not None), key=lambda r: r.tokens.shape[1])
     held = jax.eval_shape(functools.partial(factorize, model), view, longest.take(0, 1))
     slots = longest.tokens.shape[1]

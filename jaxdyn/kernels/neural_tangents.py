@@ -9,17 +9,20 @@ everything else, and stay visible to neural-tangents only: jax itself is left as
 reads compiled costs, both through interfaces that changed. The three functions concerned are
 written anew here over public jax (`linearize`, `make_jaxpr`, `linear_transpose`).
 
-    nt = load()
-    kernel = nt.empirical_ntk_fn(apply_fn(model))(site_prefixes(sites), None, params)
+    nt, x = load(), site_prefixes(sites)
+    nt.empirical_ntk_fn(ApplyFn(model))(x, None, params)    # neural-tangents'
+    empirical_ntk_fn(ApplyFn(model))(x, None, params)       # jaxdyn's, the same numbers
 
-is tr Θ(s_i, s_j) / V, [N, N]: neural-tangents divides a traced axis by its size.
+Both are tr Θ(s_i, s_j) / V, [N, N]: neural-tangents divides a traced axis by its size.
 
 Source: R. Novak, J. Sohl-Dickstein, S. S. Schoenholz, *Fast Finite Width Neural Tangent Kernel*,
 ICML 2022 (the implementations); its package neural-tangents 0.6.5.
 """
 
 import contextlib
+import dataclasses
 import importlib
+import operator
 import sys
 import types
 import warnings
@@ -29,17 +32,20 @@ from typing import Any, NamedTuple
 import jax
 import jax.core
 import jax.numpy as jnp
+import numpy as np
 from jax.extend import core as jax_core
 from jax.interpreters import ad
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
+from jaxdyn.kernels.empirical import token_block
+from jaxdyn.kernels.trace import trace_kernel
 from jaxdyn.types import JaxdynError, Params, Sites
 
 # -- our models -----------------------------------------------------------------------------------
 
 
 def site_prefixes(sites: Sites) -> Int[Array, "N T"]:
-    """Each site as the tokens before it: the batch `x` of `apply_fn`.
+    """Each site as the tokens before it: the batch `x` of `ApplyFn`.
 
     Row n is the site's sequence up to and including its slot, with -1 wherever there is no token
     (padding, and every later slot), so the last token of a row is where the feature is read. One
@@ -50,7 +56,8 @@ def site_prefixes(sites: Sites) -> Int[Array, "N T"]:
     return jnp.where(seen, sites.tokens[sites.rows], -1)
 
 
-def apply_fn(model: Any) -> Callable[[Params, Array], Array]:
+@dataclasses.dataclass(frozen=True)
+class ApplyFn:
     """The model as `f(params, x)`: logits [N, V] at the last token of each prefix of x [N, T].
 
     `params` are the stored parameters, so the derivative of a tied model follows its one matrix
@@ -58,14 +65,78 @@ def apply_fn(model: Any) -> Callable[[Params, Array], Array]:
     `x` is `site_prefixes(sites)`, or any int array of token ids with -1 for no token.
     """
 
-    def f(params: Params, x: Int[Array, "N T"]) -> Float[Array, "N V"]:
-        view = model.view(params)
-        mask = x >= 0
-        features = model.features(view["backbone"], jnp.where(mask, x, 0), mask)
-        last = x.shape[1] - 1 - jnp.argmax(mask[:, ::-1], axis=1)
-        return model.logits(view["classifier"], features[jnp.arange(x.shape[0]), last])
+    model: Any
 
-    return f
+    def __call__(self, params: Params, x: Int[Array, "N T"]) -> Float[Array, "N V"]:
+        view, mask = self.model.view(params), x >= 0
+        features = self.model.features(view["backbone"], jnp.where(mask, x, 0), mask)
+        at_sites = features[jnp.arange(x.shape[0]), _last(mask)]
+        return self.model.logits(view["classifier"], at_sites)
+
+
+def empirical_ntk_fn(
+    f: Callable,
+    trace_axes: int | tuple[int, ...] = (-1,),
+    diagonal_axes: int | tuple[int, ...] = (),
+    vmap_axes: int | None = None,
+    *,
+    method: str = "auto",
+    memory_budget: int | None = None,
+) -> Callable[..., jax.Array]:
+    """jaxdyn's kernels under the signature of `nt.empirical_ntk_fn`.
+
+    Of the outputs [N, V] the vocabulary is traced, giving tr Θ(x1_i, x2_j) / V [N, M] as
+    `trace_kernel(..., mean=True)`, or with `trace_axes=()` kept, giving Θ [N, M, V, V] as
+    `token_block` of every token. The result is the components' sum, and it runs on the host, in
+    its own tiles: neither `jax.jit` nor `nt.batch` goes around it.
+
+    Args:
+      f: the function to differentiate; only an `ApplyFn`, whose model our kernels need.
+      vmap_axes: 0 or None, which mean the same here: rows are independent.
+      method: in the place of `implementation`, see `log_prob_kernel`; `memory_budget` too.
+
+    Returns:
+      `kernel_fn(x1, x2, params)`, with `x2=None` for `x1` again.
+
+    Raises:
+      JaxdynError: `f` is another function, or the axes are others than those above.
+    """
+    if not isinstance(f, ApplyFn):
+        raise JaxdynError(f"f must be an ApplyFn, got {f!r}; other functions: load()")
+    axes = lambda x: (x,) if isinstance(x, int) else tuple(x)
+    traced = tuple(axis % 2 for axis in axes(trace_axes))
+    if traced not in ((), (1,)) or axes(diagonal_axes) or vmap_axes not in (0, None):
+        raise JaxdynError(
+            "trace_axes must be (-1,) or (), diagonal_axes () and vmap_axes 0 or None, got "
+            f"{trace_axes}, {diagonal_axes} and {vmap_axes}; for other axes use load()"
+        )
+
+    def kernel_fn(x1: jax.Array, x2: jax.Array | None, params: Params) -> jax.Array:
+        sites = _prefix_sites(x1), None if x2 is None else _prefix_sites(x2)
+        how: dict[str, Any] = {"method": method, "memory_budget": memory_budget}
+        if traced:
+            return trace_kernel(f.model, params, *sites, mean=True, **how).total
+        every = np.arange(f.model.config.vocab_size)
+        return token_block(f.model, params, *sites, token_ids=every, **how).total
+
+    return kernel_fn
+
+
+def _last(mask: Bool[Array, "N T"]) -> Int[Array, " N"]:
+    return mask.shape[1] - 1 - jnp.argmax(mask[:, ::-1], axis=1)
+
+
+def _prefix_sites(x: Int[Array, "N T"]) -> Sites:
+    """The sites of `site_prefixes`, one a sequence; what follows them is unknown and set to 0."""
+    mask, count = x >= 0, len(x)
+    return Sites(
+        tokens=jnp.where(mask, x, 0),
+        mask=mask,
+        rows=jnp.arange(count),
+        positions=_last(mask),
+        targets=jnp.zeros(count, jnp.int32),
+        is_prompt=jnp.zeros(count, bool),
+    )
 
 
 # -- importing neural-tangents --------------------------------------------------------------------
@@ -92,12 +163,14 @@ def load() -> types.ModuleType:
         with _in_place(_stand_ins()), warnings.catch_warnings():
             warnings.simplefilter("ignore", DeprecationWarning)
             module = importlib.import_module("neural_tangents")
-            empirical = importlib.import_module("neural_tangents._src.empirical")
+            empirical: Any = importlib.import_module("neural_tangents._src.empirical")
     except (ImportError, AttributeError) as error:
         raise JaxdynError(
             f"neural-tangents 0.6.5 cannot be imported on jax {jax.__version__}: {error}"
         ) from error
     del module.experimental
+    # It asks shapes for their size and arrays for their dtype in ways that jax is about to refuse.
+    empirical.jnp = _StandIn(jnp, {name: operator.attrgetter(name) for name in ("size", "dtype")})
     empirical._get_primals_out_and_pullback = _pullback_maker(empirical)
     empirical._eqn_vjp_fn = _equation_vjp
     empirical._get_flops = _flops
@@ -105,15 +178,20 @@ def load() -> types.ModuleType:
 
 
 class _StandIn(types.ModuleType):
-    """A real module, and beside it the names it lacks."""
+    """Some names of our own, and behind them those of the real module."""
 
     def __init__(self, real: types.ModuleType, names: dict[str, Any]):
         super().__init__(real.__name__)
         self._real = real
-        vars(self).update({name: x for name, x in names.items() if not hasattr(real, name)})
+        vars(self).update(names)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._real, name)
+
+
+def _completed(real: types.ModuleType, names: dict[str, Any]) -> _StandIn:
+    """The real module, and those of the names that it lacks."""
+    return _StandIn(real, {name: x for name, x in names.items() if not hasattr(real, name)})
 
 
 def _stand_ins() -> dict[str, types.ModuleType]:
@@ -125,15 +203,15 @@ def _stand_ins() -> dict[str, types.ModuleType]:
     never = type("DShapedArray", (), {})  # asked for by type, and matched by nothing any more
     no_stack = types.SimpleNamespace(transform_name_stack=lambda name: contextlib.nullcontext())
     return {
-        "jax.core": _StandIn(jax.core, {**moved, "DShapedArray": never}),
-        "jax.util": _StandIn(
+        "jax.core": _completed(jax.core, {**moved, "DShapedArray": never}),
+        "jax.util": _completed(
             types.ModuleType("jax.util"),
             {
                 "safe_map": lambda f, *xs: [f(*x) for x in zip(*xs, strict=True)],
                 "safe_zip": lambda *xs: list(zip(*xs, strict=True)),
             },
         ),
-        "jax.interpreters.ad": _StandIn(
+        "jax.interpreters.ad": _completed(
             ad,
             {
                 "zeros_like_p": jax_core.Primitive("zeros_like"),  # no program holds it any more

@@ -117,9 +117,8 @@ def sequence_rows(model: Any, rollout: Rollout, weights: Any, name: str) -> Rows
         raise JaxdynError(f"{name} must hold at least one completion slot, got [B, C] = {shape}")
     ends = prompt_mask[:, -1:].any(axis=1)
     if not ends.all():
-        raise JaxdynError(
-            f"prompt {int(np.argmin(ends))} of {name} must end in its last slot, which holds no token"
-        )
+        b = int(np.argmin(ends))
+        raise JaxdynError(f"prompt {b} of {name} must end in its last slot, which holds no token")
     weights = np.ones(shape, np.float32) if weights is None else weights
     if np.shape(weights) != shape:
         raise JaxdynError(f"weights of {name} must be [B, C] = {shape}, got {np.shape(weights)}")

@@ -18,8 +18,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxdyn.kernels.blocks import DEFAULT_BUDGET, assemble, attention_bytes, nbytes, tile_size
-from jaxdyn.kernels.empirical import Method, model_itemsize
+from jaxdyn.kernels.blocks import (
+    DEFAULT_BUDGET,
+    assemble,
+    attention_bytes,
+    nbytes,
+    tile_size,
+    workspace_of,
+)
+from jaxdyn.kernels.empirical import model_itemsize
 from jaxdyn.kernels.gram import Factors, Layout, body_kernels, layout_of, rows_first, stacked
 from jaxdyn.kernels.plain import plain_kernels
 from jaxdyn.kernels.sites import Rows, site_rows, with_chosen
@@ -36,7 +43,7 @@ def trace_kernel(
     sites_b: Sites | None = None,
     *,
     mean: bool = False,
-    method: Method = "auto",
+    method: str = "auto",
     memory_budget: int | None = None,
 ) -> Components:
     """tr Θ(s_i, s'_j) over the vocabulary, [N, M] by component.
@@ -78,7 +85,7 @@ def _plain(model, view, rows, columns, budget):
 
 
 def _gram(model, view, rows, columns, budget, width):
-    workspace = budget // 8
+    workspace = workspace_of(budget)
     pool = budget - workspace
     longest = max((r for r in (rows, columns) if r is not None), key=lambda r: r.tokens.shape[1])
     one = longest.take(0, 1)

@@ -26,8 +26,23 @@ from jaxdyn import kernels
 from jaxdyn.kernels import blocks, empirical, gram
 from jaxdyn.types import JaxdynError
 
-FEW = ["gpt_neox-untied", "gpt2-tied"]
+
+# Everything on every architecture; each once, half of them tied, where time matters.
+def every(*quick):
+    return [pytest.param(n, marks=[] if n in quick else [pytest.mark.slow]) for n in NAMES]
+
+
+FOUR = every("gpt_neox-untied", "llama-tied", "qwen2-untied", "gpt2-tied")
+TWO = every("gpt_neox-untied", "gpt2-tied")
 CHOSEN = [7, 2]
+
+
+@pytest.fixture(autouse=True)
+def quick_compilation():
+    """The arrays are tiny: what takes time here is compiling, not running."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
 
 
 def update(name, method, dtype=jnp.float64, function=kernels.update_kernel):
@@ -69,7 +84,7 @@ def sequences(name, method, dtype=jnp.float64):
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", FOUR)
 def test_update_kernel_and_its_parts(name, x64):
     result = update(name, "gram")
     assert_components(result, scalars(name, random_cotangents(), A, B), 1e-9)
@@ -79,7 +94,7 @@ def test_update_kernel_and_its_parts(name, x64):
     np.testing.assert_allclose(total, result.gradient, rtol=0, atol=1e-14 * scale)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", FOUR)
 def test_trace_kernel(name, x64):
     model, params = tiny_model(name)
     sites = all_sites()
@@ -87,7 +102,7 @@ def test_trace_kernel(name, x64):
     assert_components(result, trace_oracle(name, A, B), 1e-9)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", TWO)
 def test_token_block(name, x64):
     model, params = tiny_model(name)
     sites = some(all_sites(), A)
@@ -95,13 +110,13 @@ def test_token_block(name, x64):
     assert_components(result, block_oracle(name, A, A), 1e-9)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", TWO)
 def test_sequence_kernel(name, x64):
     expected = sequence_oracle(name, sequence_weights(5), sequence_weights(6))
     assert_components(sequences(name, "gram"), expected, 1e-9)
 
 
-@pytest.mark.parametrize("name", FEW)
+@pytest.mark.parametrize("name", ["gpt_neox-untied"])
 def test_log_prob_kernel_with_longer_padding(name, x64):
     """The columns' sequences get two slots of padding more on each side, which changes nothing."""
     model, params = tiny_model(name)
@@ -116,7 +131,7 @@ def test_log_prob_kernel_with_longer_padding(name, x64):
     assert_components(result, scalars(name, theta(name)[1], columns=B), 1e-9)
 
 
-@pytest.mark.parametrize("name", [*FEW, BIASED])
+@pytest.mark.parametrize("name", ["gpt2-tied", BIASED])
 def test_the_plain_method(name, x64):
     model, params = tiny_model(name)
     sites = all_sites()
@@ -128,7 +143,7 @@ def test_the_plain_method(name, x64):
     assert_components(sequences(name, "plain"), expected, 1e-9)
 
 
-@pytest.mark.parametrize("name", ["gpt_neox-untied", "llama-tied", "gpt2-tied", "qwen2-untied"])
+@pytest.mark.parametrize("name", ["gpt_neox-untied", "llama-tied"])
 def test_float32(name):
     model, params = tiny_model(name, jnp.float32)
     result = update(name, "gram", jnp.float32)
@@ -177,26 +192,29 @@ def test_each_part_is_the_kernel_of_its_parameters(name, x64):
             np.testing.assert_allclose(parts[kind], kernel, rtol=0, atol=1e-9 * abs(kernel).max())
 
 
-@pytest.mark.parametrize("square", [True, False])
-def test_tiles_change_nothing_and_compile_once(square, x64, monkeypatch):
-    """Tiles of three of eight sites, with so little workspace that every block is the smallest."""
+@pytest.fixture
+def tiles_of_three(monkeypatch):
+    for module in (empirical, kernels.trace):
+        monkeypatch.setattr(module, "tile_size", lambda *_: 3)
+
+
+# Tiles of three of eight sites, and so little workspace that every block is the smallest.
+def test_tiles_of_one_set_change_nothing_and_compile_once(x64, tiles_of_three):
     model, params = tiny_model("gpt2-tied")
     sites = all_sites()
-    columns = None if square else some(sites, B)
-    call = lambda **options: kernels.log_prob_kernel(
-        model, params, sites, columns, method="gram", **options
-    )
-    trace = lambda **options: kernels.trace_kernel(model, params, sites, columns, **options)
-    whole, whole_trace = call(), trace()
-    monkeypatch.setattr(empirical, "tile_size", lambda *_: 3)
-    monkeypatch.setattr(kernels.trace, "tile_size", lambda *_: 3)
-    before = gram.factorize._cache_size(), gram.contract._cache_size()
-    tiled = call(memory_budget=8)
-    assert gram.factorize._cache_size() == before[0] + 1
-    assert gram.contract._cache_size() == before[1] + (2 if square else 1)
-    as_dict = lambda c: {k: getattr(c, k) for k in ("representation", "gradient", "cross")}
-    assert_components(tiled, as_dict(whole), 1e-12)
-    assert_components(trace(memory_budget=8), as_dict(whole_trace), 1e-12)
+    compiled = lambda: (gram.factorize._cache_size(), gram.contract._cache_size())
+    before = compiled()
+    tiled = kernels.log_prob_kernel(model, params, sites, method="gram", memory_budget=8)
+    assert_components(tiled, scalars("gpt2-tied", theta("gpt2-tied")[1]), 1e-12)
+    # On the diagonal the columns are the rows: a program of its own.
+    assert compiled() == (before[0] + 1, before[1] + 2)
+
+
+def test_tiles_of_two_sets_change_nothing(x64, tiles_of_three):
+    model, params = tiny_model("gpt2-tied")
+    sites = all_sites()
+    tiled = kernels.trace_kernel(model, params, sites, some(sites, B), memory_budget=8)
+    assert_components(tiled, trace_oracle("gpt2-tied", slice(None), B), 1e-12)
 
 
 def test_tile_size_fills_the_budget():

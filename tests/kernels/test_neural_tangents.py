@@ -11,7 +11,7 @@ import numpy as np
 import oracles
 import pytest
 
-from jaxdyn.kernels.neural_tangents import apply_fn, load, site_prefixes
+from jaxdyn.kernels.neural_tangents import ApplyFn, empirical_ntk_fn, load, site_prefixes
 from jaxdyn.types import JaxdynError
 
 IMPLEMENTATIONS = (
@@ -108,12 +108,12 @@ def test_prefixes_hold_the_tokens_up_to_the_site():
     np.testing.assert_array_equal(site_prefixes(sites), expected)
 
 
-@pytest.mark.parametrize("name", oracles.CONFIGS)
-def test_apply_fn_gives_the_logits_at_the_sites(name, x64):
+@pytest.mark.parametrize("name", ["gpt_neox-untied", "llama-tied", "qwen2-untied", "gpt2-tied"])
+def test_the_function_gives_the_logits_at_the_sites(name, x64):
     model, params = oracles.tiny_model(name)
     sites = oracles.tiny_sites()
-    got = jax.jit(apply_fn(model))(params, site_prefixes(sites))
-    want = oracles.site_logits(model, model.view(params), sites)
+    got = jax.jit(ApplyFn(model))(params, site_prefixes(sites))
+    want = jax.jit(lambda view: oracles.site_logits(model, view, sites))(model.view(params))
     np.testing.assert_allclose(got, want, rtol=1e-12, atol=1e-13)
 
 
@@ -122,22 +122,24 @@ def model_kernel(nt, name, implementation, trace_axes):
     model, params = oracles.tiny_model(name)
     sites = oracles.tiny_sites()
     kernel_fn = nt.empirical_ntk_fn(
-        apply_fn(model),
+        ApplyFn(model),
         trace_axes=trace_axes,
         vmap_axes=0,
         implementation=nt.NtkImplementation[implementation],
     )
     got = jax.jit(kernel_fn)(site_prefixes(sites), None, params)
-    parts = oracles.component_kernels(model, params, sites)
+    parts = jax.jit(lambda p: oracles.component_kernels(model, p, sites))(params)
     return got, parts["representation"] + parts["gradient"] + parts["cross"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["gpt_neox-untied", "gpt_neox-tied"])
 def test_the_components_sum_to_its_kernel(name, nt, x64):
     got, theta = model_kernel(nt, name, "JACOBIAN_CONTRACTION", ())
     np.testing.assert_allclose(got, theta.transpose(0, 2, 1, 3), rtol=1e-9, atol=1e-11)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["llama-untied", "gpt2-tied"])
 def test_ntk_vector_products_agree_and_a_trace_is_divided_by_the_vocabulary(name, nt, x64):
     got, theta = model_kernel(nt, name, "NTK_VECTOR_PRODUCTS", (-1,))
@@ -147,10 +149,9 @@ def test_ntk_vector_products_agree_and_a_trace_is_divided_by_the_vocabulary(name
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("implementation", ["STRUCTURED_DERIVATIVES", "AUTO"])
 @pytest.mark.parametrize("name", ["llama-untied", "gpt2-tied"])
-def test_scanned_layers_with_every_implementation(name, implementation, nt, x64):
-    got, theta = model_kernel(nt, name, implementation, (-1,))
+def test_structured_derivatives_of_scanned_layers(name, nt, x64):
+    got, theta = model_kernel(nt, name, "STRUCTURED_DERIVATIVES", (-1,))
     np.testing.assert_allclose(
         got, jnp.einsum("nvmv->nm", theta) / oracles.VOCAB, rtol=1e-9, atol=1e-11
     )
@@ -161,12 +162,36 @@ def test_linearize_is_the_first_order_expansion(nt, x64):
     x = site_prefixes(oracles.tiny_sites())
     rng = np.random.default_rng(3)
     step = jax.tree.map(lambda p: jnp.asarray(0.1 * rng.standard_normal(p.shape)), params)
-    f = apply_fn(model)
-    value, tangent = jax.jvp(lambda p: f(p, x), (params,), (step,))
-    got = nt.linearize(f, params)(jax.tree.map(jnp.add, params, step), x)
+    f = ApplyFn(model)
+    value, tangent = jax.jit(lambda p, d: jax.jvp(lambda p: f(p, x), (p,), (d,)))(params, step)
+    got = jax.jit(nt.linearize(f, params))(jax.tree.map(jnp.add, params, step), x)
     # the step comes back from a subtraction of parameters near 1
     np.testing.assert_allclose(got, value + tangent, rtol=1e-10, atol=1e-12)
     assert np.abs(tangent).max() > 0.1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["gpt_neox-untied", "qwen2-tied"])
+def test_our_kernels_answer_to_its_signature(name, x64):
+    model, params = oracles.tiny_model(name)
+    sites = oracles.tiny_sites()
+    x = site_prefixes(sites)
+    parts = jax.jit(lambda p: oracles.component_kernels(model, p, sites))(params)
+    theta = parts["representation"] + parts["gradient"] + parts["cross"]
+    trace = jnp.einsum("nvmv->nm", theta) / oracles.VOCAB
+    got = empirical_ntk_fn(ApplyFn(model))(x[:2], x[1:], params)
+    np.testing.assert_allclose(got, trace[:2, 1:], rtol=1e-9, atol=1e-11)
+    whole = empirical_ntk_fn(ApplyFn(model), trace_axes=(), vmap_axes=0)(x, None, params)
+    np.testing.assert_allclose(whole, theta.transpose(0, 2, 1, 3), rtol=1e-9, atol=1e-11)
+
+
+def test_our_kernels_refuse_other_axes_and_other_functions():
+    model, _ = oracles.tiny_model("gpt2-tied", jnp.float32)
+    with pytest.raises(JaxdynError, match="must be an ApplyFn"):
+        empirical_ntk_fn(lambda params, x: x)
+    for axes in ({"trace_axes": (0,)}, {"diagonal_axes": (-1,)}, {"vmap_axes": 1}):
+        with pytest.raises(JaxdynError, match="trace_axes must be"):
+            empirical_ntk_fn(ApplyFn(model), **axes)
 
 
 # -- toy functions --------------------------------------------------------------------------------
@@ -189,12 +214,12 @@ def full_kernel(f, params, x1, x2):
         leaves = jax.tree.leaves(jax.jacrev(f)(params, x))
         return jnp.concatenate([leaf.reshape(*leaf.shape[:2], -1) for leaf in leaves], axis=-1)
 
-    return jnp.einsum("nvp,mwp->nmvw", jacobian(x1), jacobian(x2))
+    outer = lambda x1, x2: jnp.einsum("nvp,mwp->nmvw", jacobian(x1), jacobian(x2))
+    return jax.jit(outer)(x1, x2)
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-@pytest.mark.parametrize("vmap_axes", [0, None])
-@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize(("vmap_axes", "compiled"), [(0, True), (None, True), (0, False)])
 def test_every_implementation_on_two_batches(implementation, vmap_axes, compiled, nt, x64):
     params, x1, x2 = toy_inputs()
     kernel_fn = nt.empirical_ntk_fn(
@@ -237,7 +262,8 @@ def test_structured_derivatives_of_control_flow_and_calls(case, nt, x64):
         implementation=nt.NtkImplementation.STRUCTURED_DERIVATIVES,
     )
     want = full_kernel(f, params, x1, x2)
-    np.testing.assert_allclose(kernel_fn(x1, x2, params), want, rtol=1e-11, atol=1e-12)
+    got = jax.jit(kernel_fn)(x1, x2, params)
+    np.testing.assert_allclose(got, want, rtol=1e-11, atol=1e-12)
 
 
 def two_outputs(params, x):
@@ -250,14 +276,14 @@ def test_what_structured_derivatives_cannot_follow_is_named_and_auto_goes_withou
     make = lambda name: nt.empirical_ntk_fn(
         two_outputs, trace_axes=(), vmap_axes=0, implementation=nt.NtkImplementation[name]
     )
-    with pytest.raises(JaxdynError, match="STRUCTURED_DERIVATIVES cannot follow .*2 outputs"):
+    with pytest.raises(JaxdynError, match=r"STRUCTURED_DERIVATIVES cannot follow .*2 outputs"):
         make("STRUCTURED_DERIVATIVES")(x1, None, params)
     want = full_kernel(two_outputs, params, x1, x1)
     np.testing.assert_allclose(make("AUTO")(x1, None, params), want, rtol=1e-11, atol=1e-12)
 
 
 def test_auto_takes_the_fewest_flops(nt, capsys, x64):
-    """It prints what it compares; the first line a case it can only lose."""
+    """It prints what it compares."""
     params, x1, _ = toy_inputs()
     auto = nt.NtkImplementation.AUTO
     nt.empirical_ntk_fn(toy, trace_axes=(), vmap_axes=0, implementation=auto)(x1, None, params)
@@ -284,4 +310,5 @@ def test_predict_batch_and_stax(nt, x64):
     _, _, analytic = nt.stax.serial(nt.stax.Dense(8), nt.stax.Relu(), nt.stax.Dense(1))
     one = analytic(x1, None, "ntk")
     # Two layers of a unit-variance Dense: K = |x|²/d, and a ReLU halves it: Θ = K/2 + K/2.
-    np.testing.assert_allclose(jnp.diagonal(one), (x1**2).mean(axis=1), rtol=1e-12)
+    # Its arc cosine of a correlation of 1 is good to half the digits.
+    np.testing.assert_allclose(jnp.diagonal(one), (x1**2).mean(axis=1), rtol=1e-7)

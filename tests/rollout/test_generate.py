@@ -7,30 +7,26 @@ from typing import ClassVar
 import jax
 import jax.numpy as jnp
 import numpy as np
+import oracles
 import pytest
 
-from jaxdyn.models import LanguageModel, gpt_neox
+from jaxdyn.models import LanguageModel
 from jaxdyn.rl import token_statistics
 from jaxdyn.rollout import SamplingConfig, generate, step_key
 from jaxdyn.types import JaxdynError, KVCache, PromptBatch
 
 VOCAB = 31
-NEOX = gpt_neox(VOCAB, width=16, num_layers=2, num_heads=4, max_positions=32, rotary_fraction=0.5)
-LLAMA = dataclasses.replace(
-    NEOX,
-    architecture="llama",
-    num_kv_heads=2,
-    norm="rms",
-    activation="silu",
-    gated_mlp=True,
-    parallel_residual=False,
-    rotary_fraction=1.0,
-    qkv_bias=False,
-    attention_out_bias=False,
-    mlp_bias=False,
-)
-GPT2 = dataclasses.replace(
-    NEOX, architecture="gpt2", parallel_residual=False, rotary_fraction=0.0, tied=True
+# The oracles' tiny models, wider, so that sampled log-probs differ.
+NEOX, LLAMA, GPT2 = (
+    dataclasses.replace(
+        oracles.CONFIGS[name],
+        vocab_size=VOCAB,
+        width=16,
+        num_heads=4,
+        num_kv_heads=kv_heads,
+        mlp_width=64,
+    )
+    for name, kv_heads in (("gpt_neox-untied", 4), ("llama-untied", 2), ("gpt2-tied", 4))
 )
 
 

@@ -1,0 +1,55 @@
+"""The decoder's hooks: what they hand back, and that they cost nothing when nobody asks."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import oracles
+import pytest
+from flax import linen as nn
+from flax.traverse_util import flatten_dict
+
+from jaxdyn.models import decoder
+
+FAMILIES = ["gpt_neox-untied", "llama-untied", "gpt2-tied"]
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_inputs_and_cotangents_make_every_gradient(name, x64):
+    """Σ over slots of input times cotangent is the gradient of kernel, scale, bias and table."""
+    model, params = oracles.tiny_model(name)
+    sites = oracles.tiny_sites()
+    cotangent = jnp.asarray(np.random.default_rng(0).standard_normal((3, 6, 8)))
+
+    @jax.jit
+    def both(backbone):
+        phi, pull = jax.vjp(lambda b: model.features(b, sites.tokens, sites.mask), backbone)
+        opened, inputs, pull_outputs = model.opened(backbone, sites.tokens, sites.mask)
+        return phi, pull(cotangent)[0], opened, inputs, pull_outputs(cotangent)
+
+    phi, gradient, opened, inputs, outputs = both(params["backbone"])
+    np.testing.assert_array_equal(opened, phi)
+    inputs, outputs = flatten_dict(inputs), flatten_dict(outputs)
+    table = lambda ids, d, size: jnp.zeros((size, 8)).at[ids].add(d)
+    for (*layer, parameter), expected in flatten_dict(gradient).items():
+        a, d = inputs[tuple(layer)], outputs[tuple(layer)]
+        made = {
+            "kernel": lambda a, d: jnp.einsum("...bti,...bto->...io", a, d),
+            "scale": lambda a, d: jnp.einsum("...bti,...bti->...i", a, d),
+            "bias": lambda a, d: jnp.einsum("...bti->...i", d),
+            "embedding": functools.partial(table, size=len(expected)),
+        }[parameter](a, d)
+        np.testing.assert_allclose(made, expected, atol=1e-11, err_msg=f"{layer} {parameter}")
+
+
+def test_closed_hooks_leave_the_program_as_it_is(monkeypatch):
+    """The jaxpr of the features is, letter by letter, that of Flax's own layers."""
+    model, params = oracles.tiny_model("gpt2-tied", jnp.float32)
+    sites = oracles.tiny_sites()
+    run = lambda b: model.features(b, sites.tokens, sites.mask)
+    hooked = str(jax.make_jaxpr(run)(params["backbone"]))
+    for name in ("Dense", "Embed", "LayerNorm"):
+        monkeypatch.setattr(decoder, name, getattr(nn, name))
+    bare = str(jax.make_jaxpr(lambda b: run(b))(params["backbone"]))
+    assert hooked == bare

@@ -1,0 +1,191 @@
+"""Kernel statistics on matrices whose answers are known, and against numpy."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxdyn.kernels import statistics
+from jaxdyn.types import Components, JaxdynError
+
+
+def with_spectrum(*eigenvalues):
+    """A symmetric matrix with these eigenvalues, far from diagonal."""
+    rng = np.random.default_rng(0)
+    basis, _ = np.linalg.qr(rng.standard_normal((len(eigenvalues),) * 2))
+    return jnp.asarray(basis @ np.diag(eigenvalues) @ basis.T)
+
+
+# -- the spectrum ---------------------------------------------------------------------------------
+
+
+def test_spectrum_is_that_of_the_symmetric_part_largest_first(x64):
+    skew = np.triu(np.arange(16.0).reshape(4, 4), 1)
+    kernel = with_spectrum(3.0, -1.0, 7.0, 0.5) + jnp.asarray(skew - skew.T)
+    np.testing.assert_allclose(statistics.spectrum(kernel), [7.0, 3.0, 0.5, -1.0], atol=1e-12)
+
+
+@pytest.mark.parametrize("shape", [(2, 3), (4,)])
+def test_spectrum_refuses_what_is_not_square(shape):
+    with pytest.raises(JaxdynError, match="square"):
+        statistics.spectrum.__wrapped__(jnp.ones(shape))
+
+
+@pytest.mark.parametrize(
+    ("eigenvalues", "rank", "participation"),
+    [
+        ([2.0, 2.0, 2.0, 2.0], 4.0, 4.0),
+        ([5.0, 0.0, 0.0], 1.0, 1.0),
+        ([3.0, 3.0, 0.0], 2.0, 2.0),
+        # p = ½, ¼, ¼: H = 1.5 log 2, Σp² = 3/8
+        ([2.0, 1.0, 1.0], 2**1.5, 8 / 3),
+        ([2.0, -1.0, -1.0], 2**1.5, 8 / 3),
+    ],
+)
+def test_ranks_of_known_spectra(eigenvalues, rank, participation, x64):
+    got = jnp.asarray(eigenvalues)
+    np.testing.assert_allclose(statistics.effective_rank(got), rank, rtol=1e-14)
+    np.testing.assert_allclose(statistics.participation_ratio(got), participation, rtol=1e-14)
+    np.testing.assert_allclose(statistics.effective_rank(1e30 * got), rank, rtol=1e-14)
+
+
+def test_ranks_of_a_kernel_from_its_traces(x64):
+    """(tr K)² / ‖K‖², and never more than the effective rank."""
+    rng = np.random.default_rng(2)
+    factor = rng.standard_normal((6, 4))
+    kernel = jnp.asarray(factor @ factor.T)
+    eigenvalues = statistics.spectrum(kernel)
+    participation = statistics.participation_ratio(eigenvalues)
+    want = np.trace(kernel) ** 2 / np.linalg.norm(kernel) ** 2
+    np.testing.assert_allclose(participation, want, rtol=1e-12)
+    assert participation < statistics.effective_rank(eigenvalues) < 4
+
+
+def test_ranks_of_nothing_are_nan():
+    assert np.isnan(statistics.effective_rank(jnp.zeros(3)))
+    assert np.isnan(statistics.participation_ratio(jnp.zeros(3)))
+
+
+# -- two kernels ----------------------------------------------------------------------------------
+
+
+def test_alignment_with_labels_and_against_them(x64):
+    labels = np.array([1.0, 1.0, -1.0, -1.0])
+    target = jnp.asarray(np.outer(labels, labels))
+    np.testing.assert_allclose(statistics.alignment(3.0 * target, target), 1.0, rtol=1e-14)
+    np.testing.assert_allclose(statistics.alignment(-2.0 * target, target), -1.0, rtol=1e-14)
+    # ⟨I, yyᵀ⟩ = 4 over 2 · 4; centring takes 1 from ‖I‖² = 4
+    uncentred = statistics.alignment(jnp.eye(4), target, centred=False)
+    np.testing.assert_allclose(uncentred, 0.5, rtol=1e-14)
+    np.testing.assert_allclose(statistics.alignment(jnp.eye(4), target), 3**-0.5, rtol=1e-14)
+
+
+def test_alignment_is_centred_by_projections_on_both_sides(x64):
+    rng = np.random.default_rng(4)
+    a, b = rng.standard_normal((2, 5, 3))
+    centre = lambda n: np.eye(n) - np.ones((n, n)) / n
+    ca, cb = (centre(5) @ x @ centre(3) for x in (a, b))
+    want = np.sum(ca * cb) / np.linalg.norm(ca) / np.linalg.norm(cb)
+    got = statistics.alignment(jnp.asarray(a), jnp.asarray(b))
+    np.testing.assert_allclose(got, want, rtol=1e-13)
+    # a kernel that only adds a constant to every pair is all of the difference
+    shifted = statistics.alignment(jnp.asarray(a + 100.0), jnp.asarray(b))
+    np.testing.assert_allclose(shifted, want, rtol=1e-11)
+    plain = statistics.alignment(jnp.asarray(a), jnp.asarray(b), centred=False)
+    want = np.sum(a * b) / np.linalg.norm(a) / np.linalg.norm(b)
+    np.testing.assert_allclose(plain, want, rtol=1e-13)
+
+
+def test_kernel_distance_is_one_minus_the_cosine(x64):
+    rng = np.random.default_rng(5)
+    a, b = rng.standard_normal((2, 4, 4))
+    want = 1 - np.sum(a * b) / np.linalg.norm(a) / np.linalg.norm(b)
+    got = statistics.kernel_distance(jnp.asarray(a), jnp.asarray(b))
+    np.testing.assert_allclose(got, want, rtol=1e-13)
+    same = statistics.kernel_distance(jnp.asarray(a), jnp.asarray(7.0 * a))
+    np.testing.assert_allclose(same, 0.0, atol=1e-30)
+    far = statistics.kernel_distance(jnp.asarray(a), jnp.asarray(-a))
+    np.testing.assert_allclose(far, 2.0, rtol=1e-14)
+
+
+def test_a_small_distance_survives_float32():
+    """At an angle θ = 1e-4 it is θ²/2, less than float32 can take from 1."""
+    a = jnp.diag(jnp.array([1.0, 0.0]))
+    b = jnp.diag(jnp.array([1.0, 1e-4]))
+    np.testing.assert_allclose(statistics.kernel_distance(a, b), 5e-9, rtol=1e-3)
+
+
+def test_large_and_narrow_kernels_do_not_overflow():
+    """bfloat16 in, float32 inside: 2^120 squared is out of float32's range."""
+    kernel = (2.0**120 * jnp.eye(3)).astype(jnp.bfloat16)
+    got = statistics.alignment(kernel, jnp.eye(3, dtype=jnp.bfloat16), centred=False)
+    assert got.dtype == jnp.float32
+    np.testing.assert_allclose(got, 1.0, rtol=1e-6)
+    parts = Components(kernel, kernel, jnp.zeros_like(kernel))
+    np.testing.assert_allclose(statistics.component_shares(parts).gradient, 0.5, rtol=1e-6)
+
+
+@pytest.mark.parametrize("function", [statistics.alignment, statistics.kernel_distance])
+def test_two_kernels_must_have_one_shape(function):
+    with pytest.raises(JaxdynError, match=r"\(2, 2\) and \(3, 3\)"):
+        function.__wrapped__(jnp.eye(2), jnp.eye(3))
+
+
+# -- the parts ------------------------------------------------------------------------------------
+
+
+def test_component_shares_are_projections_that_sum_to_one(x64):
+    first, second = np.eye(2), np.array([[0.0, 1.0], [1.0, 0.0]])
+    parts = Components(*(jnp.asarray(x) for x in (4 * first, -first + second, second)))
+    # total = 3 I + 2 S, ‖total‖² = 2 (9 + 4) = 26
+    got = statistics.component_shares(parts)
+    want = np.array([4 * 3 * 2, (-1 * 3 + 2) * 2, 2 * 2]) / 26
+    np.testing.assert_allclose((got.representation, got.gradient, got.cross), want, rtol=1e-14)
+    np.testing.assert_allclose(got.total, 1.0, rtol=1e-14)
+    assert got.gradient < 0 < got.cross
+
+
+# -- signs of inner products ----------------------------------------------------------------------
+
+
+def test_inner_products_of_known_features(x64):
+    """Pairs of (2, 0), (1, 1), (0, 3), (-1, 0): products 2, 0, -2, 3, -1, 0."""
+    features = np.array([[2.0, 0.0], [1.0, 1.0], [0.0, 3.0], [-1.0, 0.0]])
+    got = statistics.inner_products(jnp.asarray(features @ features.T))
+    half = 0.5**0.5
+    cosines = np.array([half, 0.0, -1.0, half, -half, 0.0])
+    np.testing.assert_allclose(got.negative_share, 2 / 6)
+    np.testing.assert_allclose(got.zero_share, 2 / 6)
+    np.testing.assert_allclose((got.min, got.mean), (-2.0, 2 / 6))
+    np.testing.assert_allclose(got.cosine_min, -1.0, rtol=1e-14)
+    np.testing.assert_allclose(got.cosine_mean, cosines.mean(), rtol=1e-14)
+    np.testing.assert_allclose(
+        got.cosine_quantiles, np.quantile(cosines, (0.05, 0.25, 0.5, 0.75, 0.95)), atol=1e-14
+    )
+
+
+def test_alike_features_are_strictly_positive(x64):
+    features = 1.0 + 0.1 * np.random.default_rng(6).standard_normal((7, 5))
+    got = jax.jit(statistics.inner_products)(jnp.asarray(features @ features.T))
+    assert got.negative_share == got.zero_share == 0 and got.min > 0
+    assert 0.9 < got.cosine_min < got.cosine_mean < 1
+
+
+def test_the_diagonal_is_no_pair(x64):
+    """Orthogonal features: nothing negative, nothing positive, whatever their norms."""
+    got = statistics.inner_products(jnp.diag(jnp.array([1.0, 4.0, 9.0])))
+    assert (got.zero_share, got.negative_share, got.mean, got.cosine_mean) == (1, 0, 0, 0)
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (2, 3)])
+def test_inner_products_need_pairs(shape):
+    with pytest.raises(JaxdynError, match="2 sites or more"):
+        statistics.inner_products.__wrapped__(jnp.ones(shape))
+
+
+def test_everything_compiles_and_is_float32_or_better():
+    gram = with_spectrum(3.0, 2.0, 1.0).astype(jnp.float16)
+    rank = jax.jit(lambda k: statistics.effective_rank(statistics.spectrum(k)))(gram)
+    assert rank.dtype == jnp.float32
+    assert jax.jit(statistics.kernel_distance)(gram, gram).dtype == jnp.float32
+    assert jax.jit(statistics.inner_products)(gram).cosine_quantiles.dtype == jnp.float32
