@@ -4,6 +4,8 @@ import re
 from importlib.metadata import entry_points, version
 from pathlib import Path
 
+import jax
+import numpy as np
 import pytest
 from setuptools import find_packages
 
@@ -41,8 +43,14 @@ def test_readme_example_runs(tmp_path, monkeypatch, capsys):
     """The Python of the README, on a random model in the place of the quickstart's."""
     make_model(tmp_path / "runs/quickstart/sft/model", AnagramsConfig(), seed=0)
     monkeypatch.chdir(tmp_path)
-    (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
-    exec(compile(code, "README.md", "exec"), {})
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    found: dict = {}
+    with jax.numpy_rank_promotion("allow"):  # neural-tangents promotes
+        exec(compile("\n".join(blocks), "README.md", "exec"), found)
+    # The last block's matrix is the first's in neural-tangents' convention, in float32.
+    kernel = found["trace_kernel"](found["model"], found["params"], found["sites"], mean=True)
+    ntk = found["ntk"](found["site_prefixes"](found["sites"]), None, found["params"])
+    np.testing.assert_allclose(ntk, kernel.total, rtol=1e-4)
     shapes, measured = capsys.readouterr().out.splitlines()
     representation, gradient = re.findall(r"\((\d+), (\d+)\)", shapes)
     assert representation == gradient
