@@ -27,3 +27,10 @@ def x64():
     """Run a test in float64."""
     with jax.enable_x64(True):
         yield
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _release_compiled_programs():
+    """Free a module's programs after it: each holds memory maps, of which a process has a limit."""
+    yield
+    jax.clear_caches()
