@@ -12,7 +12,8 @@ Command:   python experiments/stories.py --model DIRECTORY [--output runs/storie
            DIRECTORY holds a small model of TinyStories in the Hugging Face layout.
 Time:      about an hour for the 260-thousand-parameter model on two CPU cores.
 Expected:  held-out reward rises from 0.18 to about 0.78 under all three schedules; the report it
-           writes is kept in part in experiments/results/stories. Started again, it goes on where it stopped.
+           writes is kept in part in experiments/results/stories. Started again, it goes on where
+           it stopped.
 """
 
 import argparse
