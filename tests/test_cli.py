@@ -93,7 +93,7 @@ def test_every_command_has_help(command, capsys):
         (["analyze"], "RUN"),
         (["report"], "at least one run directory"),
         (["analyze", "/nowhere"], "/nowhere holds no run"),
-        (["export", "/nowhere", "/tmp/x"], "/nowhere holds no run"),
+        (["export", "/nowhere", "/nowhere/out"], "/nowhere holds no run"),
     ],
 )
 def test_what_cannot_be_understood_is_said_in_a_line(arguments, words, refused):
