@@ -1,4 +1,4 @@
-"""`jaxdyn quickstart | sft | rl | analyze | report | export`: thin commands over the library.
+"""`jaxdyn quickstart | sft | rl | analyze | kernel | report | export`: thin over the library.
 
 Anything the user can mend ends in one line on standard error and exit code 2.
 """
@@ -21,6 +21,7 @@ COMMANDS = {
     "sft": "supervised training on a data set's completions",
     "rl": "an RL run: standard or classifier-first, watched at probe sites",
     "analyze": "what the updates of a finished run did, recomputed from its checkpoints",
+    "kernel": "the empirical NTK of a model between your prompts, by component: a file, a picture",
     "report": "one HTML page of figures and tables about one or more runs",
     "export": "write a run's model as a Hugging Face directory",
 }
@@ -119,6 +120,7 @@ def run_command(arguments: list[str]) -> None:
         "sft": sft_command,
         "rl": rl_command,
         "analyze": analyze_command,
+        "kernel": kernel_command,
         "report": report_command,
         "export": export_command,
     }[command](rest)
@@ -158,6 +160,15 @@ def analyze_command(arguments: list[str]) -> None:
 
     run = Path(chosen.run)
     print(f"analysis: {analyze(run, Path(chosen.output or run / 'analysis'))}")
+
+
+def kernel_command(arguments: list[str]) -> None:
+    from jaxdyn.kernel_config import KernelConfig
+
+    config = parse(KernelConfig, "jaxdyn kernel", arguments)
+    from jaxdyn.kernel_command import run_kernel
+
+    run_kernel(config)
 
 
 def report_command(arguments: list[str]) -> None:

@@ -33,7 +33,7 @@ def test_readme_has_the_commands_on_a_line_each_and_ci_runs_the_second():
     lines = (ROOT / "README.md").read_text().splitlines()
     make = "python3 -m venv .venv && .venv/bin/pip install -e "
     main = make + ". && .venv/bin/jaxdyn quickstart"
-    tests = make + "'.[test]' && .venv/bin/python -m pytest"
+    tests = make + "'.[test]' && .venv/bin/python -m pytest -n auto"
     assert [line for line in lines if line.startswith("python3 -m venv")] == [main, tests]
     assert tests in (ROOT / ".ci" / "run").read_text().splitlines()
 
@@ -48,7 +48,9 @@ def test_readme_example_runs(tmp_path, monkeypatch, capsys):
     with jax.numpy_rank_promotion("allow"):  # neural-tangents promotes
         exec(compile("\n".join(blocks), "README.md", "exec"), found)
     # The last block's matrix is the first's in neural-tangents' convention, in float32.
-    kernel = found["trace_kernel"](found["model"], found["params"], found["sites"], mean=True)
+    kernel = found["kernels"].trace_kernel(
+        found["model"], found["params"], found["sites"], mean=True
+    )
     ntk = found["ntk"](found["site_prefixes"](found["sites"]), None, found["params"])
     np.testing.assert_allclose(ntk, kernel.total, rtol=1e-4)
     shapes, measured = capsys.readouterr().out.splitlines()

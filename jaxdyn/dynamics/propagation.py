@@ -25,12 +25,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from jaxdyn.kernels.operator import pushforward
+from jaxdyn.kernels.operator import site_features as site_features
 from jaxdyn.types import Components, Params, Sites
-
-
-def site_features(model: Any, backbone: Params, sites: Sites) -> Float[Array, "N D"]:
-    """φ at each site."""
-    return model.features(backbone, sites.tokens, sites.mask)[sites.rows, sites.positions]
 
 
 def to_log_probs(
@@ -57,29 +54,16 @@ def delta_logits(
     Returns:
       φ [N, D] and `Components` of arrays [N, V] in the logits' dtype.
     """
-    phi, along = jax.linearize(lambda psi: site_features(model, psi, sites), view["backbone"])
-    # f is affine in W, so its change along ΔW is the logits of ΔW, bias and all; of Δφ it is
-    # linear, so there the bias stays out.
-    through_head = lambda d_classifier: model.logits(d_classifier, phi)
-    unbiased = {k: w if k == "weight" else 0 * w for k, w in view["classifier"].items()}
-    through_body = lambda d_backbone: model.logits(unbiased, along(d_backbone))
-
-    if not model.config.tied:
-        representation = through_head(delta["classifier"])
-        gradient = through_body(delta["backbone"])
-        return phi, Components(representation, gradient, jnp.zeros_like(gradient))
-
-    if head_share is None:
-        raise ValueError("a tied model needs head_share, the head path's part of the update")
-    rest = delta["backbone"]["embed"]["embedding"] - head_share
-    embedding = lambda tree, shared: {**tree, "embed": {"embedding": shared}}
-    still = lambda tree: jax.tree.map(jnp.zeros_like, tree)
-    return phi, Components(
-        representation=through_head({**delta["classifier"], "weight": head_share}),
-        gradient=through_body(embedding(delta["backbone"], rest)),
-        cross=through_head({**still(delta["classifier"]), "weight": rest})
-        + through_body(embedding(still(delta["backbone"]), head_share)),
-    )
+    if model.config.tied:
+        if head_share is None:
+            raise ValueError("a tied model needs head_share, the head path's part of the update")
+        classifier, backbone = delta["classifier"], delta["backbone"]
+        rest = backbone["embed"]["embedding"] - head_share
+        delta = {
+            "classifier": {**classifier, "weight": head_share},
+            "backbone": {**backbone, "embed": {"embedding": rest}},
+        }
+    return pushforward(model, view, delta, sites)
 
 
 def propagate(

@@ -1,5 +1,6 @@
 """The empirical NTK of a language model, by component, at its real size."""
 
+from jaxdyn.kernels.eigenpairs import Eigenpairs, top_eigenpairs
 from jaxdyn.kernels.empirical import (
     log_prob_kernel,
     sequence_kernel,
@@ -7,12 +8,44 @@ from jaxdyn.kernels.empirical import (
     update_kernel,
     update_kernel_by_part,
 )
+from jaxdyn.kernels.operator import apply_kernel
+from jaxdyn.kernels.preconditioner import adam_preconditioner
+from jaxdyn.kernels.result import Execution, Kernel
+from jaxdyn.kernels.sketch import Sketch, sketch_gradients, sketch_kernel, sketch_sequences
+from jaxdyn.kernels.statistics import (
+    InnerProducts,
+    alignment,
+    component_shares,
+    effective_rank,
+    inner_products,
+    kernel_distance,
+    participation_ratio,
+    spectrum,
+)
 from jaxdyn.kernels.trace import trace_kernel
 
 __all__ = [
+    "Eigenpairs",
+    "Execution",
+    "InnerProducts",
+    "Kernel",
+    "Sketch",
+    "adam_preconditioner",
+    "alignment",
+    "apply_kernel",
+    "component_shares",
+    "effective_rank",
+    "inner_products",
+    "kernel_distance",
     "log_prob_kernel",
+    "participation_ratio",
     "sequence_kernel",
+    "sketch_gradients",
+    "sketch_kernel",
+    "sketch_sequences",
+    "spectrum",
     "token_block",
+    "top_eigenpairs",
     "trace_kernel",
     "update_kernel",
     "update_kernel_by_part",

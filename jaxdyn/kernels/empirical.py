@@ -6,29 +6,32 @@ With Θ(s, s') = (∂f(s)/∂θ)(∂f(s')/∂θ)ᵀ, all that is here is g_iᵀ 
                └ representation ┘    └ gradient ┘           └ cross ┘
 
 (Tomihari 2026, arXiv 2601.04670, the NTK's decomposition; a classifier bias adds 1 to ⟨φ, φ'⟩, and
-the tied case is ours). Two methods: "plain" forms every row's whole gradient; "gram" never does
+the tied case is ours). In a preconditioner's metric Θ_P = D P D'ᵀ and ⟨φ, φ'⟩ I is the diagonal
+[Σ_j P_kj φ_j φ'_j]_k. Two methods: "plain" forms every row's whole gradient; "gram" never does
 (`jaxdyn.kernels.gram`). "auto" is plain where the gradients are small.
 
 These functions run on the host, tile by tile: they are not to be called inside `jax.jit`.
 """
 
 import functools
-from typing import Any
+from typing import Any, Unpack
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from jaxdyn.kernels.blocks import (
-    DEFAULT_BUDGET,
     assemble,
     attention_bytes,
+    budget_of,
     nbytes,
     tile_size,
     workspace_of,
 )
-from jaxdyn.kernels.gram import contract, factorize, layout_of
+from jaxdyn.kernels.gram import contract, factorize
 from jaxdyn.kernels.plain import plain_kernels
+from jaxdyn.kernels.preconditioner import roots_of
+from jaxdyn.kernels.result import Execution, Kernel
 from jaxdyn.kernels.sites import (
     Rows,
     sequence_rows,
@@ -36,7 +39,10 @@ from jaxdyn.kernels.sites import (
     with_chosen,
     with_cotangents,
 )
-from jaxdyn.types import Components, JaxdynError, Params, Rollout, Sites
+from jaxdyn.types import JaxdynError, Params, Rollout, Sites
+
+PATHS = ("representation", "cross")
+"""What is not of the gradient component among an engine's results."""
 
 TINY = 16 * 2**20
 """Bytes of gradients up to which "auto" takes the plain method."""
@@ -48,9 +54,9 @@ def log_prob_kernel(
     sites_a: Sites,
     sites_b: Sites | None = None,
     *,
-    method: str = "auto",
-    memory_budget: int | None = None,
-) -> Components:
+    preconditioner: Params | None = None,
+    **execution: Unpack[Execution],
+) -> Kernel:
     """⟨∇ log π(y_i | s_i), ∇ log π(y'_j | s'_j)⟩ of the sites' targets, [N, M] by component.
 
     The case g = e_y − π of `update_kernel`. Entry (i, j), times a learning rate and an advantage,
@@ -61,15 +67,18 @@ def log_prob_kernel(
       params: its parameters, as stored or as a view.
       sites_a: N sites.
       sites_b: M sites, in sequences of any length; without them, `sites_a` again.
-      method: "plain", "gram", or "auto" for plain where whole gradients are tiny.
-      memory_budget: bytes beside the parameters and the result (without it, 4 GiB).
+      preconditioner: P of the metric, shaped as the parameters, as `adam_preconditioner` gives it:
+        the kernel is then D P D'ᵀ.
+      execution: `method`, `memory_budget`, `devices`, `progress`, `blocks`: see `Execution`.
 
     Raises:
       JaxdynError: if a site is outside its sequence or on padding, a token id outside the
-        vocabulary, a sequence longer than the context, or the budget too small for one site.
+        vocabulary, a sequence longer than the context, the preconditioner of other shapes, the
+        budget too small for one site, or `blocks` a directory of another kernel.
     """
     rows, columns = _both(model, sites_a, sites_b)
-    return _components(_kernels(model, params, rows, columns, method, memory_budget))
+    kernels = _kernels("log_prob", model, params, rows, columns, preconditioner, execution)
+    return _kernel(kernels, preconditioner, _scalars)
 
 
 def update_kernel(
@@ -80,9 +89,9 @@ def update_kernel(
     *,
     cotangents_a: jax.Array,
     cotangents_b: jax.Array | None = None,
-    method: str = "auto",
-    memory_budget: int | None = None,
-) -> Components:
+    preconditioner: Params | None = None,
+    **execution: Unpack[Execution],
+) -> Kernel:
     """g_iᵀ Θ(s_i, s'_j) g'_j, [N, M] by component, for given logit cotangents.
 
     Args:
@@ -93,7 +102,8 @@ def update_kernel(
     cotangents have another shape.
     """
     rows, columns = _both(model, sites_a, sites_b, cotangents_a, cotangents_b)
-    return _components(_kernels(model, params, rows, columns, method, memory_budget))
+    kernels = _kernels("update", model, params, rows, columns, preconditioner, execution)
+    return _kernel(kernels, preconditioner, _scalars)
 
 
 def update_kernel_by_part(
@@ -104,8 +114,8 @@ def update_kernel_by_part(
     *,
     cotangents_a: jax.Array | None = None,
     cotangents_b: jax.Array | None = None,
-    method: str = "auto",
-    memory_budget: int | None = None,
+    preconditioner: Params | None = None,
+    **execution: Unpack[Execution],
 ) -> dict[str, jax.Array]:
     """The gradient component of `update_kernel`, by kind of parameter and by layer.
 
@@ -119,8 +129,9 @@ def update_kernel_by_part(
     if cotangents_a is None and cotangents_b is not None:
         raise JaxdynError("cotangents_b is given without cotangents_a; give both or neither")
     rows, columns = _both(model, sites_a, sites_b, cotangents_a, cotangents_b)
-    _, parts, _ = _kernels(model, params, rows, columns, method, memory_budget)
-    return {kind: jnp.asarray(x[:, :, 0, :, 0]) for kind, x in parts.items()}
+    kernels = _kernels("update", model, params, rows, columns, preconditioner, execution)
+    kinds = {kind: x for kind, x in kernels.items() if kind not in PATHS}
+    return {kind: jnp.asarray(x[:, :, 0, :, 0]) for kind, x in kinds.items()}
 
 
 def token_block(
@@ -130,9 +141,9 @@ def token_block(
     sites_b: Sites | None = None,
     *,
     token_ids: Any,
-    method: str = "auto",
-    memory_budget: int | None = None,
-) -> Components:
+    preconditioner: Params | None = None,
+    **execution: Unpack[Execution],
+) -> Kernel:
     """Θ(s_i, s'_j) at the rows and columns of C chosen tokens, [N, M, C, C] by component.
 
     C backward passes a site. For the arguments and what is raised see `log_prob_kernel`;
@@ -142,9 +153,8 @@ def token_block(
     rows, columns = _both(model, sites_a, sites_b)
     rows = with_chosen(rows, token_ids, vocab)
     columns = None if columns is None else with_chosen(columns, token_ids, vocab)
-    representation, parts, cross = _kernels(model, params, rows, columns, method, memory_budget)
-    block = lambda x: jnp.asarray(x.transpose(0, 2, 1, 3))
-    return Components(block(representation), block(_summed(parts)), block(cross))
+    kernels = _kernels("tokens", model, params, rows, columns, preconditioner, execution)
+    return _kernel(kernels, preconditioner, lambda x: x.transpose(0, 2, 1, 3))
 
 
 def sequence_kernel(
@@ -155,9 +165,9 @@ def sequence_kernel(
     *,
     weights_a: jax.Array | None = None,
     weights_b: jax.Array | None = None,
-    method: str = "auto",
-    memory_budget: int | None = None,
-) -> Components:
+    preconditioner: Params | None = None,
+    **execution: Unpack[Execution],
+) -> Kernel:
     """⟨∇ Σ_c w_ic log π(y_ic), ∇ Σ_c w'_jc log π(y'_jc)⟩ of completions, [B, B'] by component.
 
     What an RL update applies: the sum over a completion's tokens, here with one backward pass a
@@ -178,7 +188,8 @@ def sequence_kernel(
     columns = None
     if rollout_b is not None:
         columns = sequence_rows(model, rollout_b, weights_b, "rollout_b")
-    return _components(_kernels(model, params, rows, columns, method, memory_budget))
+    kernels = _kernels("sequence", model, params, rows, columns, preconditioner, execution)
+    return _kernel(kernels, preconditioner, _scalars)
 
 
 def _both(model, sites_a, sites_b, cotangents_a=None, cotangents_b=None):
@@ -197,11 +208,17 @@ def _both(model, sites_a, sites_b, cotangents_a=None, cotangents_b=None):
 
 
 def _kernels(
-    model, params, rows: Rows, columns: Rows | None, method: str, memory_budget: int | None
-) -> tuple[np.ndarray, dict, np.ndarray]:
-    """Representation, gradient by kind and cross, [(L,) N, K, M, J], by the method asked for."""
-    view = model.view(params)
-    budget = DEFAULT_BUDGET if memory_budget is None else memory_budget
+    kind: str,
+    model: Any,
+    params: Params,
+    rows: Rows,
+    columns: Rows | None,
+    preconditioner: Params | None,
+    execution: Execution,
+) -> dict[str, np.ndarray]:
+    """Representation, cross and the gradient component by kind, [(L,) N, K, M, J]."""
+    budget, method = budget_of(execution), execution.get("method", "auto")
+    view, roots = model.view(params), roots_of(model, params, preconditioner)
     held = sum(len(r.tokens) * r.outputs for r in (rows, columns) if r is not None)
     gradients = held * nbytes(view)
     if method == "plain" or (method == "auto" and gradients <= min(TINY, budget)):
@@ -210,41 +227,66 @@ def _kernels(
                 f"method 'plain' holds {gradients} bytes of gradients, and memory_budget is "
                 f"{budget}; method 'gram' holds none"
             )
-        return jax.tree.map(np.asarray, plain_kernels(model, view, rows, columns))
+        return jax.tree.map(np.asarray, plain_kernels(model, view, roots, rows, columns))
     if method not in ("auto", "gram"):
         raise JaxdynError(f"method must be 'auto', 'plain' or 'gram', got {method!r}")
 
-    workspace = workspace_of(budget)
-    longest = max((r for r in (rows, columns) if r is not None), key=lambda r: r.tokens.shape[1])
-    held = jax.eval_shape(functools.partial(factorize, model), view, longest.take(0, 1))
-    slots = longest.tokens.shape[1]
-    one_row = 3 * nbytes(held) + attention_bytes(model.config, slots, model_itemsize(model))
-    counts = (len(rows.tokens), len(rows.tokens if columns is None else columns.tokens))
+    workspace, spare = workspace_of(budget)
+    sizes = (len(rows.tokens), len((columns or rows).tokens))
+    most = lambda name: max(getattr(r, name).shape[1] for r in (rows, columns) if r is not None)
+    held, working = row_bytes(model, most("tokens"), most("positions"), rows.outputs)
     return assemble(
+        f"{kind} {model!r}",
         rows,
         columns,
-        tile_size(counts, columns is None, one_row, budget - workspace),
-        functools.partial(factorize, model, view),
-        functools.partial(
-            contract,
-            layout=layout_of(view["backbone"]),
+        tile_size(sizes, columns is None, held, working, budget - spare),
+        (view, roots),
+        lambda operands, tile: factorize(model, *operands, tile),
+        lambda operands, left, right: contract(
+            *operands,
+            left,
+            right,
             tied=model.config.tied,
             biased=model.config.classifier_bias,
             workspace=workspace,
         ),
+        execution,
     )
 
 
-def model_itemsize(model: Any) -> int:
-    """Bytes of a number in the model's compute dtype."""
-    return jnp.dtype(model.dtype).itemsize
+@functools.lru_cache
+def row_bytes(model: Any, slots: int, counted: int, outputs: int) -> tuple[int, int]:
+    """What the factors of a row hold, and what making them needs beside that.
+
+    Args:
+      slots: T.
+      counted: S, the slots whose logits count.
+      outputs: K.
+    """
+    view = jax.eval_shape(lambda key: model.view(model.init(key)), jax.random.key(0))
+    ids = lambda *shape: np.zeros((1, *shape), np.int32)
+    row = Rows(ids(slots), ids(slots) == 0, ids(counted), ids(counted), ids(counted))
+    row = row._replace(chosen=ids(outputs) if outputs > 1 else None)
+    held = nbytes(jax.eval_shape(functools.partial(factorize, model), view, None, row))
+    kept, passing = attention_bytes(model, slots)
+    return held, 2 * held + kept + outputs * passing
 
 
-def _summed(parts: dict) -> np.ndarray:
-    return sum(x.sum(axis=0) for x in parts.values())
+def gradient_of(kernels: dict) -> Any:
+    """The gradient component of an engine's results: the sum over kinds and layers."""
+    return sum(x.sum(axis=0) for name, x in kernels.items() if name not in PATHS)
 
 
-def _components(kernels) -> Components:
-    representation, parts, cross = kernels
-    scalars = lambda x: jnp.asarray(x[:, 0, :, 0])
-    return Components(scalars(representation), scalars(_summed(parts)), scalars(cross))
+def _kernel(kernels: dict, preconditioner: Params | None, entries) -> Kernel:
+    part = lambda x: jnp.asarray(entries(x))
+    return Kernel(
+        part(kernels["representation"]),
+        part(gradient_of(kernels)),
+        part(kernels["cross"]),
+        preconditioned=preconditioner is not None,
+    )
+
+
+def _scalars(x: np.ndarray) -> np.ndarray:
+    """[N, 1, M, 1] -> [N, M]."""
+    return x[:, 0, :, 0]

@@ -1,10 +1,14 @@
 r"""The Gram engine: one forward and one backward pass, then inner products layer by layer.
 
 A row's gradient is never formed as a whole. `factorize` runs the model once and pulls the logit
-cotangents g back once; it keeps what every layer read (a) and the cotangent of what it wrote (δ).
-`contract` turns two sets of factors into kernels: the classifier's is that of a dense layer with
-input φ and output cotangent g, the body's are those of `layers`, and a tied matrix adds the
-products of its two roles.
+cotangents g back once; of every matrix it keeps what the layer read (a) and the cotangent of what
+it wrote (δ), and of every vector (norm scales, biases) the gradient, which is small. `contract`
+turns two sets of factors into kernels: the classifier's is that of a dense layer with input φ and
+output cotangent g, the body's are those of `layers`, and a tied matrix adds the products of its
+two roles.
+
+In a preconditioner's metric P gradients are taken in the coordinates θ/√P, that is, multiplied by
+`roots` = √P: where a gradient is a product of two factors, when it is formed; elsewhere at once.
 """
 
 import functools
@@ -19,33 +23,38 @@ from jaxdyn.kernels.parts import kind_of
 from jaxdyn.kernels.sites import Rows, logit_cotangents
 from jaxdyn.types import Params
 
-Layout = tuple[tuple[tuple[str, ...], frozenset[str]], ...]
-"""The body's layers: where each one is and which parameters it has."""
+Path = tuple[str, ...]
 
 
 class Factors(NamedTuple):
     """What N rows' gradients are made of; every layer has a leading axis, L or 1."""
 
-    inputs: Any  # {layer: a [L, N, T, I], or ids [L, N, T]}
-    cotangents: Any  # {layer: δ [L, N, K, T, O]}
+    inputs: dict[Path, jax.Array]  # of a matrix: a [L, N, T, I], or of a table: ids [L, N, T]
+    cotangents: dict[Path, jax.Array]  # of the same: δ [L, N, K, T, O]
+    vectors: dict[Path, jax.Array]  # gradients of a layer's vectors, side by side, [L, N, K, P]
     features: Any  # φ at the slots that count, [N, S, D]
     logit_cotangents: Any  # g, [N, K, S, V]
 
 
-def layout_of(backbone: Params) -> Layout:
-    """The layers of a body and the names of their parameters, as a static argument."""
-    found: dict[tuple[str, ...], set[str]] = {}
-    for path in flatten_dict(backbone):
-        found.setdefault(path[:-1], set()).add(path[-1])
-    return tuple((path, frozenset(names)) for path, names in sorted(found.items()))
+def parameters_of(backbone: Params) -> dict[Path, dict[str, jax.Array]]:
+    """{layer: {name: array}}, each array with a leading layer axis, L or 1."""
+    found: dict[Path, dict[str, jax.Array]] = {}
+    for path, x in flatten_dict(backbone).items():
+        found.setdefault(path[:-1], {})[path[-1]] = x if path[0] == "layers" else x[None]
+    return dict(sorted(found.items()))
 
 
-def stacked(tree: Params) -> dict:
+def is_ids(inputs: jax.Array) -> bool:
+    """Whether a layer's input are rows of its table rather than numbers."""
+    return jnp.issubdtype(inputs.dtype, jnp.integer)
+
+
+def stacked(tree: Params) -> dict[Path, jax.Array]:
     """{layer: array}, each with a leading layer axis."""
     return {path: x if path[0] == "layers" else x[None] for path, x in flatten_dict(tree).items()}
 
 
-def rows_first(tree: Params) -> dict:
+def rows_first(tree: Params) -> dict[Path, jax.Array]:
     """Cotangents {layer: [L, N, K, T, O]} of a pullback mapped over K in front."""
     return {
         path: jnp.moveaxis(x, 0, 2) if path[0] == "layers" else jnp.moveaxis(x, 0, 1)[None]
@@ -53,9 +62,42 @@ def rows_first(tree: Params) -> dict:
     }
 
 
+def factors_of(
+    backbone: Params,
+    inputs: dict[Path, jax.Array],
+    cotangents: dict[Path, jax.Array],
+    roots: Params | None,
+) -> Factors:
+    """The body's factors from every layer's inputs and output cotangents."""
+    matrices: dict[Path, tuple[jax.Array, jax.Array]] = {}
+    vectors: dict[Path, jax.Array] = {}
+    scales = None if roots is None else parameters_of(roots)
+    for path, names in parameters_of(backbone).items():
+        a, d = inputs[path], cotangents[path]
+        root = {} if scales is None else scales[path]
+        if "embedding" in names:
+            if root:
+                d = d * jax.vmap(lambda table, ids: table[ids])(root["embedding"], a)[:, :, None]
+            matrices[path] = a, d
+        if "kernel" in names:
+            matrices[path] = a, d
+        found = []
+        if "scale" in names:
+            found.append(layers.scale_gradient(a, d))
+        if "bias" in names:
+            found.append(layers.bias_gradient(d))
+        if found and root:
+            across = [root[name] for name in ("scale", "bias") if name in names]
+            found = [x * r[:, None, None] for x, r in zip(found, across, strict=True)]
+        if found:
+            vectors[path] = jnp.concatenate(found, axis=-1)
+    left, right = ({path: pair[i] for path, pair in matrices.items()} for i in (0, 1))
+    return Factors(left, right, vectors, None, None)
+
+
 @functools.partial(jax.jit, static_argnums=0)
-def factorize(model: Any, view: Params, rows: Rows) -> Factors:
-    """One forward pass of N rows and K backward passes."""
+def factorize(model: Any, view: Params, roots: Params | None, rows: Rows) -> Factors:
+    """One forward pass of N rows and K backward passes; `roots` is √P, shaped as the view."""
     phi, inputs, pull = model.opened(view["backbone"], rows.tokens, rows.mask)
     at = (jnp.arange(len(phi))[:, None], rows.positions)
     g = jax.vmap(logit_cotangents)(rows, model.logits(view["classifier"], phi[at]))
@@ -63,58 +105,94 @@ def factorize(model: Any, view: Params, rows: Rows) -> Factors:
     start = jnp.zeros((g.shape[1], *phi.shape), g.dtype)
     start = start.at[:, at[0], at[1]].add(back).astype(phi.dtype)
     cotangents = rows_first(jax.vmap(pull)(start))
-    return Factors(stacked(inputs), cotangents, phi[at], g)
+    body_roots = None if roots is None else roots["backbone"]
+    body = factors_of(view["backbone"], stacked(inputs), cotangents, body_roots)
+    return body._replace(features=phi[at], logit_cotangents=g)
 
 
-def body_kernels(layout: Layout, rows: Factors, columns: Factors | None, workspace: int) -> dict:
-    """Σ over a layer's parameters of the gradients' inner products, {kind: [L, N, K, M, J]}."""
+def body_kernels(
+    rows: Factors, columns: Factors | None, roots: Params | None, sizes: Any, workspace: int
+) -> dict[str, jax.Array]:
+    """Σ over a layer's parameters of the gradients' inner products, {kind: [L, N, K, M, J]}.
+
+    Args:
+      roots: √P of the body, or None.
+      sizes: the body's own shapes, for the number of rows in a table.
+    """
+    scales = {} if roots is None else parameters_of(roots)
+    shapes = parameters_of(sizes)
     kernels: dict[str, list] = {}
-    for path, names in layout:
 
-        def kernel(pair, names=names):
-            left, right = pair
-            found = []
-            if "kernel" in names:
-                found.append(layers.dense(left, right, workspace))
-            if "embedding" in names:
-                found.append(layers.embedding(left, right, workspace))
-            if "scale" in names:
-                found.append(layers.elementwise(left, right))
-            if "bias" in names:
-                found.append(layers.bias(left, right))
-            return sum(found)
+    def add(path, kernel, *operands):
+        kernels.setdefault(kind_of(path), []).append(jax.lax.map(kernel, operands))
 
+    for path in rows.inputs:
         layer = lambda f, path=path: None if f is None else (f.inputs[path], f.cotangents[path])
-        kernels.setdefault(kind_of(path), []).append(
-            jax.lax.map(kernel, (layer(rows), layer(columns)))
-        )
+        if is_ids(rows.inputs[path]):
+            size = shapes[path]["embedding"].shape[1]
+            table = lambda pair, size=size: layers.embedding(pair[0], pair[1], size, workspace)
+            add(path, table, layer(rows), layer(columns))
+        else:
+            root = scales[path]["kernel"] if scales else None
+            add(
+                path,
+                lambda three: layers.dense(three[0], three[1], workspace, three[2]),
+                layer(rows),
+                layer(columns),
+                root,
+            )
+    for path, gradients in rows.vectors.items():
+        others = None if columns is None else columns.vectors[path]
+        add(path, lambda pair: layers.pairwise(*pair), gradients, others)
     return {kind: sum(each) for kind, each in kernels.items()}
 
 
-@functools.partial(jax.jit, static_argnames=("layout", "tied", "biased", "workspace"))
+@functools.partial(jax.jit, static_argnames=("tied", "biased", "workspace"))
 def contract(
+    view: Params,
+    roots: Params | None,
     rows: Factors,
     columns: Factors | None,
     *,
-    layout: Layout,
     tied: bool,
     biased: bool,
     workspace: int,
-) -> tuple[jax.Array, dict, jax.Array]:
-    """Representation [N, K, M, J], the gradient component by kind [L, N, K, M, J], and cross.
+) -> dict[str, jax.Array]:
+    """Kernels by name: representation and cross [N, K, M, J], each kind [L, N, K, M, J].
 
-    `columns=None` means the rows themselves.
+    `columns=None` means the rows themselves; of the view only the shapes are read.
     """
-    head = lambda f: (f.features, f.logit_cotangents)
-    table = lambda f: (f.inputs[("embed",)][0], f.cotangents[("embed",)][0])
-    right = None if columns is None else head(columns)
-    representation = layers.dense(head(rows), right, workspace)
-    if biased:
-        representation += layers.bias(head(rows), right)
+    head_roots = None if roots is None else roots["classifier"]
+    representation = head_kernel(rows, columns, head_roots, biased, workspace)
     crossed = jnp.zeros_like(representation)
     if tied:
-        other = rows if columns is None else columns
-        there = layers.cross(head(rows), table(other), workspace)
-        back = there if columns is None else layers.cross(head(other), table(rows), workspace)
-        crossed = there + back.transpose(2, 3, 0, 1)
-    return representation, body_kernels(layout, rows, columns, workspace), crossed
+        crossed = cross_kernel(rows, columns, head_roots, workspace)
+    body_roots = None if roots is None else roots["backbone"]
+    body = body_kernels(rows, columns, body_roots, view["backbone"], workspace)
+    return {"representation": representation, "cross": crossed, **body}
+
+
+def head_kernel(rows, columns, roots, biased, workspace):
+    """The classifier's kernel: a dense layer from φ to the logits, whose cotangents are g."""
+    head = lambda f: None if f is None else (f.features, f.logit_cotangents)
+    root = None if roots is None else roots["weight"].T
+    kernel = layers.dense(head(rows), head(columns), workspace, root)
+    if biased:
+        scale = 1 if roots is None else roots["bias"][None, None]
+        gradient = lambda f: scale * layers.bias_gradient(f.logit_cotangents)
+        kernel += layers.pairwise(gradient(rows), None if columns is None else gradient(columns))
+    return kernel
+
+
+def cross_kernel(rows, columns, roots, workspace):
+    """A tied matrix's products of the gradient through one role with that through the other."""
+    head = lambda f: (f.features, f.logit_cotangents)
+
+    def table(f):
+        ids, d = f.inputs[("embed",)][0], f.cotangents[("embed",)][0]
+        return ids, d if roots is None else d * roots["weight"][ids][:, None]
+
+    other = rows if columns is None else columns
+    there = layers.cross(head(rows), table(other), workspace)
+    back = there if columns is None else layers.cross(head(other), table(rows), workspace)
+    return there + back.transpose(2, 3, 0, 1)

@@ -4,7 +4,7 @@ A layer's gradient for row n is a sum over slots t of products of its input a_t 
 cotangent δ_t. So the inner product of two rows' gradients, for
 
     dense  y = x K + b :   Σ_{t,t'} (a_t·a'_{t'}) (δ_t·δ'_{t'})  +  (Σ_t δ_t)·(Σ_{t'} δ'_{t'})
-    norm   y = x̂ ⊙ s + b : (Σ_t δ_t⊙x̂_t)·(Σ_{t'} δ'_{t'}⊙x̂'_{t'})  +  the same for b
+    norm   y = x̂ ⊙ s + b : (Σ_t δ_t⊙x̂_t)·(Σ_{t'} δ'_{t'}⊙x̂'_{t'})  +  as above for b
     embedding y = E[id] :  Σ_{t,t'} [id_t = id'_{t'}] (δ_t·δ'_{t'})
 
 For K functions a row, δ has an axis K and the result is [N, K, M, J]. Every function takes the
@@ -12,11 +12,14 @@ rows' pair (a, δ) and the columns' pair, or None for the columns when they are 
 
     a [N, T, I] (ids: [N, T]),  δ [N, K, T, O];   columns  [M, U, I],  [M, J, U, O].
 
-`workspace` bounds the bytes of what is formed in between.
+`workspace` is about how many bytes are formed in between.
 """
 
 import jax
 import jax.numpy as jnp
+
+SPARE = 8
+"""Rows of a block below which products are slow: up to so many workspaces are taken for them."""
 
 
 def wide_dtype(x: jax.Array):
@@ -24,8 +27,11 @@ def wide_dtype(x: jax.Array):
     return jnp.promote_types(x.dtype, jnp.float32)
 
 
-def _product(spec: str, x: jax.Array, y: jax.Array) -> jax.Array:
-    return jnp.einsum(spec, x, y, preferred_element_type=wide_dtype(x))
+def product(spec: str, x: jax.Array, y: jax.Array) -> jax.Array:
+    """An einsum of two arrays, accumulated in float32 or better."""
+    # "highest": accelerators would otherwise round float32 inputs to fewer bits.
+    wide = jnp.promote_types(wide_dtype(x), y.dtype)
+    return jnp.einsum(spec, x, y, precision="highest", preferred_element_type=wide)
 
 
 def pairwise(rows: jax.Array, columns: jax.Array | None) -> jax.Array:
@@ -37,44 +43,48 @@ def pairwise(rows: jax.Array, columns: jax.Array | None) -> jax.Array:
     left = rows.reshape(n * k, size)
     if columns is not None:
         m, j, _ = columns.shape
-        return _product("ip,jp->ij", left, columns.reshape(m * j, size)).reshape(n, k, m, j)
-    step = max(64, -(-n * k // 8))
+        return product("ip,jp->ij", left, columns.reshape(m * j, size)).reshape(n, k, m, j)
+    step = min(max(64, -(-n * k // 2)), 256)  # products of fewer rows are slow
     bands = []
     for start in range(0, n * k, step):
         stop = min(start + step, n * k)
-        band = _product("ip,jp->ij", left[start:stop], left[:stop])
+        band = product("ip,jp->ij", left[start:stop], left[:stop])
         bands.append(jnp.pad(band, ((0, 0), (0, n * k - stop))))
     lower = jnp.tril(jnp.concatenate(bands))
     return (lower + jnp.tril(lower, -1).T).reshape(n, k, n, k)
 
 
-def dense(rows, columns, workspace: int) -> jax.Array:
-    """The kernel of a dense layer's matrix, by whichever of the two forms costs fewer products."""
+def dense(rows, columns, workspace: int, root: jax.Array | None = None) -> jax.Array:
+    """The kernel of a dense layer's matrix, by whichever of the two forms costs fewer products.
+
+    `root` [I, O] multiplies every gradient elementwise, which only formed gradients allow; where
+    several functions' outputs lie side by side, every one's.
+    """
     (a, d), (b, e) = rows, columns or rows
     (n, k, t, o), (m, j, u, _), i = d.shape, e.shape, a.shape[2]
     slots = k * n * t + (0 if columns is None else j * m * u)
     pairs = n * k * m * j * (1 if columns is not None else 0.6)
-    if n * m * t * u * (i + k * j * o) < (slots + pairs) * i * o:
-        return _by_slots(rows, columns, workspace, lambda x: _product("ti,mui->tmu", x, b))
-    return _by_blocks(rows, columns, workspace)
+    if root is None and n * m * t * u * (i + k * j * o) < (slots + pairs) * i * o:
+        return _by_slots(rows, columns, workspace, lambda x: product("ti,mui->tmu", x, b))
+    return _by_blocks(rows, columns, workspace, root)
 
 
-def embedding(rows, columns, workspace: int) -> jax.Array:
-    """The kernel of an embedding table: slots that hold the same id meet, no others."""
-    ids = (columns or rows)[0]
+def embedding(rows, columns, size: int, workspace: int) -> jax.Array:
+    """The kernel of a table of `size` rows: slots that hold the same id meet, no others."""
+    (_, d), (ids, e) = rows, columns or rows
+    if d.shape[2] * e.shape[2] > size:
+        return _by_ids(rows, columns, size, workspace)
     return _by_slots(rows, columns, workspace, lambda x: x[:, None, None] == ids[None])
 
 
-def elementwise(rows, columns) -> jax.Array:
-    """The kernel of a vector that multiplies its input elementwise."""
-    gradient = lambda a, d: _product("nti,nkti->nki", a, d)
-    return pairwise(gradient(*rows), None if columns is None else gradient(*columns))
+def scale_gradient(a: jax.Array, d: jax.Array) -> jax.Array:
+    """Σ_t a_t ⊙ δ_t, [..., N, K, O], of a vector that multiplies its input elementwise."""
+    return product("...nti,...nkti->...nki", a, d)
 
 
-def bias(rows, columns) -> jax.Array:
-    """The kernel of a vector that is added to a layer's output."""
-    gradient = lambda _, d: jnp.sum(d, axis=2, dtype=wide_dtype(d))
-    return pairwise(gradient(*rows), None if columns is None else gradient(*columns))
+def bias_gradient(d: jax.Array) -> jax.Array:
+    """Σ_t δ_t, [..., N, K, O], of a vector that is added to a layer's output."""
+    return jnp.sum(d, axis=-2, dtype=wide_dtype(d))
 
 
 def cross(head, body, workspace: int) -> jax.Array:
@@ -88,7 +98,7 @@ def cross(head, body, workspace: int) -> jax.Array:
 
     def one(row):
         phi, g = row
-        return _product("ksmu,smju->kmj", g[:, :, ids], _product("sd,mjud->smju", phi, d))
+        return product("ksmu,smju->kmj", g[:, :, ids], product("sd,mjud->smju", phi, d))
 
     return _map_rows(one, head, (k + j) * s * m * u * wide_dtype(d).itemsize, workspace)
 
@@ -110,31 +120,53 @@ def _by_slots(rows, columns, workspace, likeness) -> jax.Array:
     def one(row):
         a, d = row
         alike = likeness(a)[None, :, :, None, :]
-        return jnp.sum(alike * _product("kto,mjuo->ktmju", d, e), axis=(1, 4))
+        return jnp.sum(alike * product("kto,mjuo->ktmju", d, e), axis=(1, 4))
 
     return _map_rows(one, rows, (k * j + 1) * t * m * u * wide_dtype(e).itemsize, workspace)
 
 
-def _by_blocks(rows, columns, workspace) -> jax.Array:
+def _by_blocks(rows, columns, workspace, root=None) -> jax.Array:
     """Inner products of Σ_t δ_t a_tᵀ, formed for a block of outputs at a time."""
-    (a, d), (b, e) = rows, columns or rows
-    count = d.shape[0] * d.shape[1] + (0 if columns is None else e.shape[0] * e.shape[1])
-    outputs, each = d.shape[3], count * a.shape[2] * wide_dtype(d).itemsize
-    fitting = max(1, min(outputs, workspace // each))
-    width = max(w for w in range(1, fitting + 1) if outputs % w == 0)
+    if root is not None:
+        root = jnp.tile(root, (1, rows[1].shape[3] // root.shape[1]))
 
-    def gradient(x, y, start):
+    def gradient(x, y, start, width):
         block = jax.lax.dynamic_slice_in_dim(y, start, width, axis=3)
-        matrix = _product("nkto,nti->nkoi", block, x)
-        return matrix.reshape(*matrix.shape[:2], -1)
+        matrix = product("nkto,nti->nkoi", block, x)
+        if root is not None:
+            matrix *= jax.lax.dynamic_slice_in_dim(root, start, width, axis=1).T[None, None]
+        return matrix.astype(x.dtype)
 
-    def kernel(start):
-        right = None if columns is None else gradient(b, e, start)
-        return pairwise(gradient(a, d, start), right)
+    return _over_blocks(rows[1].shape[3], rows[0].shape[2], rows, columns, gradient, workspace)
 
-    if width == outputs:
-        return kernel(0)
-    step = lambda total, start: (total + kernel(start), None)
-    shape = (*d.shape[:2], *e.shape[:2])
-    nothing = jnp.zeros(shape, wide_dtype(d))
-    return jax.lax.scan(step, nothing, jnp.arange(0, outputs, width))[0]
+
+def _by_ids(rows, columns, size, workspace) -> jax.Array:
+    """Inner products of Σ_t e_{id_t} δ_tᵀ, formed for a block of the table's rows at a time."""
+
+    def gradient(ids, d, start, width):
+        inside = (ids >= start) & (ids < start + width)
+        row = jnp.where(inside, ids - start, width)  # past the block: dropped
+        empty = jnp.zeros((*d.shape[:2], width, d.shape[3]), wide_dtype(d))
+        place = jax.vmap(lambda x, i, y: x.at[:, i].add(y, mode="drop"))
+        return place(empty, row, d.astype(empty.dtype)).astype(d.dtype)
+
+    return _over_blocks(size, rows[1].shape[3], rows, columns, gradient, workspace)
+
+
+def _over_blocks(outputs, each, rows, columns, gradient, workspace) -> jax.Array:
+    """⟨G, G'⟩ of matrices [outputs, each], of which `gradient` forms some rows at a time."""
+    d, e = rows[1], (columns or rows)[1]
+    count = d.shape[0] * d.shape[1] + (0 if columns is None else e.shape[0] * e.shape[1])
+    in_one = workspace / (count * each * wide_dtype(d).itemsize)
+    width = min(outputs, max(1, int(in_one), min(SPARE, int(SPARE * in_one))))
+    flat = lambda x: x.reshape(*x.shape[:2], -1)
+
+    def kernel(start, width):
+        left = flat(gradient(*rows, start, width))
+        return pairwise(left, None if columns is None else flat(gradient(*columns, start, width)))
+
+    blocks, rest = divmod(outputs, width)
+    step = lambda total, start: (total + kernel(start, width), None)
+    nothing = jnp.zeros((*d.shape[:2], *e.shape[:2]), wide_dtype(d))
+    total = jax.lax.scan(step, nothing, width * jnp.arange(blocks))[0]
+    return total + kernel(blocks * width, rest) if rest else total

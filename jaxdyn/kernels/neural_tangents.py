@@ -27,7 +27,7 @@ import sys
 import types
 import warnings
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Unpack
 
 import jax
 import jax.core
@@ -38,6 +38,7 @@ from jax.interpreters import ad
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxdyn.kernels.empirical import token_block
+from jaxdyn.kernels.result import Execution
 from jaxdyn.kernels.trace import trace_kernel
 from jaxdyn.types import JaxdynError, Params, Sites
 
@@ -79,9 +80,7 @@ def empirical_ntk_fn(
     trace_axes: int | tuple[int, ...] = (-1,),
     diagonal_axes: int | tuple[int, ...] = (),
     vmap_axes: int | None = None,
-    *,
-    method: str = "auto",
-    memory_budget: int | None = None,
+    **execution: Unpack[Execution],
 ) -> Callable[..., jax.Array]:
     """jaxdyn's kernels under the signature of `nt.empirical_ntk_fn`.
 
@@ -93,7 +92,7 @@ def empirical_ntk_fn(
     Args:
       f: the function to differentiate; only an `ApplyFn`, whose model our kernels need.
       vmap_axes: 0 or None, which mean the same here: rows are independent.
-      method: in the place of `implementation`, see `log_prob_kernel`; `memory_budget` too.
+      execution: `method`, in the place of `implementation`, and more: see `Execution`.
 
     Returns:
       `kernel_fn(x1, x2, params)`, with `x2=None` for `x1` again.
@@ -113,11 +112,10 @@ def empirical_ntk_fn(
 
     def kernel_fn(x1: jax.Array, x2: jax.Array | None, params: Params) -> jax.Array:
         sites = _prefix_sites(x1), None if x2 is None else _prefix_sites(x2)
-        how: dict[str, Any] = {"method": method, "memory_budget": memory_budget}
         if traced:
-            return trace_kernel(f.model, params, *sites, mean=True, **how).total
+            return trace_kernel(f.model, params, *sites, mean=True, **execution).total
         every = np.arange(f.model.config.vocab_size)
-        return token_block(f.model, params, *sites, token_ids=every, **how).total
+        return token_block(f.model, params, *sites, token_ids=every, **execution).total
 
     return kernel_fn
 

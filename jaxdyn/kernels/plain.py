@@ -12,8 +12,8 @@ from jaxdyn.kernels.sites import Rows, logit_cotangents
 from jaxdyn.types import Params
 
 
-def gradients(model, view: Params, rows: Rows) -> Params:
-    """∇ of every row's K functions with respect to the view: leaves [N, K, ...]."""
+def gradients(model, view: Params, roots: Params | None, rows: Rows) -> Params:
+    """∇ of every row's K functions with respect to the view, times `roots`: leaves [N, K, ...]."""
 
     def one(row):
         def logits(view):
@@ -23,7 +23,8 @@ def gradients(model, view: Params, rows: Rows) -> Params:
         f, pull = jax.vjp(logits, view)
         return jax.vmap(lambda g: pull(g)[0])(logit_cotangents(row, f))
 
-    return jax.lax.map(one, rows)
+    found = jax.lax.map(one, rows)
+    return found if roots is None else jax.tree.map(lambda g, r: g * r[None, None], found, roots)
 
 
 def _inner(x: jax.Array, y: jax.Array) -> jax.Array:
@@ -35,11 +36,11 @@ def _inner(x: jax.Array, y: jax.Array) -> jax.Array:
 
 @functools.partial(jax.jit, static_argnums=0)
 def plain_kernels(
-    model: Any, view: Params, rows: Rows, columns: Rows | None
-) -> tuple[jax.Array, dict, jax.Array]:
-    """Representation [N, K, M, J], the gradient component by kind [L, N, K, M, J], and cross."""
-    left = gradients(model, view, rows)
-    right = left if columns is None else gradients(model, view, columns)
+    model: Any, view: Params, roots: Params | None, rows: Rows, columns: Rows | None
+) -> dict[str, jax.Array]:
+    """Kernels by name: representation and cross [N, K, M, J], each kind [L, N, K, M, J]."""
+    left = gradients(model, view, roots, rows)
+    right = left if columns is None else gradients(model, view, roots, columns)
     heads = jax.tree.map(_inner, left["classifier"], right["classifier"])
     representation = functools.reduce(jnp.add, jax.tree.leaves(heads))
 
@@ -56,4 +57,4 @@ def plain_kernels(
         matrices = lambda g: (g["classifier"]["weight"], g["backbone"]["embed"]["embedding"])
         (head, table), (other_head, other_table) = matrices(left), matrices(right)
         cross = _inner(head, other_table) + _inner(table, other_head)
-    return representation, parts, cross
+    return {"representation": representation, "cross": cross, **parts}

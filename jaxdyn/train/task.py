@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxdyn.config import RunConfig, SFTConfig
+from jaxdyn.config import ModelSource, RunConfig, SFTConfig
 from jaxdyn.data import (
     Tokenizer,
     columns,
@@ -38,15 +38,15 @@ class Task:
     reward: Callable[..., RewardOutput]
 
 
-def open_task(config: RunConfig | SFTConfig, max_prompt_length: int) -> Task:
-    """Load everything a run needs, and check that it fits together.
+def open_model(source: ModelSource) -> tuple[LanguageModel, Params, Tokenizer]:
+    """A model, its parameters and its tokenizer.
 
     Raises:
-      JaxdynError: naming what does not: the model, its vocabulary, its context, the prompts.
+      JaxdynError: if one of them cannot be read, or the tokenizer has ids that the model has not.
     """
-    directory = local_directory(config.model.path)
+    directory = local_directory(source.path)
     model, params = load_pretrained(
-        directory, untie=config.model.untie, dtype=jnp.dtype(config.model.dtype).type
+        directory, untie=source.untie, dtype=jnp.dtype(source.dtype).type
     )
     tokenizer = load_tokenizer(directory)
     if tokenizer.vocab_size > model.config.vocab_size:
@@ -60,6 +60,16 @@ def open_task(config: RunConfig | SFTConfig, max_prompt_length: int) -> Task:
             f"{directory} names {outside[0]} as a padding or stop token, outside the model's "
             f"vocabulary of {model.config.vocab_size}"
         )
+    return model, params, tokenizer
+
+
+def open_task(config: RunConfig | SFTConfig, max_prompt_length: int) -> Task:
+    """Load everything a run needs, and check that it fits together.
+
+    Raises:
+      JaxdynError: naming what does not: the model, its vocabulary, its context, the prompts.
+    """
+    model, params, tokenizer = open_model(config.model)
     longest = max_prompt_length + config.sampling.max_completion_length
     if longest > model.config.max_positions:
         raise JaxdynError(

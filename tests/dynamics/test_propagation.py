@@ -142,16 +142,3 @@ def test_measured_update_in_float32_agrees_with_float64(name):
         assert abs(scalars[f"share/{part}"] - expected) < 1e-4
     shares = [scalars[f"share/{part}"] for part in PARTS]
     assert abs(sum(shares) - 1) < 1e-5
-
-
-def test_squeezing_a_linear_softmax(x64):
-    """Pushing an unlikely token down moves the mass to the likeliest one, and the kernel says so.
-
-    With fixed features only the representation component exists: Δf = η ⟨φ, φ'⟩ A (e_y − π).
-    """
-    logits = jnp.array([3.0, 1.0, 0.0, -2.0])
-    pi = jax.nn.softmax(logits)
-    unlikely = jnp.eye(4)[3]
-    step = -0.5 * (unlikely - pi)
-    after = jax.nn.softmax(logits + step)
-    assert int(jnp.argmax(after - pi)) == int(jnp.argmax(pi))

@@ -60,30 +60,110 @@ def some(sites, which):
     return dataclasses.replace(sites, **pick)
 
 
+def metric(name, dtype=jnp.float64):
+    """P as stored, up to 2; some of it exactly zero, as of parameters that do not move."""
+    model, _ = tiny_model(name, dtype)
+    rng = np.random.default_rng(9)
+    draw = lambda x: jnp.asarray(np.maximum(rng.uniform(-0.5, 2, x.shape), 0), dtype)
+    return jax.tree.map(draw, jax.eval_shape(model.init, jax.random.key(0)))
+
+
 @functools.cache
-def theta(name):
-    """Θ [8, V, 8, V] by component and the scores e_y − π [8, V], all float64."""
+def jacobians(name):
+    """∂f/∂θ of the view at the eight sites, [8, V, ...], and the scores e_y − π [8, V]: float64."""
 
     @jax.jit
-    def compute(params, sites):
-        f = oracles.site_logits(model, model.view(params), sites)
-        score = jax.nn.one_hot(sites.targets, oracles.VOCAB) - jax.nn.softmax(f)
-        return oracles.component_kernels(model, params, sites), score
+    def compute(view, sites):
+        f = lambda view: oracles.site_logits(model, view, sites)
+        score = jax.nn.one_hot(sites.targets, oracles.VOCAB) - jax.nn.softmax(f(view))
+        return jax.jacrev(f)(view), score
 
     with jax.enable_x64(True):
         model, params = tiny_model(name)
-        return jax.tree.map(np.asarray, compute(params, all_sites()))
+        return jax.tree.map(np.asarray, compute(model.view(params), all_sites()))
+
+
+@functools.cache
+def theta(name, preconditioned=False):
+    """Θ = D P Dᵀ [8, V, 8, V] by component, and the scores e_y − π [8, V], all float64.
+
+    P is `metric(name)`, or the identity.
+    """
+    tree, score = jacobians(name)
+    with jax.enable_x64(True):
+        model, _ = tiny_model(name)
+        p = jax.tree.map(np.asarray, model.view(metric(name)))
+    if not preconditioned:
+        p = jax.tree.map(np.ones_like, p)
+    flat = lambda tree: np.concatenate(
+        [x.reshape(8 * oracles.VOCAB, -1) for x in jax.tree.leaves(tree)], axis=1
+    )
+    along = lambda tree: np.concatenate([x.ravel() for x in jax.tree.leaves(tree)])
+    outer = lambda left, p, right: (flat(left) * along(p)) @ flat(right).T
+    paths = {"representation": "classifier", "gradient": "backbone"}
+    found = {part: outer(tree[path], p[path], tree[path]) for part, path in paths.items()}
+    found["cross"] = np.zeros_like(found["gradient"])
+    if model.config.tied:
+        head, table = tree["classifier"]["weight"], tree["backbone"]["embed"]["embedding"]
+        there = outer(head, p["classifier"]["weight"], table)
+        found["cross"] = there + there.T
+    shape = (8, oracles.VOCAB, 8, oracles.VOCAB)
+    return {part: x.reshape(shape) for part, x in found.items()}, score
 
 
 def random_cotangents():
     return np.random.default_rng(4).standard_normal((8, oracles.VOCAB))
 
 
-def scalars(name, g, rows=slice(None), columns=slice(None)):
+def scalars(name, g, rows=slice(None), columns=slice(None), preconditioned=False):
     """gᵀ Θ g by component, [rows, columns]."""
-    kernels, _ = theta(name)
+    kernels, _ = theta(name, preconditioned)
     whole = {part: np.einsum("nv,nvmw,mw->nm", g, kernels[part], g) for part in PARTS}
     return {part: x[rows][:, columns] for part, x in whole.items()}
+
+
+def traces(name, rows, columns, preconditioned=False):
+    """tr Θ by component, [rows, columns]."""
+    kernels, _ = theta(name, preconditioned)
+    return {part: np.einsum("nvmv->nm", x)[rows][:, columns] for part, x in kernels.items()}
+
+
+def token_blocks(name, rows, columns, ids, preconditioned=False):
+    """Θ at some tokens by component, [rows, columns, C, C]."""
+    pick = lambda x: x.transpose(0, 2, 1, 3)[rows][:, columns][:, :, ids][..., ids]
+    return {part: pick(x) for part, x in theta(name, preconditioned)[0].items()}
+
+
+def sequence_weights(seed):
+    return np.random.default_rng(seed).standard_normal((3, 3))
+
+
+def sequence_scalars(name, left, right, preconditioned=False):
+    """Σ over the pairs of two completions' sites of the weighted log-prob kernel, [3, 3]."""
+    mask = np.asarray(rollout().completion_mask)
+    member = lambda w: np.eye(3)[:, np.nonzero(mask)[0]] * w[mask][None]
+    inner = scalars(name, theta(name)[1], preconditioned=preconditioned)
+    return {part: member(left) @ x @ member(right).T for part, x in inner.items()}
+
+
+def kernels_by_kind(name, g, rows, columns, preconditioned=False):
+    """The gradient component of gᵀ Θ g by kind of parameter, [l, rows, columns]; l layers or 1."""
+    j = jax.tree.map(lambda x: np.einsum("nv,nv...->n...", g, x), jacobians(name)[0]["backbone"])
+    if preconditioned:
+        with jax.enable_x64(True):
+            j = jax.tree.map(lambda x, p: x * np.sqrt(p), j, metric(name)["backbone"])
+    flat = lambda trees, depth: np.concatenate(
+        [x.reshape(8, depth, -1) for tree in trees for x in jax.tree.leaves(tree)], axis=2
+    )
+    layers = j["layers"]
+    found = {
+        "attention": flat([layers["attention"]], 2),
+        "mlp": flat([layers["mlp"]], 2),
+        "norms": flat([layers["attention_norm"], layers["mlp_norm"]], 2),
+        "embedding": flat([j["embed"], j.get("position", {})], 1),
+        "final_norm": flat([j["norm"]], 1),
+    }
+    return {kind: np.einsum("nlp,mlp->lnm", x[rows], x[columns]) for kind, x in found.items()}
 
 
 def assert_components(actual, expected, tolerance):

@@ -2,7 +2,6 @@
 
 import dataclasses
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import oracles
@@ -14,35 +13,33 @@ from kernel_oracles import (
     B,
     all_sites,
     assert_components,
+    kernels_by_kind,
     random_cotangents,
     rollout,
     scalars,
+    sequence_scalars,
+    sequence_weights,
     some,
     theta,
     tiny_model,
+    token_blocks,
+    traces,
 )
 
 from jaxdyn import kernels
-from jaxdyn.kernels import blocks, empirical, gram
-from jaxdyn.types import JaxdynError
+from jaxdyn.kernels import empirical, gram
 
 
-# Everything on every architecture; each once, half of them tied, where time matters.
-def every(*quick):
-    return [pytest.param(n, marks=[] if n in quick else [pytest.mark.slow]) for n in NAMES]
+# Everything on every architecture; half of them tied, each once where time matters.
+def slow_but(names, *quick):
+    return [pytest.param(n, marks=[] if n in quick else [pytest.mark.slow]) for n in names]
 
 
-FOUR = every("gpt_neox-untied", "llama-tied", "qwen2-untied", "gpt2-tied")
-TWO = every("gpt_neox-untied", "gpt2-tied")
+FOUR = ("gpt_neox-untied", "llama-tied", "qwen2-untied", "gpt2-tied")
+ALL = slow_but(NAMES, *FOUR)
+EACH = slow_but(FOUR, "gpt_neox-untied", "gpt2-tied")
 CHOSEN = [7, 2]
-
-
-@pytest.fixture(autouse=True)
-def quick_compilation():
-    """The arrays are tiny: what takes time here is compiling, not running."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
+pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 
 def update(name, method, dtype=jnp.float64, function=kernels.update_kernel):
@@ -54,27 +51,6 @@ def update(name, method, dtype=jnp.float64, function=kernels.update_kernel):
     )  # fmt: skip
 
 
-def trace_oracle(name, rows, columns):
-    return {k: np.einsum("nvmv->nm", x)[rows][:, columns] for k, x in theta(name)[0].items()}
-
-
-def block_oracle(name, rows, columns):
-    pick = lambda x: x.transpose(0, 2, 1, 3)[rows][:, columns][:, :, CHOSEN][..., CHOSEN]
-    return {k: pick(x) for k, x in theta(name)[0].items()}
-
-
-def sequence_weights(seed):
-    return np.random.default_rng(seed).standard_normal((3, 3))
-
-
-def sequence_oracle(name, left, right):
-    """Σ over the pairs of two completions' sites of the weighted log-prob kernel."""
-    mask = np.asarray(rollout().completion_mask)
-    member = lambda w: np.eye(3)[:, np.nonzero(mask)[0]] * w[mask][None]
-    inner = scalars(name, theta(name)[1])
-    return {k: member(left) @ x @ member(right).T for k, x in inner.items()}
-
-
 def sequences(name, method, dtype=jnp.float64):
     model, params = tiny_model(name, dtype)
     weights = [jnp.asarray(sequence_weights(seed), dtype) for seed in (5, 6)]
@@ -84,7 +60,7 @@ def sequences(name, method, dtype=jnp.float64):
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("name", FOUR)
+@pytest.mark.parametrize("name", ALL)
 def test_update_kernel_and_its_parts(name, x64):
     result = update(name, "gram")
     assert_components(result, scalars(name, random_cotangents(), A, B), 1e-9)
@@ -94,25 +70,25 @@ def test_update_kernel_and_its_parts(name, x64):
     np.testing.assert_allclose(total, result.gradient, rtol=0, atol=1e-14 * scale)
 
 
-@pytest.mark.parametrize("name", FOUR)
+@pytest.mark.parametrize("name", ALL)
 def test_trace_kernel(name, x64):
     model, params = tiny_model(name)
     sites = all_sites()
     result = kernels.trace_kernel(model, params, some(sites, A), some(sites, B))
-    assert_components(result, trace_oracle(name, A, B), 1e-9)
+    assert_components(result, traces(name, A, B), 1e-9)
 
 
-@pytest.mark.parametrize("name", TWO)
+@pytest.mark.parametrize("name", EACH)
 def test_token_block(name, x64):
     model, params = tiny_model(name)
     sites = some(all_sites(), A)
     result = kernels.token_block(model, params, sites, token_ids=CHOSEN, method="gram")
-    assert_components(result, block_oracle(name, A, A), 1e-9)
+    assert_components(result, token_blocks(name, A, A, CHOSEN), 1e-9)
 
 
-@pytest.mark.parametrize("name", TWO)
+@pytest.mark.parametrize("name", EACH)
 def test_sequence_kernel(name, x64):
-    expected = sequence_oracle(name, sequence_weights(5), sequence_weights(6))
+    expected = sequence_scalars(name, sequence_weights(5), sequence_weights(6))
     assert_components(sequences(name, "gram"), expected, 1e-9)
 
 
@@ -137,58 +113,19 @@ def test_the_plain_method(name, x64):
     sites = all_sites()
     assert_components(update(name, "plain"), scalars(name, random_cotangents(), A, B), 1e-9)
     result = kernels.trace_kernel(model, params, some(sites, A), method="plain", mean=True)
-    mean = {k: x / oracles.VOCAB for k, x in trace_oracle(name, A, A).items()}
+    mean = {k: x / oracles.VOCAB for k, x in traces(name, A, A).items()}
     assert_components(result, mean, 1e-9)
-    expected = sequence_oracle(name, sequence_weights(5), sequence_weights(6))
+    expected = sequence_scalars(name, sequence_weights(5), sequence_weights(6))
     assert_components(sequences(name, "plain"), expected, 1e-9)
-
-
-@pytest.mark.parametrize("name", ["gpt_neox-untied", "llama-tied"])
-def test_float32(name):
-    model, params = tiny_model(name, jnp.float32)
-    result = update(name, "gram", jnp.float32)
-    assert result.gradient.dtype == jnp.float32
-    assert_components(result, scalars(name, random_cotangents(), A, B), 1e-4)
-    result = kernels.trace_kernel(model, params, some(all_sites(), A), mean=True)
-    mean = {k: x / oracles.VOCAB for k, x in trace_oracle(name, A, A).items()}
-    assert_components(result, mean, 1e-4)
-
-
-def gradients_by_kind(name):
-    """∂(g_nᵀ f_n)/∂ψ of the rollout's sites, flattened to [8, l, P] by kind; l layers or 1."""
-    model, params = tiny_model(name)
-    view, sites, g = model.view(params), all_sites(), jnp.asarray(random_cotangents())
-
-    @jax.jit
-    def jacobian(backbone):
-        f = lambda b: oracles.site_logits(model, {**view, "backbone": b}, sites)
-        return jax.jacrev(lambda b: jnp.sum(g * f(b), axis=1))(backbone)
-
-    j = jacobian(view["backbone"])
-    layered = lambda *trees: np.concatenate(
-        [x.reshape(8, 2, -1) for tree in trees for x in jax.tree.leaves(tree)], axis=2
-    )
-    whole = lambda tree: np.concatenate(
-        [x.reshape(8, 1, -1) for x in jax.tree.leaves(tree)], axis=2
-    )
-    layers = j["layers"]
-    return {
-        "attention": layered(layers["attention"]),
-        "mlp": layered(layers["mlp"]),
-        "norms": layered(layers["attention_norm"], layers["mlp_norm"]),
-        "embedding": whole([j["embed"], j.get("position", {})]),
-        "final_norm": whole(j["norm"]),
-    }
 
 
 @pytest.mark.parametrize("name", ["gpt2-tied", "llama-untied"])
 def test_each_part_is_the_kernel_of_its_parameters(name, x64):
-    expected = gradients_by_kind(name)
+    expected = kernels_by_kind(name, random_cotangents(), A, B)
     for method in ("gram", "plain"):
         parts = update(name, method, function=kernels.update_kernel_by_part)
         assert parts.keys() == expected.keys()
-        for kind, j in expected.items():
-            kernel = np.einsum("nlp,mlp->lnm", j[A], j[B])
+        for kind, kernel in expected.items():
             np.testing.assert_allclose(parts[kind], kernel, rtol=0, atol=1e-9 * abs(kernel).max())
 
 
@@ -214,12 +151,4 @@ def test_tiles_of_two_sets_change_nothing(x64, tiles_of_three):
     model, params = tiny_model("gpt2-tied")
     sites = all_sites()
     tiled = kernels.trace_kernel(model, params, sites, some(sites, B), memory_budget=8)
-    assert_components(tiled, trace_oracle("gpt2-tied", slice(None), B), 1e-12)
-
-
-def test_tile_size_fills_the_budget():
-    assert blocks.tile_size((10, 10), square=True, one_row=100, budget=1000) == 10
-    assert blocks.tile_size((10, 10), square=True, one_row=100, budget=999) == 4
-    assert blocks.tile_size((3, 7), square=False, one_row=100, budget=10**6) == 7
-    with pytest.raises(JaxdynError, match=r"too small for one site.* 200 bytes.* got 199"):
-        blocks.tile_size((10, 10), square=True, one_row=100, budget=199)
+    assert_components(tiled, traces("gpt2-tied", slice(None), B), 1e-12)

@@ -2,7 +2,6 @@
 
 import itertools
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -60,34 +59,69 @@ def test_the_cheaper_form_is_chosen(slots, width, by_slots, monkeypatch):
     assert bool(layers.dense(pair, pair, 1)) == by_slots
 
 
-@pytest.mark.parametrize("workspace", [1, 10**9])
-def test_embedding(workspace, x64):
+# Fewer pairs of slots than rows of the table, and more; widths that divide the table and do not.
+@pytest.mark.parametrize("workspace", [1, 2500, 10**9])
+@pytest.mark.parametrize("size", [3, 11, 64])
+def test_embedding(size, workspace, x64):
     """Repeated ids, so that slots of one row meet each other too."""
     rng = np.random.default_rng(0)
-    ids, others = rng.integers(0, 3, (N, T)), rng.integers(0, 3, (M, U))
+    ids, others = (jnp.asarray(rng.integers(0, size, shape)) for shape in [(N, T), (M, U)])
+    ids, others = ids.at[:, 2].set(ids[:, 0]), others.at[:, 3].set(ids[0, 0])
     d, e = draw(N, K, T, OUT), draw(M, J, U, OUT)
-    tables = lambda i, x: np.einsum("ntv,nkto->nkvo", np.eye(3)[i], x)
-    actual = layers.embedding((jnp.asarray(ids), d), (jnp.asarray(others), e), workspace)
-    np.testing.assert_allclose(actual, inner(tables(ids, d), tables(others, e)), atol=1e-12)
+    tables = lambda i, x: np.einsum("ntv,nkto->nkvo", np.eye(size)[np.asarray(i)], x)
+    rows, columns = (ids, d), (others, e)
+    kernels = {
+        "by the cheaper": lambda r, c: layers.embedding(r, c, size, workspace),
+        "by ids": lambda r, c: layers._by_ids(r, c, size, workspace),
+        "by slots": lambda r, c: layers._by_slots(
+            r, c, workspace, lambda x: x[:, None, None] == (c or r)[0][None]
+        ),
+    }
+    for form, kernel in kernels.items():
+        expected = inner(tables(*rows), tables(*columns))
+        np.testing.assert_allclose(kernel(rows, columns), expected, atol=1e-12, err_msg=form)
+        expected = inner(tables(*rows), tables(*rows))
+        np.testing.assert_allclose(kernel(rows, None), expected, atol=1e-12, err_msg=form)
 
-    phi, g = draw(N, 2, OUT), draw(N, K, 2, 3)
+    phi, g = draw(N, 2, OUT), draw(N, K, 2, size)
     heads = np.einsum("nksv,nsd->nkvd", g, phi)
-    actual = layers.cross((phi, g), (jnp.asarray(others), e), workspace)
-    np.testing.assert_allclose(actual, inner(heads, tables(others, e)), atol=1e-12)
+    actual = layers.cross((phi, g), columns, workspace)
+    np.testing.assert_allclose(actual, inner(heads, tables(*columns)), atol=1e-12)
 
 
-def test_elementwise_and_bias(x64):
-    rows, columns = (draw(N, T, OUT), draw(N, K, T, OUT)), (draw(M, U, OUT), draw(M, J, U, OUT))
-    scales = lambda a, d: (np.asarray(a)[:, None] * np.asarray(d)).sum(axis=2)
-    biases = lambda a, d: np.asarray(d).sum(axis=2)
-    for function, gradient in [(layers.elementwise, scales), (layers.bias, biases)]:
-        left, right = gradient(*rows), gradient(*columns)
-        np.testing.assert_allclose(function(rows, columns), inner(left, right), atol=1e-12)
-        np.testing.assert_allclose(function(rows, None), inner(left, left), atol=1e-12)
+def test_slots_meet_one_by_one_where_the_table_is_large(monkeypatch):
+    """T U pairs of slots against V rows."""
+    monkeypatch.setattr(layers, "_by_slots", lambda *_: jnp.array(1))
+    monkeypatch.setattr(layers, "_by_ids", lambda *_: jnp.array(0))
+    pair = (jnp.zeros((2, 4), jnp.int32), jnp.zeros((2, 1, 4, 3)))
+    assert [bool(layers.embedding(pair, None, size, 1)) for size in (15, 16)] == [False, True]
+
+
+@pytest.mark.parametrize("copies", [1, 2])
+def test_dense_with_roots(copies, pairs):
+    """Every gradient times √P; two functions' outputs side by side have the same P."""
+    rows, columns = pairs
+    root = jnp.abs(draw(IN, OUT // copies)).at[2].set(0.0)
+    whole = np.tile(root, (1, copies))
+    left, right = matrices(*rows) * whole, matrices(*columns) * whole
+    for workspace in (1, 3000, 10**9):
+        actual = layers.dense(rows, columns, workspace, root)
+        np.testing.assert_allclose(actual, inner(left, right), atol=1e-12)
+        actual = layers.dense(rows, None, workspace, root)
+        np.testing.assert_allclose(actual, inner(left, left), atol=1e-12)
+
+
+def test_gradients_of_vectors(x64):
+    """Σ_t a_t ⊙ δ_t and Σ_t δ_t, with leading layers and without."""
+    a, d = draw(2, N, T, OUT), draw(2, N, K, T, OUT)
+    scale, bias = np.einsum("lnti,lnkti->lnki", a, d), np.einsum("lnkti->lnki", d)
+    np.testing.assert_allclose(layers.scale_gradient(a, d), scale, atol=1e-14)
+    np.testing.assert_allclose(layers.scale_gradient(a[0], d[0]), scale[0], atol=1e-14)
+    np.testing.assert_allclose(layers.bias_gradient(d), bias, atol=1e-14)
 
 
 def test_symmetric_products_by_bands(x64):
-    """150 rows make three bands."""
+    """150 rows make two bands."""
     x = draw(50, 3, 4)
     result = layers.pairwise(x, None).reshape(150, 150)
     flat = np.asarray(x).reshape(150, 4)
@@ -98,6 +132,9 @@ def test_symmetric_products_by_bands(x64):
 def test_products_of_bfloat16_add_up_in_float32():
     """2⁸ + 1 ones: in bfloat16 the sum would stay at 256."""
     ones = jnp.ones((1, 1, 257, 1), jnp.bfloat16)
-    result = jax.jit(layers.bias)((None, ones), None)
+    for result in (layers.bias_gradient(ones), layers.scale_gradient(ones[0], ones)):
+        assert result.dtype == jnp.float32
+        assert float(result[0, 0, 0]) == 257.0
+    result = layers.pairwise(ones.reshape(1, 1, 257), None)
     assert result.dtype == jnp.float32
-    assert float(result[0, 0, 0, 0]) == 257.0**2
+    assert float(result[0, 0, 0, 0]) == 257.0

@@ -1,5 +1,6 @@
 """neural-tangents on today's jax, against full Jacobians contracted by hand."""
 
+import functools
 import subprocess
 import sys
 import textwrap
@@ -11,6 +12,7 @@ import numpy as np
 import oracles
 import pytest
 
+from jaxdyn import kernels
 from jaxdyn.kernels.neural_tangents import ApplyFn, empirical_ntk_fn, load, site_prefixes
 from jaxdyn.types import JaxdynError
 
@@ -133,13 +135,6 @@ def model_kernel(nt, name, implementation, trace_axes):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["gpt_neox-untied", "gpt_neox-tied"])
-def test_the_components_sum_to_its_kernel(name, nt, x64):
-    got, theta = model_kernel(nt, name, "JACOBIAN_CONTRACTION", ())
-    np.testing.assert_allclose(got, theta.transpose(0, 2, 1, 3), rtol=1e-9, atol=1e-11)
-
-
-@pytest.mark.slow
 @pytest.mark.parametrize("name", ["llama-untied", "gpt2-tied"])
 def test_ntk_vector_products_agree_and_a_trace_is_divided_by_the_vocabulary(name, nt, x64):
     got, theta = model_kernel(nt, name, "NTK_VECTOR_PRODUCTS", (-1,))
@@ -171,6 +166,7 @@ def test_linearize_is_the_first_order_expansion(nt, x64):
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("quick_compilation")
 @pytest.mark.parametrize("name", ["gpt_neox-untied", "qwen2-tied"])
 def test_our_kernels_answer_to_its_signature(name, x64):
     model, params = oracles.tiny_model(name)
@@ -183,6 +179,30 @@ def test_our_kernels_answer_to_its_signature(name, x64):
     np.testing.assert_allclose(got, trace[:2, 1:], rtol=1e-9, atol=1e-11)
     whole = empirical_ntk_fn(ApplyFn(model), trace_axes=(), vmap_axes=0)(x, None, params)
     np.testing.assert_allclose(whole, theta.transpose(0, 2, 1, 3), rtol=1e-9, atol=1e-11)
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("quick_compilation")
+@pytest.mark.parametrize("name", ["gpt_neox-untied", "gpt2-tied"])
+def test_the_sums_of_our_components_are_its_kernel(name, nt, x64):
+    """Five sites in three sequences, padded on either side; no oracle of ours in between."""
+    model, params = oracles.tiny_model(name)
+    sites = oracles.tiny_sites()
+    x = site_prefixes(sites)
+    kernel_fn = nt.empirical_ntk_fn(ApplyFn(model), trace_axes=(), vmap_axes=0)
+    theta = np.asarray(jax.jit(kernel_fn)(x, None, params))  # [N, N, V, V]
+    close = functools.partial(np.testing.assert_allclose, rtol=1e-9, atol=1e-11)
+
+    trace = kernels.trace_kernel(model, params, sites, mean=True)
+    close(trace.total, np.trace(theta, axis1=2, axis2=3) / oracles.VOCAB)
+    tokens = [7, 2]
+    block = kernels.token_block(model, params, sites, token_ids=tokens, method="gram")
+    close(block.total, theta[:, :, tokens][..., tokens])
+    pi = jax.nn.softmax(jax.jit(ApplyFn(model))(params, x))
+    score = np.eye(oracles.VOCAB)[np.asarray(sites.targets)] - np.asarray(pi)
+    found = kernels.log_prob_kernel(model, params, sites, method="gram")
+    close(found.total, np.einsum("nv,nmvw,mw->nm", score, theta, score))
+    assert bool(found.cross.any()) == model.config.tied
 
 
 def test_our_kernels_refuse_other_axes_and_other_functions():

@@ -1,0 +1,193 @@
+r"""The kernel as a linear operator: Θ v as a pullback, then a pushforward, with no Θ formed.
+
+A vector field gives every site a logit vector v_j. With D the Jacobian ∂f/∂θ at the sites,
+
+    [Θ v]_i = Σ_j Θ(s_i, s'_j) v_j = D_i (D'ᵀ v),      D'ᵀ v = Σ_j (∂f(s'_j)/∂θ)ᵀ v_j,
+
+one backward pass over the sequences of s' and one forward-mode pass over those of s; in between
+lies a single vector of the parameters' size, which a preconditioner P multiplies: D P D'ᵀ v.
+
+Tied embeddings. A change of the parameters is held *by path*, shaped as the view: the classifier's
+weight has what came through the head, the embedding what came through the body. Pushed forward,
+
+    representation = D_head Δ_head,   gradient = D_body Δ_body,
+    cross          = D_head Δ_emb + D_emb Δ_head,
+
+and the three sum to the whole, since the matrix is one and changes by Δ_head + Δ_emb.
+"""
+
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+from jaxdyn.kernels.preconditioner import roots_of
+from jaxdyn.kernels.result import Kernel
+from jaxdyn.kernels.sites import site_rows
+from jaxdyn.types import Components, JaxdynError, Params, Sites
+
+
+def site_features(model: Any, backbone: Params, sites: Sites) -> Float[Array, "N D"]:
+    """φ at each site."""
+    return model.features(backbone, sites.tokens, sites.mask)[sites.rows, sites.positions]
+
+
+def pullback(model: Any, view: Params, field: Float[Array, "N V"], sites: Sites) -> Params:
+    """Dᵀ v = Σ_j (∂f(s_j)/∂θ)ᵀ v_j by path, shaped as the view."""
+
+    def logits(view):
+        return model.logits(view["classifier"], site_features(model, view["backbone"], sites))
+
+    _, pull = jax.vjp(logits, view)
+    return pull(field)[0]
+
+
+def pushforward(
+    model: Any, view: Params, change: Params, sites: Sites
+) -> tuple[Float[Array, "N D"], Components]:
+    """φ [N, D] and D Δ [N, V] by component, for a change Δ by path, shaped as the view."""
+    phi, along = jax.linearize(lambda psi: site_features(model, psi, sites), view["backbone"])
+    # f is affine in W, so its change along ΔW is the logits of ΔW, bias and all; of Δφ it is
+    # linear, so there the bias stays out.
+    through_head = lambda d_classifier: model.logits(d_classifier, phi)
+    unbiased = {k: w if k == "weight" else 0 * w for k, w in view["classifier"].items()}
+    through_body = lambda d_backbone: model.logits(unbiased, along(d_backbone))
+
+    classifier, backbone = change["classifier"], change["backbone"]
+    representation, gradient = through_head(classifier), through_body(backbone)
+    cross = jnp.zeros_like(gradient)
+    if model.config.tied:
+        still = lambda tree: jax.tree.map(jnp.zeros_like, tree)
+        head, embedding = classifier["weight"], backbone["embed"]["embedding"]
+        cross = through_head({**still(classifier), "weight": embedding})
+        cross += through_body({**still(backbone), "embed": {"embedding": head}})
+    return phi, Components(representation, gradient, cross)
+
+
+def apply_kernel(
+    model: Any,
+    params: Params,
+    sites_a: Sites,
+    field: jax.Array | np.ndarray,
+    sites_b: Sites | None = None,
+    *,
+    preconditioner: Params | None = None,
+    batch_size: int | None = None,
+) -> Kernel:
+    """Σ_j Θ(s_i, s'_j) v_j, [N, V] by component, for a vector field v over `sites_b`.
+
+    With v_j = η g_j it is the first-order change of the logits at `sites_a` when the parameters
+    take a gradient step from `sites_b`. Every product is one of the model's own, in its precision;
+    sums over batches are in float32 or better.
+
+    Args:
+      model: a `LanguageModel`.
+      params: its parameters, as stored or as a view.
+      sites_a: N sites; those of one sequence share its pass.
+      field: v [M, V], one logit vector a site of `sites_b`.
+      sites_b: M sites; without them, `sites_a` again.
+      preconditioner: P of the metric, shaped as the parameters, as `adam_preconditioner` gives it:
+        the kernel is then D P D'ᵀ.
+      batch_size: sequences at a time; all at once by default. Memory is that of a training step
+        on so many sequences, and one more vector of the parameters' size.
+
+    Raises:
+      JaxdynError: if the field is not [M, V], `batch_size` below 1, a site outside its sequence or
+        on padding, a token id outside the vocabulary, a sequence longer than the context, or the
+        preconditioner negative or of other shapes.
+    """
+    rows = batches_of(model, sites_a, "sites_a", batch_size)
+    columns = None if sites_b is None else batches_of(model, sites_b, "sites_b", batch_size)
+    expected = (len((columns or rows).places), model.config.vocab_size)
+    if np.shape(field) != expected:
+        raise JaxdynError(f"field must be [M, V] = {expected}, got {np.shape(field)}")
+    roots = roots_of(model, params, preconditioner)
+    parts = apply(model, model.view(params), roots, rows, columns, jnp.asarray(field))
+    return Kernel(
+        parts.representation,
+        parts.gradient,
+        parts.cross,
+        preconditioned=preconditioner is not None,
+    )
+
+
+class Batches(NamedTuple):
+    """N sites in K batches of B sequences, S sites each.
+
+    The last sequence and a batch's first site come again where a batch is not full.
+    """
+
+    sites: dict[str, Any]  # the fields of `Sites`: [K, B, T] and [K, S]
+    numbers: Any  # which of the N sites, [K, S]
+    real: Any  # whether it is there for the first time, [K, S]
+    places: Any  # where among the K S places site n is, [N]
+
+
+def batches_of(model: Any, sites: Sites, name: str, batch_size: int | None) -> Batches:
+    """The sites by batches of their sequences; sequences without sites are left out.
+
+    Raises:
+      JaxdynError: if `batch_size` is below 1, and as `site_rows`.
+    """
+    if batch_size is not None and batch_size < 1:
+        raise JaxdynError(f"batch_size must be at least 1, got {batch_size}")
+    site_rows(model, sites, name)
+    used, row = np.unique(np.asarray(sites.rows), return_inverse=True)
+    size = min(batch_size or len(used), len(used))
+    count = -(-len(used) // size)
+    batch, row = np.divmod(row, size)
+
+    # Sites in the order of their batches; a site's slot is its rank within its own.
+    order = np.argsort(batch, kind="stable")
+    held = np.bincount(batch)
+    starts = np.cumsum(held) - held
+    slot = np.empty_like(order)
+    slot[order] = np.arange(len(order)) - starts[batch[order]]
+    numbers = np.repeat(order[starts][:, None], held.max(), axis=1)
+    numbers[batch, slot] = np.arange(len(order))
+
+    sequences = used[np.minimum(np.arange(count * size), len(used) - 1).reshape(count, size)]
+    by_site = {name: np.asarray(getattr(sites, name)) for name in ("targets", "is_prompt")}
+    by_site |= {"rows": row.astype(np.int32), "positions": np.asarray(sites.positions)}
+    by_sequence = {name: np.asarray(getattr(sites, name)) for name in ("tokens", "mask")}
+    return Batches(
+        sites={name: x[sequences] for name, x in by_sequence.items()}
+        | {name: x[numbers] for name, x in by_site.items()},
+        numbers=numbers,
+        real=np.arange(held.max())[None] < held[:, None],
+        places=batch * held.max() + slot,
+    )
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def apply(
+    model: Any,
+    view: Params,
+    roots: Params | None,
+    rows: Batches,
+    columns: Batches | None,
+    field: jax.Array,
+) -> Components:
+    """Θ v [N, V] by component; `roots` is √P, shaped as the view, and no columns are the rows."""
+    columns = rows if columns is None else columns
+    wide = lambda dtype: jnp.promote_types(dtype, jnp.float32)
+    field = field.astype(wide(model.dtype))
+
+    def pull(total, batch):
+        sites, numbers, real = batch
+        v = jnp.where(real[:, None], field[numbers], 0)
+        return jax.tree.map(jnp.add, total, pullback(model, view, v, Sites(**sites))), None
+
+    def push(_, sites):
+        return None, pushforward(model, view, change, Sites(**sites))[1]
+
+    still = jax.tree.map(lambda x: jnp.zeros(x.shape, wide(x.dtype)), view)
+    change, _ = jax.lax.scan(pull, still, (columns.sites, columns.numbers, columns.real))
+    if roots is not None:
+        change = jax.tree.map(lambda x, r: x * r**2, change, roots)
+    change = jax.tree.map(lambda x, like: x.astype(like.dtype), change, view)
+    _, parts = jax.lax.scan(push, None, rows.sites)
+    return jax.tree.map(lambda x: x.reshape(-1, x.shape[-1])[rows.places], parts)

@@ -1,0 +1,344 @@
+r"""Sketches: a few thousand numbers a site, whose inner products estimate those of its gradients.
+
+A site's gradient is one block-diagonal matrix G, a block Σ_t δ_t a_tᵀ for every matrix of the
+model. Replicate r of its sketch is, with independent signs S_r and Q_r (E[SSᵀ] = E[QQᵀ] = I),
+
+    Z_r = S_rᵀ G Q_r = Σ_layers Σ_t (S_rᵀ δ_t) (Q_rᵀ a_t)ᵀ,   p × p,   S, Q ∈ {±1/√p},
+
+from the factors, so that no gradient is formed, and R p² numbers a site whatever the model's size.
+A layer's vectors (norm scales, biases), side by side, are a block of their own, laid out as a
+square. Then E⟨Z_r, Z'_r⟩ = ⟨G, G'⟩; the mean over the R replicates estimates it, and their spread
+gives the standard error.
+
+The relative variance of a squared norm, with ρ = ‖GᵀG‖²_F / ‖G‖⁴_F between 1/rank G and 1, is
+
+    Var⟨Z, Z⟩ / ‖G‖⁴_F  ≤  (2/p² + (4/p + 2/p²) ρ) / R
+
+with equality for Gaussian entries (the law of total variance, and E[WMW] = (1 + 1/p) M + tr(M) I/p
+of W = QQᵀ and M = GᵀG). Signs take off, in units of ‖G‖⁴_F / R,
+
+    (2/p)(1 + 2/p) (Σ_i (GᵀG)_ii² + Σ_k (GGᵀ)_kk²) − (4/p²) Σ_ki G_ki⁴,
+
+little where no row, column or entry stands out. At rank one the bound is ((1 + 2/p)² − 1)/R =
+4 (p + 1)/(R p²): for a given storage R p² many small replicates are best, for a given work R p few
+large ones. For rank-one G = u vᵀ and G' = u' v'ᵀ it is exactly
+
+    Var⟨Z, Z'⟩ = ((c² + σ²)(d² + τ²) − c² d²) / R,   c = u·u', d = v·v',
+    σ² = (‖u‖² ‖u'‖² + c² − 2 Σ_k u_k² u'_k²) / p,   τ² the same of v, v'.
+
+(The separable projection of a layer's factors: Choe et al. 2024, arXiv 2405.13954; the replicates
+and their variance are ours.) The mean's Gram matrix is Z Zᵀ/R with Z [N, R p²]: beyond N = R p² its
+spectrum is cheaper from Zᵀ Z/R.
+"""
+
+import dataclasses
+import functools
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import struct
+from jaxtyping import PRNGKeyArray
+
+from jaxdyn.kernels.blocks import DEFAULT_BUDGET
+from jaxdyn.kernels.empirical import row_bytes
+from jaxdyn.kernels.gram import Factors, factorize, is_ids
+from jaxdyn.kernels.layers import product, wide_dtype
+from jaxdyn.kernels.result import Kernel
+from jaxdyn.kernels.sites import Rows, sequence_rows, site_rows, with_cotangents
+from jaxdyn.types import JaxdynError, Params, Rollout, Sites
+
+_BLOCK = 4096
+"""Rows of a sign matrix that are drawn at a time, at most."""
+
+
+@struct.dataclass
+class Sketch:
+    """Sketches of N gradients: through the classifier (`head`) and the backbone (`body`).
+
+    Both are [N, R, p²]. `key` are two words that stand for the projections; sketches compare where
+    these, the sizes and the model's configuration agree (the parameters' values may differ).
+    """
+
+    head: jax.Array
+    body: jax.Array
+    key: tuple[int, int] = struct.field(pytree_node=False)
+    config: Any = struct.field(pytree_node=False)
+
+    def __len__(self) -> int:
+        """N."""
+        return len(self.head)
+
+    def take(self, which: Any) -> "Sketch":
+        """The sketches numbered `which`, a slice or a list of indices."""
+        return dataclasses.replace(self, head=self.head[which], body=self.body[which])
+
+    @staticmethod
+    def concatenate(sketches: Sequence["Sketch"]) -> "Sketch":
+        """One after another.
+
+        Raises:
+          JaxdynError: if there is none, or two of them do not compare.
+        """
+        if not sketches:
+            raise JaxdynError("there must be at least one sketch to concatenate, got none")
+        for other in sketches[1:]:
+            _check_comparable(sketches[0], other)
+        joined = lambda name: jnp.concatenate([getattr(s, name) for s in sketches])
+        return dataclasses.replace(sketches[0], head=joined("head"), body=joined("body"))
+
+
+def sketch_gradients(
+    model: Any,
+    params: Params,
+    sites: Sites,
+    key: PRNGKeyArray,
+    *,
+    cotangents: jax.Array | None = None,
+    replicates: int = 64,
+    side: int = 8,
+    memory_budget: int | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> Sketch:
+    """Z_r of ∇ log π(y_n | s_n), or of ∇ g_nᵀ f(s_n), for N sites.
+
+    The same key gives the same projections for any sites, so separate calls compare. The work is
+    one forward and one backward pass a site and 2 T R p (I + O) products for every matrix [I, O].
+
+    Args:
+      model: a `LanguageModel`.
+      params: its parameters, as stored or as a view.
+      sites: N sites.
+      key: of the signs.
+      cotangents: g [N, V], one a site, in place of e_y − π.
+      replicates: R, two or more.
+      side: p.
+      memory_budget: bytes beside the parameters and the result; 4 GiB by default. It sets how many
+        sites are taken at a time.
+      progress: called with the number of finished batches and of all, as each finishes.
+
+    Raises:
+      JaxdynError: if a site is outside its sequence or on padding, a token id outside the
+        vocabulary, a sequence longer than the context, the cotangents of another shape, R or p
+        too small, or the budget too small for one site.
+    """
+    rows = site_rows(model, sites, "sites")
+    if cotangents is not None:
+        rows = with_cotangents(rows, cotangents, model.config.vocab_size, "cotangents")
+    return _sketch(model, params, rows, key, replicates, side, memory_budget, progress)
+
+
+def sketch_sequences(
+    model: Any,
+    params: Params,
+    rollout: Rollout,
+    key: PRNGKeyArray,
+    *,
+    weights: jax.Array | None = None,
+    replicates: int = 64,
+    side: int = 8,
+    memory_budget: int | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> Sketch:
+    """Z_r of ∇ Σ_c w_bc log π(y_bc) for B completions: the weighted sum of their sites' sketches.
+
+    Args:
+      rollout: B prompts with their completions.
+      weights: w [B, C], 1 without them; slots outside the completion do not count.
+
+    For the other arguments and what is raised see `sketch_gradients`.
+    """
+    rows = sequence_rows(model, rollout, weights, "rollout")
+    return _sketch(model, params, rows, key, replicates, side, memory_budget, progress)
+
+
+def sketch_kernel(a: Sketch, b: Sketch | None = None) -> Kernel:
+    """⟨g_i, g'_j⟩ estimated without bias from sketches, [N, M] by component.
+
+    The cross component is ⟨Z^head, Z'^body⟩ + ⟨Z^body, Z'^head⟩ of a tied model and zero of an
+    untied one. `standard_error` is that of the total: the replicates' standard deviation over √R.
+    All entries share the projections, so their errors go together.
+
+    Args:
+      a: N sketches.
+      b: M sketches; without them, `a` again.
+
+    Raises:
+      JaxdynError: if the two were made with other keys, sizes or models.
+    """
+    b = a if b is None else b
+    _check_comparable(a, b)
+    parts, error = estimate((a.head, a.body), (b.head, b.body), tied=a.config.tied)
+    representation, gradient, cross = parts
+    return Kernel(representation, gradient, cross, standard_error=error)
+
+
+@functools.partial(jax.jit, static_argnames="tied")
+def estimate(left, right, *, tied: bool) -> tuple[tuple[jax.Array, ...], jax.Array]:
+    """The three components [N, M] and the total's standard error, of (head, body) pairs."""
+    (head, body), (other_head, other_body) = left, right
+    count = head.shape[1]
+    inner = lambda x, y: product("nrk,mrk->nm", x, y) / count
+    representation, gradient = inner(head, other_head), inner(body, other_body)
+    cross = jnp.zeros_like(gradient)
+    if tied:
+        cross = inner(head, other_body) + inner(body, other_head)
+
+    # A tied model's paths share parameters and their sketches add; an untied one's lie beside.
+    whole = jnp.add if tied else lambda *paths: jnp.concatenate(paths, axis=-1)
+    mean = representation + gradient + cross
+
+    def step(spread, pair):
+        return spread + (product("nk,mk->nm", *pair) - mean) ** 2, None
+
+    replicates = [jnp.moveaxis(whole(*paths), 1, 0) for paths in (left, right)]
+    spread, _ = jax.lax.scan(step, jnp.zeros_like(mean), tuple(replicates))
+    return (representation, gradient, cross), jnp.sqrt(spread / (count * (count - 1)))
+
+
+def sketch_factors(
+    key: jax.Array, factors: Factors, config: Any, replicates: int, side: int
+) -> tuple[jax.Array, jax.Array]:
+    """The sketches of N rows through the classifier and through the backbone, each [N, R, p²].
+
+    Every layer has its own signs, but a tied matrix [V, D] has the same on both of its paths.
+    """
+    width = replicates * side
+
+    def outer(x, y):
+        split = lambda z: z.reshape(*z.shape[:2], replicates, side)
+        z = product("ntrp,ntrq->nrpq", split(x), split(y))
+        return z.reshape(len(z), replicates, side**2) / side
+
+    def matrix(key, inputs, cotangents):
+        left, right = jax.random.split(key)
+        if is_ids(inputs):
+            rows = _signs(left, inputs, width, cotangents.dtype)
+            return outer(rows, _project(right, cotangents, width))
+        return outer(_project(left, cotangents, width), _project(right, inputs, width))
+
+    def vector(key, x):
+        """Any layout is right; a square one has the largest rank, hence the smallest variance."""
+        n, size = x.shape
+        high = math.isqrt(size - 1) + 1
+        wide = -(-size // high)
+        square = jnp.pad(x, ((0, 0), (0, high * wide - size))).reshape(n, high, wide)
+        unit = jnp.broadcast_to(jnp.eye(high, dtype=x.dtype), (n, high, high))
+        return matrix(key, square, unit)
+
+    paths = sorted(factors.inputs)
+    *matrix_keys, layers_key, rest_key, head_key = jax.random.split(key, len(paths) + 3)
+    keys = dict(zip(paths, matrix_keys, strict=True))
+
+    def group(total, within, vector_key):
+        """The total, with what lies within the scanned layers or outside them added."""
+        belongs = lambda path: (path[0] == "layers") == within
+        pairs = {p: (factors.inputs[p], factors.cotangents[p]) for p in paths if belongs(p)}
+        vectors = [x for path, x in factors.vectors.items() if belongs(path)]
+
+        def step(total, layer):
+            number, pairs, gradient = layer
+            for path, (inputs, cotangents) in pairs.items():
+                total += matrix(jax.random.fold_in(keys[path], number), inputs, cotangents[:, 0])
+            return total + vector(jax.random.fold_in(vector_key, number), gradient[:, 0]), None
+
+        many = jnp.arange(len(vectors[0]))
+        operands = (many, pairs, jnp.concatenate(vectors, axis=-1))
+        return jax.lax.scan(step, total, operands)[0]
+
+    phi, g = factors.features, factors.logit_cotangents[:, 0]
+    if config.classifier_bias:  # a weight of the input 1
+        phi = jnp.concatenate([phi, jnp.ones((*phi.shape[:2], 1), phi.dtype)], axis=-1)
+    head_key = keys[("embed",)] if config.tied else head_key
+    head = matrix(jax.random.fold_in(head_key, 0), phi, g)
+    return head, group(group(jnp.zeros_like(head), True, layers_key), False, rest_key)
+
+
+@functools.partial(jax.jit, static_argnames=("model", "replicates", "side"))
+def _sketch_rows(model, view: Params, key, rows: Rows, *, replicates: int, side: int):
+    factors = factorize(model, view, None, rows)
+    return sketch_factors(key, factors, model.config, replicates, side)
+
+
+def _sketch(model, params, rows, key, replicates, side, budget, progress) -> Sketch:
+    if replicates < 2:
+        raise JaxdynError(f"replicates must be at least 2, for a standard error, got {replicates}")
+    if side < 1:
+        raise JaxdynError(f"side must be at least 1, got {side}")
+    budget = DEFAULT_BUDGET if budget is None else budget
+    size = _rows_at_once(model, rows, replicates, side, budget)
+    count, view = len(rows.tokens), model.view(params)
+    batches = -(-count // size)
+    # A generator of our own: others draw otherwise when they draw for several rows at once.
+    words = jax.random.bits(key, (2,), jnp.uint32)
+    own = jax.random.wrap_key_data(words, impl="threefry2x32")
+    found: list[tuple[np.ndarray, np.ndarray]] = []
+    for start in range(0, count, size):
+        batch = rows.take(start, size)
+        sketched = _sketch_rows(model, view, own, batch, replicates=replicates, side=side)
+        found.append(jax.tree.map(lambda x, rest=count - start: np.asarray(x)[:rest], sketched))
+        if progress is not None:
+            progress(len(found), batches)
+    head, body = (jnp.asarray(np.concatenate(parts)) for parts in zip(*found, strict=True))
+    return Sketch(head, body, (int(words[0]), int(words[1])), model.config)
+
+
+def _rows_at_once(model, rows: Rows, replicates: int, side: int, budget: int) -> int:
+    """A batch that fits, by which the rows are divided evenly."""
+    slots, counted, count = rows.tokens.shape[1], rows.positions.shape[1], len(rows.tokens)
+    itemsize = jnp.promote_types(model.dtype, jnp.float32).itemsize
+    signs = 3 * _BLOCK * replicates * side * itemsize
+    projected = (4 * max(slots, counted) + 3 * side) * replicates * side * itemsize
+    each = sum(row_bytes(model, slots, counted, 1)) + projected
+    fitting = (budget - signs) // each
+    if fitting < 1:
+        raise JaxdynError(
+            f"memory_budget is too small for one row: it needs about {signs + each} bytes, "
+            f"got {budget}"
+        )
+    return -(-count // -(-count // fitting))
+
+
+def _check_comparable(a: Sketch, b: Sketch) -> None:
+    if a.head.shape[1:] != b.head.shape[1:]:
+        sizes = [(s.head.shape[1], math.isqrt(s.head.shape[2])) for s in (a, b)]
+        raise JaxdynError(
+            "sketches compare only with the same replicates and side, "
+            f"got {sizes[0]} and {sizes[1]}"
+        )
+    if a.key != b.key:
+        raise JaxdynError(f"sketches compare only with the same key, got {a.key} and {b.key}")
+    if a.config != b.config:
+        raise JaxdynError("sketches compare only with the same model configuration, got two")
+
+
+def _signs(key: jax.Array, rows: jax.Array, width: int, dtype) -> jax.Array:
+    """Rows of a matrix of signs, [*rows.shape, width]; a row is the same whatever the others."""
+    words = -(-width // 32)
+    draw = lambda row: jax.random.bits(jax.random.fold_in(key, row), (words,), jnp.uint32)
+    shifts = jnp.arange(32, dtype=jnp.uint32)[None, None]
+    bits = jax.vmap(draw)(rows.reshape(-1))[:, :, None] >> shifts
+    signs = 1 - 2 * (bits & 1).astype(dtype)
+    return signs.reshape(-1, 32 * words)[:, :width].reshape(*rows.shape, width)
+
+
+def _project(key: jax.Array, x: jax.Array, width: int) -> jax.Array:
+    """x [N, T, I] times signs [I, width], of which a block of rows is drawn at a time."""
+    size = x.shape[-1]
+    blocks = -(-size // _BLOCK)
+    high = -(-size // blocks)
+
+    def block(number):
+        # The last block reaches back over rows that have been counted.
+        start = jnp.minimum(high * number, size - high)
+        rows = start + jnp.arange(high)
+        signs = jnp.where((rows >= high * number)[:, None], _signs(key, rows, width, x.dtype), 0)
+        return product("nti,iw->ntw", jax.lax.dynamic_slice_in_dim(x, start, high, 2), signs)
+
+    if blocks == 1:
+        return block(0)
+    nothing = jnp.zeros((*x.shape[:2], width), wide_dtype(x))
+    return jax.lax.fori_loop(0, blocks, lambda i, total: total + block(i), nothing)

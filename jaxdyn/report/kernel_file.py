@@ -1,0 +1,104 @@
+"""A kernel in a file: one .npz with the matrices, the sites they lie between, and what they are."""
+
+import dataclasses
+import json
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from jaxdyn.errors import JaxdynError
+
+FORMAT = "jaxdyn kernel 1"
+COMPONENTS = ("representation", "gradient", "cross")
+
+_PART = "part_"
+_OPTIONAL = ("standard_error", "features")
+
+
+@dataclasses.dataclass(frozen=True)
+class SavedKernel:
+    """A kernel between N places in B texts, by component, as `jaxdyn kernel` writes it.
+
+    Attributes:
+      representation, gradient, cross: [N, N]; they add up to `total`.
+      parts: the gradient component by kind of parameter and layer, {kind: [L, N, N]}; or empty.
+      standard_error: of the total [N, N], where the kernel is an estimate.
+      tokens, mask: the texts as token ids [B, T], and which slots hold one.
+      rows, positions, targets, is_prompt: the M sites: which text, which slot, the id predicted
+        there, and whether it is the first after the prompt. M = N; but between whole completions
+        place n is text n, all of its sites together.
+      features: φ at the sites [N, D]; none between whole completions.
+      contexts, target_texts: what each place follows on (its end), and what is predicted, [N].
+      prompts, completions: the texts [B]; a completion is empty where none was given.
+      about: what was computed, of which model, with which options: see `jaxdyn.kernel_command`.
+    """
+
+    representation: np.ndarray
+    gradient: np.ndarray
+    cross: np.ndarray
+    tokens: np.ndarray
+    mask: np.ndarray
+    rows: np.ndarray
+    positions: np.ndarray
+    targets: np.ndarray
+    is_prompt: np.ndarray
+    contexts: np.ndarray
+    target_texts: np.ndarray
+    prompts: np.ndarray
+    completions: np.ndarray
+    about: dict[str, Any]
+    parts: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)
+    standard_error: np.ndarray | None = None
+    features: np.ndarray | None = None
+
+    @property
+    def total(self) -> np.ndarray:
+        return self.representation + self.gradient + self.cross
+
+    def write(self, path: Path) -> None:
+        """Write all of it as one compressed .npz, without pickles."""
+        fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        parts = {_PART + kind: x for kind, x in fields.pop("parts").items()}
+        about = json.dumps({"format": FORMAT, **fields.pop("about")}, ensure_ascii=False)
+        arrays = {name: x for name, x in fields.items() if x is not None}
+        with path.open("wb") as file:
+            np.savez_compressed(
+                file, allow_pickle=False, total=self.total, about=about, **arrays, **parts
+            )
+
+
+def load_kernel(path: str | Path) -> SavedKernel:
+    """Read a kernel file again.
+
+    Raises:
+      JaxdynError: if it cannot be read, or is not a whole kernel file.
+    """
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            arrays = {name: file[name] for name in file.files}
+    except FileNotFoundError as error:
+        raise JaxdynError(f"no such kernel file: {path}") from error
+    except (OSError, ValueError, EOFError, AttributeError, TypeError, zipfile.BadZipFile) as error:
+        raise JaxdynError(f"{path} is not a kernel file: {error}") from error
+    try:
+        about = json.loads(str(arrays.pop("about", "")))
+    except ValueError as error:
+        raise JaxdynError(f"{path} is not a kernel file: it has no description") from error
+    found = about.pop("format", None) if isinstance(about, dict) else None
+    if found != FORMAT:
+        raise JaxdynError(f"{path} is not a kernel file: wanted {FORMAT!r}, got {found!r}")
+    parts = {n.removeprefix(_PART): x for n, x in arrays.items() if n.startswith(_PART)}
+    wanted = [f.name for f in dataclasses.fields(SavedKernel) if f.name not in ("about", "parts")]
+    missing = [name for name in wanted if name not in arrays and name not in _OPTIONAL]
+    if missing:
+        raise JaxdynError(f"{path} is not a whole kernel file: it has no {missing[0]}")
+    size = len(arrays["contexts"])
+    for name in COMPONENTS:
+        if arrays[name].shape != (size, size):
+            raise JaxdynError(
+                f"{path}: {name} should be [{size}, {size}], got {list(arrays[name].shape)}"
+            )
+    known = {name: arrays[name] for name in wanted if name in arrays}
+    return SavedKernel(**known, parts=parts, about=about)
