@@ -1,0 +1,94 @@
+"""What the benchmarks share: processes, medians, peak memory, a thermometer of the machine.
+
+A case runs in a process of its own, so that its peak memory is its own; one that only prepares the
+problem is run beside them, and peak memory is reported beyond its.
+"""
+
+import json
+import os
+import platform
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+RESULTS = Path(__file__).parent / "results"
+
+
+def thermometer() -> float:
+    """GFLOP/s of a float32 matrix product of 2048², the best of five: the machine's speed now."""
+    import jax
+    import jax.numpy as jnp
+
+    x = jnp.ones((2048, 2048), jnp.float32)
+    product = jax.jit(lambda x: x @ x)
+    seconds = [timed(lambda: product(x))[0] for _ in range(6)][1:]
+    return 2 * 2048**3 / min(seconds) / 1e9
+
+
+def timed(function: Callable[[], Any]) -> tuple[float, Any]:
+    """Seconds until the function's arrays are there, and the arrays."""
+    import jax
+
+    start = time.perf_counter()
+    result = jax.block_until_ready(function())
+    return time.perf_counter() - start, result
+
+
+def measure(function: Callable[[], Any], repeats: int, check: Callable[[Any], Any]) -> dict:
+    """Seconds (the first call compiles), this process's peak memory, and a check of the result."""
+    first, result = timed(function)
+    seconds = [timed(function)[0] for _ in range(repeats)] or [first]
+    return {
+        "first_seconds": first,
+        "seconds": seconds,
+        "median_seconds": statistics.median(seconds),
+        "peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+        "gflops_thermometer": thermometer(),
+        "check": check(result),
+    }
+
+
+def in_a_process(script: str, case: list[str], timeout: float) -> dict:
+    """The JSON that `python script --case ...` prints last, or what became of it."""
+    command = [sys.executable, script, "--case", *case]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=timeout)
+    except subprocess.TimeoutExpired:
+        return {"error": f"stopped after {timeout:.0f} s"}
+    if done.returncode:
+        said = done.stderr.strip().splitlines() or [""]
+        died = "killed (out of memory?)" if done.returncode < 0 else said[-1][:200]
+        return {"error": died}
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def machine() -> dict:
+    """The device, the processor and the versions that a result belongs to."""
+    import jax
+
+    device = jax.devices()[0]
+    return {
+        "device": device.device_kind,
+        "platform": device.platform,
+        "cores": os.cpu_count(),
+        "processor": platform.processor() or platform.machine(),
+        "python": platform.python_version(),
+        "jax": jax.__version__,
+    }
+
+
+def write(name: str, content: dict) -> Path:
+    """Write results/NAME.json."""
+    RESULTS.mkdir(exist_ok=True)
+    path = RESULTS / f"{name}.json"
+    path.write_text(json.dumps({"machine": machine(), **content}, indent=1) + "\n")
+    return path
+
+
+def mebibytes(count: float) -> str:
+    return f"{count / 2**20:.0f}"
