@@ -301,7 +301,9 @@ def draw(axes: dict) -> None:
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(11, 3.1), layout="constrained")
-    for panel, (axis, found) in zip(figure.subplots(1, len(axes)), axes.items(), strict=True):
+    for panel, (axis, found) in zip(
+        figure.subplots(1, len(axes), sharey=True), axes.items(), strict=True
+    ):
         x, y = np.array(found["values"]), np.array(found["seconds"])
         counted = np.array(found["operations"])
         scale = np.exp(np.mean(np.log(y / counted)))

@@ -45,14 +45,13 @@ from jaxtyping import PRNGKeyArray
 
 from jaxdyn.kernels.blocks import DEFAULT_BUDGET
 from jaxdyn.kernels.empirical import row_bytes
-from jaxdyn.kernels.gram import Factors, factorize, is_ids
-from jaxdyn.kernels.layers import product, wide_dtype
+from jaxdyn.kernels.gram import factorize
+from jaxdyn.kernels.layers import product
+from jaxdyn.kernels.preconditioner import roots_of
+from jaxdyn.kernels.projection import SIGN_ROWS, sketch_factors
 from jaxdyn.kernels.result import Kernel
 from jaxdyn.kernels.sites import Rows, sequence_rows, site_rows, with_cotangents
 from jaxdyn.types import JaxdynError, Params, Rollout, Sites
-
-_BLOCK = 4096
-"""Rows of a sign matrix that are drawn at a time, at most."""
 
 
 @struct.dataclass
@@ -67,6 +66,7 @@ class Sketch:
     body: jax.Array
     key: tuple[int, int] = struct.field(pytree_node=False)
     config: Any = struct.field(pytree_node=False)
+    preconditioned: bool = struct.field(pytree_node=False, default=False)
 
     def __len__(self) -> int:
         """N."""
@@ -98,6 +98,7 @@ def sketch_gradients(
     key: PRNGKeyArray,
     *,
     cotangents: jax.Array | None = None,
+    preconditioner: Params | None = None,
     replicates: int = 64,
     side: int = 8,
     memory_budget: int | None = None,
@@ -114,6 +115,9 @@ def sketch_gradients(
       sites: N sites.
       key: of the signs.
       cotangents: g [N, V], one a site, in place of e_y − π.
+      preconditioner: P of the metric, shaped as the parameters: √P ⊙ gradients are sketched. Then
+        every matrix's gradient is formed, some outputs at a time, with 2 R p products for each of
+        its entries: at short contexts a few times the work.
       replicates: R, two or more.
       side: p.
       memory_budget: bytes beside the parameters and the result; 4 GiB by default. It sets how many
@@ -122,13 +126,15 @@ def sketch_gradients(
 
     Raises:
       JaxdynError: if a site is outside its sequence or on padding, a token id outside the
-        vocabulary, a sequence longer than the context, the cotangents of another shape, R or p
-        too small, or the budget too small for one site.
+        vocabulary, a sequence longer than the context, the cotangents or the preconditioner of
+        another shape, R or p too small, or the budget too small for one site.
     """
     rows = site_rows(model, sites, "sites")
     if cotangents is not None:
         rows = with_cotangents(rows, cotangents, model.config.vocab_size, "cotangents")
-    return _sketch(model, params, rows, key, replicates, side, memory_budget, progress)
+    return _sketch(
+        model, params, rows, key, preconditioner, replicates, side, memory_budget, progress
+    )
 
 
 def sketch_sequences(
@@ -138,6 +144,7 @@ def sketch_sequences(
     key: PRNGKeyArray,
     *,
     weights: jax.Array | None = None,
+    preconditioner: Params | None = None,
     replicates: int = 64,
     side: int = 8,
     memory_budget: int | None = None,
@@ -152,7 +159,9 @@ def sketch_sequences(
     For the other arguments and what is raised see `sketch_gradients`.
     """
     rows = sequence_rows(model, rollout, weights, "rollout")
-    return _sketch(model, params, rows, key, replicates, side, memory_budget, progress)
+    return _sketch(
+        model, params, rows, key, preconditioner, replicates, side, memory_budget, progress
+    )
 
 
 def sketch_kernel(a: Sketch, b: Sketch | None = None) -> Kernel:
@@ -173,7 +182,9 @@ def sketch_kernel(a: Sketch, b: Sketch | None = None) -> Kernel:
     _check_comparable(a, b)
     parts, error = estimate((a.head, a.body), (b.head, b.body), tied=a.config.tied)
     representation, gradient, cross = parts
-    return Kernel(representation, gradient, cross, standard_error=error)
+    return Kernel(
+        representation, gradient, cross, standard_error=error, preconditioned=a.preconditioned
+    )
 
 
 @functools.partial(jax.jit, static_argnames="tied")
@@ -199,71 +210,13 @@ def estimate(left, right, *, tied: bool) -> tuple[tuple[jax.Array, ...], jax.Arr
     return (representation, gradient, cross), jnp.sqrt(spread / (count * (count - 1)))
 
 
-def sketch_factors(
-    key: jax.Array, factors: Factors, config: Any, replicates: int, side: int
-) -> tuple[jax.Array, jax.Array]:
-    """The sketches of N rows through the classifier and through the backbone, each [N, R, p²].
-
-    Every layer has its own signs, but a tied matrix [V, D] has the same on both of its paths.
-    """
-    width = replicates * side
-
-    def outer(x, y):
-        split = lambda z: z.reshape(*z.shape[:2], replicates, side)
-        z = product("ntrp,ntrq->nrpq", split(x), split(y))
-        return z.reshape(len(z), replicates, side**2) / side
-
-    def matrix(key, inputs, cotangents):
-        left, right = jax.random.split(key)
-        if is_ids(inputs):
-            rows = _signs(left, inputs, width, cotangents.dtype)
-            return outer(rows, _project(right, cotangents, width))
-        return outer(_project(left, cotangents, width), _project(right, inputs, width))
-
-    def vector(key, x):
-        """Any layout is right; a square one has the largest rank, hence the smallest variance."""
-        n, size = x.shape
-        high = math.isqrt(size - 1) + 1
-        wide = -(-size // high)
-        square = jnp.pad(x, ((0, 0), (0, high * wide - size))).reshape(n, high, wide)
-        unit = jnp.broadcast_to(jnp.eye(high, dtype=x.dtype), (n, high, high))
-        return matrix(key, square, unit)
-
-    paths = sorted(factors.inputs)
-    *matrix_keys, layers_key, rest_key, head_key = jax.random.split(key, len(paths) + 3)
-    keys = dict(zip(paths, matrix_keys, strict=True))
-
-    def group(total, within, vector_key):
-        """The total, with what lies within the scanned layers or outside them added."""
-        belongs = lambda path: (path[0] == "layers") == within
-        pairs = {p: (factors.inputs[p], factors.cotangents[p]) for p in paths if belongs(p)}
-        vectors = [x for path, x in factors.vectors.items() if belongs(path)]
-
-        def step(total, layer):
-            number, pairs, gradient = layer
-            for path, (inputs, cotangents) in pairs.items():
-                total += matrix(jax.random.fold_in(keys[path], number), inputs, cotangents[:, 0])
-            return total + vector(jax.random.fold_in(vector_key, number), gradient[:, 0]), None
-
-        many = jnp.arange(len(vectors[0]))
-        operands = (many, pairs, jnp.concatenate(vectors, axis=-1))
-        return jax.lax.scan(step, total, operands)[0]
-
-    phi, g = factors.features, factors.logit_cotangents[:, 0]
-    if config.classifier_bias:  # a weight of the input 1
-        phi = jnp.concatenate([phi, jnp.ones((*phi.shape[:2], 1), phi.dtype)], axis=-1)
-    head_key = keys[("embed",)] if config.tied else head_key
-    head = matrix(jax.random.fold_in(head_key, 0), phi, g)
-    return head, group(group(jnp.zeros_like(head), True, layers_key), False, rest_key)
-
-
 @functools.partial(jax.jit, static_argnames=("model", "replicates", "side"))
-def _sketch_rows(model, view: Params, key, rows: Rows, *, replicates: int, side: int):
-    factors = factorize(model, view, None, rows)
-    return sketch_factors(key, factors, model.config, replicates, side)
+def _sketch_rows(model, view: Params, roots, key, rows: Rows, *, replicates: int, side: int):
+    factors = factorize(model, view, roots, rows)
+    return sketch_factors(key, factors, model.config, replicates, side, roots)
 
 
-def _sketch(model, params, rows, key, replicates, side, budget, progress) -> Sketch:
+def _sketch(model, params, rows, key, preconditioner, replicates, side, budget, progress) -> Sketch:
     if replicates < 2:
         raise JaxdynError(f"replicates must be at least 2, for a standard error, got {replicates}")
     if side < 1:
@@ -271,6 +224,7 @@ def _sketch(model, params, rows, key, replicates, side, budget, progress) -> Ske
     budget = DEFAULT_BUDGET if budget is None else budget
     size = _rows_at_once(model, rows, replicates, side, budget)
     count, view = len(rows.tokens), model.view(params)
+    roots = roots_of(model, params, preconditioner)
     batches = -(-count // size)
     # A generator of our own: others draw otherwise when they draw for several rows at once.
     words = jax.random.bits(key, (2,), jnp.uint32)
@@ -278,19 +232,20 @@ def _sketch(model, params, rows, key, replicates, side, budget, progress) -> Ske
     found: list[tuple[np.ndarray, np.ndarray]] = []
     for start in range(0, count, size):
         batch = rows.take(start, size)
-        sketched = _sketch_rows(model, view, own, batch, replicates=replicates, side=side)
+        sketched = _sketch_rows(model, view, roots, own, batch, replicates=replicates, side=side)
         found.append(jax.tree.map(lambda x, rest=count - start: np.asarray(x)[:rest], sketched))
         if progress is not None:
             progress(len(found), batches)
     head, body = (jnp.asarray(np.concatenate(parts)) for parts in zip(*found, strict=True))
-    return Sketch(head, body, (int(words[0]), int(words[1])), model.config)
+    said = int(words[0]), int(words[1])
+    return Sketch(head, body, said, model.config, preconditioner is not None)
 
 
 def _rows_at_once(model, rows: Rows, replicates: int, side: int, budget: int) -> int:
     """A batch that fits, by which the rows are divided evenly."""
     slots, counted, count = rows.tokens.shape[1], rows.positions.shape[1], len(rows.tokens)
     itemsize = jnp.promote_types(model.dtype, jnp.float32).itemsize
-    signs = 3 * _BLOCK * replicates * side * itemsize
+    signs = 3 * SIGN_ROWS * replicates * side * itemsize
     projected = (4 * max(slots, counted) + 3 * side) * replicates * side * itemsize
     each = sum(row_bytes(model, slots, counted, 1)) + projected
     fitting = (budget - signs) // each
@@ -311,34 +266,7 @@ def _check_comparable(a: Sketch, b: Sketch) -> None:
         )
     if a.key != b.key:
         raise JaxdynError(f"sketches compare only with the same key, got {a.key} and {b.key}")
+    if a.preconditioned != b.preconditioned:
+        raise JaxdynError("sketches compare only in one metric: one is preconditioned, one is not")
     if a.config != b.config:
         raise JaxdynError("sketches compare only with the same model configuration, got two")
-
-
-def _signs(key: jax.Array, rows: jax.Array, width: int, dtype) -> jax.Array:
-    """Rows of a matrix of signs, [*rows.shape, width]; a row is the same whatever the others."""
-    words = -(-width // 32)
-    draw = lambda row: jax.random.bits(jax.random.fold_in(key, row), (words,), jnp.uint32)
-    shifts = jnp.arange(32, dtype=jnp.uint32)[None, None]
-    bits = jax.vmap(draw)(rows.reshape(-1))[:, :, None] >> shifts
-    signs = 1 - 2 * (bits & 1).astype(dtype)
-    return signs.reshape(-1, 32 * words)[:, :width].reshape(*rows.shape, width)
-
-
-def _project(key: jax.Array, x: jax.Array, width: int) -> jax.Array:
-    """x [N, T, I] times signs [I, width], of which a block of rows is drawn at a time."""
-    size = x.shape[-1]
-    blocks = -(-size // _BLOCK)
-    high = -(-size // blocks)
-
-    def block(number):
-        # The last block reaches back over rows that have been counted.
-        start = jnp.minimum(high * number, size - high)
-        rows = start + jnp.arange(high)
-        signs = jnp.where((rows >= high * number)[:, None], _signs(key, rows, width, x.dtype), 0)
-        return product("nti,iw->ntw", jax.lax.dynamic_slice_in_dim(x, start, high, 2), signs)
-
-    if blocks == 1:
-        return block(0)
-    nothing = jnp.zeros((*x.shape[:2], width), wide_dtype(x))
-    return jax.lax.fori_loop(0, blocks, lambda i, total: total + block(i), nothing)

@@ -37,7 +37,7 @@ def slow_but(names, *quick):
 
 FOUR = ("gpt_neox-untied", "llama-tied", "qwen2-untied", "gpt2-tied")
 ALL = slow_but(NAMES, *FOUR)
-EACH = slow_but(FOUR, "gpt_neox-untied", "gpt2-tied")
+EACH = slow_but(NAMES, "gpt_neox-untied", "gpt2-tied")
 CHOSEN = [7, 2]
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 

@@ -16,6 +16,7 @@ from kernel_oracles import (
     A,
     B,
     all_sites,
+    metric,
     rollout,
     scalars,
     some,
@@ -23,9 +24,10 @@ from kernel_oracles import (
     tiny_model,
 )
 
-from jaxdyn.kernels import sketch
+from jaxdyn.kernels import projection, sketch
 from jaxdyn.kernels.gram import factorize, parameters_of
 from jaxdyn.kernels.plain import gradients
+from jaxdyn.kernels.preconditioner import roots_of
 from jaxdyn.kernels.sites import site_rows
 from jaxdyn.kernels.sketch import Sketch, sketch_gradients, sketch_kernel, sketch_sequences
 from jaxdyn.models import LanguageModel
@@ -48,27 +50,28 @@ def quick_compilation():
 
 
 @functools.cache
-def draws(name):
+def draws(name, preconditioned=False):
     """Of many keys: sketches (head, body) [keys, 8, R, p²], parts [keys, 8, 8] and the error."""
     model, params = tiny_model(name)
     config = model.config
+    roots = roots_of(model, params, metric(name) if preconditioned else None)
 
     @jax.jit
     def compute(keys, factors):
         def one(key):
-            pair = sketch.sketch_factors(key, factors, config, REPLICATES, SIDE)
+            pair = projection.sketch_factors(key, factors, config, REPLICATES, SIDE, roots)
             parts, error = sketch.estimate(pair, pair, tied=config.tied)
             return pair, dict(zip(PARTS, parts, strict=True)), error
 
         return jax.lax.map(one, keys, batch_size=50)
 
-    factors = factorize(model, model.view(params), None, site_rows(model, all_sites(), "sites"))
+    factors = factorize(model, model.view(params), roots, site_rows(model, all_sites(), "sites"))
     keys = jax.random.split(jax.random.key(11), KEYS)
     return jax.tree.map(np.asarray, compute(keys, factors))
 
 
-def exact(name):
-    return scalars(name, theta(name)[1])
+def exact(name, preconditioned=False):
+    return scalars(name, theta(name)[1], preconditioned=preconditioned)
 
 
 def of_replicates(tied, head, body, row, column):
@@ -79,11 +82,16 @@ def of_replicates(tied, head, body, row, column):
     return inner(head, head) + inner(body, body)
 
 
-@pytest.mark.parametrize("name", STATISTICAL)
-def test_every_component_is_unbiased(name, x64):
+@pytest.mark.parametrize(
+    "name, preconditioned",
+    [(name, False) for name in STATISTICAL[:2]]
+    + [pytest.param(p.values[0], False, marks=SLOW) for p in STATISTICAL[2:]]
+    + [("gpt2-tied", True), pytest.param(BIASED, True, marks=SLOW)],
+)
+def test_every_component_is_unbiased(name, preconditioned, x64):
     """The mean over keys within four standard errors, which are the keys' own spread."""
-    _, parts, _ = draws(name)
-    for part, wanted in exact(name).items():
+    _, parts, _ = draws(name, preconditioned)
+    for part, wanted in exact(name, preconditioned).items():
         if not name.endswith("-tied") and part == "cross":
             assert not parts[part].any() and not wanted.any()
             continue
@@ -129,6 +137,21 @@ def assert_variance(samples, wanted):
     error = np.sqrt((fourth - variance**2) / len(samples))
     assert np.all(np.abs(variance - wanted) <= 4 * error)
     assert error.max() < 0.1 * wanted.max()
+
+
+@pytest.mark.parametrize("name", ["gpt2-tied", BIASED])
+def test_formed_gradients_have_the_same_sketch_as_factors(name, x64, monkeypatch):
+    """P = 1, a few outputs at a time, so that the last block is not whole."""
+    monkeypatch.setattr(projection, "_FORMED", 1)
+    model, params = tiny_model(name)
+    ones = jax.tree.map(jnp.ones_like, params)
+    wanted = few(model, params, all_sites(), jax.random.key(5))
+    formed = few(model, params, all_sites(), jax.random.key(5), preconditioner=ones)
+    assert formed.preconditioned and sketch_kernel(formed).representation_form == "diagonal"
+    for part in ("head", "body"):
+        np.testing.assert_allclose(getattr(formed, part), getattr(wanted, part), atol=1e-12)
+    with pytest.raises(JaxdynError, match="one metric"):
+        sketch_kernel(wanted, formed)
 
 
 def test_the_variance_of_a_rank_one_gradient(x64):
@@ -309,14 +332,14 @@ def test_bfloat16_accumulates_in_float32():
 def test_signs_are_drawn_by_row_and_block(x64, monkeypatch):
     """Any rows are those of the whole matrix; blocks (the last reaches back) change no product."""
     key = jax.random.key(9)
-    whole = np.asarray(sketch._signs(key, jnp.arange(11), 70, jnp.float64))
+    whole = np.asarray(projection._signs(key, jnp.arange(11), 70, jnp.float64))
     assert whole.shape == (11, 70) and set(np.unique(whole)) == {-1, 1}
     some_rows = jnp.array([[3, 3], [10, 0]])
-    picked = sketch._signs(key, some_rows, 70, jnp.float64)
+    picked = projection._signs(key, some_rows, 70, jnp.float64)
     np.testing.assert_array_equal(picked, whole[np.asarray(some_rows)])
     x = np.random.default_rng(0).standard_normal((2, 3, 11))
-    monkeypatch.setattr(sketch, "_BLOCK", 4)
-    projected = sketch._project(key, jnp.asarray(x), 70)
+    monkeypatch.setattr(projection, "SIGN_ROWS", 4)
+    projected = projection._project(key, jnp.asarray(x), 70)
     np.testing.assert_allclose(projected, np.einsum("nti,iw->ntw", x, whole), rtol=0, atol=1e-13)
 
 
@@ -340,7 +363,7 @@ def test_no_gradient_of_a_site_is_formed():
     rows = site_rows(model, all_sites(), "sites")
     limit = len(rows.tokens) * config.width * config.mlp_width
     run = functools.partial(sketch._sketch_rows, model, replicates=4, side=4)
-    assert largest(jax.make_jaxpr(run)(view, jax.random.key(0), rows).jaxpr) < limit / 2
+    assert largest(jax.make_jaxpr(run)(view, None, jax.random.key(0), rows).jaxpr) < limit / 2
     plain = lambda view, rows: gradients(model, view, None, rows)
     assert largest(jax.make_jaxpr(plain)(view, rows).jaxpr) >= limit
 
