@@ -10,7 +10,10 @@ Command:   python experiments/components.py RUN ... [--output experiments/result
            RUN is a directory of `jaxdyn rl` (experiments/stories.py makes nine), untied.
 Time:      a minute a run of the 260-thousand-parameter model on two CPU cores.
 Expected:  a table, and components.csv: the shares ⟨part, total⟩ / ⟨total, total⟩ of each component
-           over the pairs of different samples and over each sample with itself.
+           over the pairs of different samples and over each sample with itself. On six runs the
+           representation component has 0.032 to 0.044 of the kernel between different completions,
+           0.026 to 0.036 in Adam's metric: small either way. Between single sites 0.08 to 0.15,
+           and 0.05 to 0.10.
 """
 
 import argparse
