@@ -1,4 +1,4 @@
-"""`jaxdyn quickstart | sft | rl | analyze | kernel | report | export`: thin over the library.
+"""`jaxdyn quickstart | sft | rl | evaluate | analyze | kernel | report | export`: a thin shell.
 
 Anything the user can mend ends in one line on standard error and exit code 2.
 """
@@ -20,6 +20,7 @@ COMMANDS = {
     "quickstart": "make a small model, train it, run RL and classifier-first RL, write the report",
     "sft": "supervised training on a data set's completions",
     "rl": "an RL run: standard or classifier-first, watched at probe sites",
+    "evaluate": "reward, pass@k and best-of-N of a run or a model on held-out prompts",
     "analyze": "what the updates of a finished run did, recomputed from its checkpoints",
     "kernel": "the empirical NTK of a model between your prompts, by component: a file, a picture",
     "report": "one HTML page of figures and tables about one or more runs",
@@ -119,6 +120,7 @@ def run_command(arguments: list[str]) -> None:
         "quickstart": quickstart_command,
         "sft": sft_command,
         "rl": rl_command,
+        "evaluate": evaluate_command,
         "analyze": analyze_command,
         "kernel": kernel_command,
         "report": report_command,
@@ -152,6 +154,12 @@ def rl_command(arguments: list[str]) -> None:
 
     run = run_rl(config)
     print(f"run: {run}   (jaxdyn report {run})")
+
+
+def evaluate_command(arguments: list[str]) -> None:
+    from jaxdyn.evaluate_command import EvaluateOptions, run_evaluate
+
+    run_evaluate(parse(EvaluateOptions, "jaxdyn evaluate", arguments))
 
 
 def analyze_command(arguments: list[str]) -> None:

@@ -7,6 +7,7 @@ configuration in a run's directory repeats the run.
 import dataclasses
 import difflib
 import json
+import math
 import types
 import typing
 from collections.abc import Iterable
@@ -15,9 +16,10 @@ from typing import Any, Literal, TypeVar
 
 from jaxdyn.data import DataConfig
 from jaxdyn.dynamics import ProbeConfig
+from jaxdyn.models import LoraConfig
 from jaxdyn.optim import OptimConfig
 from jaxdyn.rewards import RewardConfig
-from jaxdyn.rl import LossConfig
+from jaxdyn.rl import AdvantageConfig, LossConfig, advantage_kind, check_combination
 from jaxdyn.rollout import SamplingConfig
 from jaxdyn.types import JaxdynError
 
@@ -32,11 +34,15 @@ class ModelSource:
       path: a Hugging Face directory, or a hub name.
       untie: give a tied model a classifier of its own (a copy of the embedding).
       dtype: compute dtype; parameters are float32.
+      remat: what an update keeps of the forward pass: all but attention's weights (none), each
+        layer's input and dense outputs (dots), or its input alone (full); the backward pass
+        computes the rest again. Numbers stay the same.
     """
 
     path: str = ""
     untie: bool = False
     dtype: Literal["float32", "bfloat16"] = "float32"
+    remat: Literal["none", "dots", "full"] = "none"
 
 
 def _positive(config: Any, prefix: str, *names: str) -> None:
@@ -89,21 +95,6 @@ class TrainConfig:
 
 
 @dataclasses.dataclass(frozen=True)
-class AdvantageConfig:
-    """How rewards become advantages.
-
-    Attributes:
-      kind: group_relative (GRPO), leave_one_out (RLOO) or plain (REINFORCE, minus the batch's
-        mean); that of the loss when not given.
-      scale: what group_relative divides by: its group's or the batch's standard deviation, or
-        nothing.
-    """
-
-    kind: Literal["group_relative", "leave_one_out", "plain"] | None = None
-    scale: Literal["group", "batch", "none"] = "group"
-
-
-@dataclasses.dataclass(frozen=True)
 class EvaluationConfig:
     """Evaluation on held-out prompts, before training, at its end, and in between.
 
@@ -111,15 +102,45 @@ class EvaluationConfig:
       every: steps between evaluations (0: only before and after).
       num_prompts: held-out prompts, the first of the test split.
       num_generations: completions a prompt.
+      metrics: functions like those of reward.functions, with its columns and options; measured
+        beside the reward and never part of it.
+      success_threshold: a completion is correct, for pass@k, where its first metric, or without
+        metrics its reward, is at least this.
+      pass_at: the k of pass@k and the N of best-of-N, none above num_generations; the powers of
+        two up to it, and itself, when none is given.
+      temperatures: others to sample at before and after training; 0 is greedy.
     """
 
     every: int = 0
     num_prompts: int = 32
     num_generations: int = 4
+    metrics: tuple[str, ...] = ()
+    success_threshold: float = 1.0
+    pass_at: tuple[int, ...] = ()
+    temperatures: tuple[float, ...] = ()
 
     def __post_init__(self):
         _positive(self, "evaluation", "num_prompts", "num_generations")
         _not_negative(self, "evaluation", "every")
+        for name in ("metrics", "pass_at", "temperatures"):
+            values = getattr(self, name)
+            if len(set(values)) < len(values):
+                raise JaxdynError(f"evaluation.{name} names one twice: {values}")
+        for k in self.pass_at:
+            if not 1 <= k <= self.num_generations:
+                raise JaxdynError(
+                    f"evaluation.pass_at must lie between 1 and num_generations "
+                    f"({self.num_generations}), got {k}"
+                )
+        for temperature in self.temperatures:
+            if not 0 <= temperature < math.inf:
+                raise JaxdynError(
+                    f"evaluation.temperatures must be 0 (greedy) or above, got {temperature}"
+                )
+        if not math.isfinite(self.success_threshold):
+            raise JaxdynError(
+                f"evaluation.success_threshold must be finite, got {self.success_threshold}"
+            )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -140,23 +161,24 @@ class RunConfig:
     advantage: AdvantageConfig = AdvantageConfig()
     loss: LossConfig = LossConfig()
     optim: OptimConfig = OptimConfig()
+    lora: LoraConfig = LoraConfig()
     train: TrainConfig = TrainConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     probe: ProbeConfig = ProbeConfig()
 
     def __post_init__(self):
         _not_negative(self, "run", "seed")
-        if self.advantage_kind != "plain" and self.train.num_generations < 2:
-            raise JaxdynError(
-                f"{self.advantage_kind} advantages compare a prompt's completions: "
-                f"train.num_generations must be at least 2, got {self.train.num_generations}"
-            )
+        check_combination(
+            self.loss,
+            self.advantage,
+            self.train.num_generations,
+            self.sampling.max_completion_length,
+        )
 
     @property
     def advantage_kind(self) -> str:
         """The advantage's kind: as set, or the loss's own."""
-        own = {"rloo": "leave_one_out", "reinforce": "plain"}
-        return self.advantage.kind or own.get(self.loss.loss_type, "group_relative")
+        return advantage_kind(self.loss, self.advantage)
 
 
 @dataclasses.dataclass(frozen=True)

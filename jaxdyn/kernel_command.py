@@ -27,7 +27,7 @@ from jaxdyn.data import Tokenizer
 from jaxdyn.data.jsonl import JsonlFile, read_jsonl
 from jaxdyn.kernel_config import KernelConfig, bytes_of
 from jaxdyn.kernel_places import Places, Texts, completion_places, prompt_places
-from jaxdyn.models import LanguageModel
+from jaxdyn.models import LanguageModel, merge_adapters
 from jaxdyn.report.kernel_figure import draw_kernel
 from jaxdyn.report.kernel_file import COMPONENTS, SavedKernel
 from jaxdyn.train.analyze import open_run
@@ -103,7 +103,11 @@ class Subject(NamedTuple):
 
 
 def open_subject(config: KernelConfig) -> Subject:
-    """The model of a directory, or of a run's checkpoint with Adam's metric if asked for."""
+    """The model of a directory, or of a run's checkpoint with Adam's metric if asked for.
+
+    A run's adapters are merged, so that the kernel is of all parameters, but in Adam's metric
+    they stay: the kernel is then of what the run moves.
+    """
     preconditioner, step = None, None
     if config.run is None:
         model, params, tokenizer = open_model(ModelSource(str(config.model), config.untie))
@@ -118,6 +122,8 @@ def open_subject(config: KernelConfig) -> Subject:
         state, _ = begin_or_resume(task, settings, plan_of(settings), checkpoints, step)
         checkpoints.close()
         model, params, tokenizer = task.model, state.params, task.tokenizer
+        if not config.preconditioned:  # Adam's metric is that of the adapters themselves
+            model, params = merge_adapters(model, params)
         name = f"{run.resolve().name}, step {step}"
         if config.preconditioned:
             optim = settings.optim

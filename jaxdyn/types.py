@@ -37,7 +37,8 @@ class Rollout:
 
     `completion_mask` covers the sampled tokens up to and including the stop token.
     `per_token_logps` is log softmax(f / temperature) at the sampled token, before any top-k or
-    top-p filter: the quantity a teacher-forced pass computes.
+    top-p filter: the quantity a teacher-forced pass computes. `features`, if they were harvested,
+    are the φ that predicted each token, and 0 in the slots after a completion's end.
     """
 
     prompt_ids: Int[Array, "B S"]
@@ -45,6 +46,7 @@ class Rollout:
     completion_ids: Int[Array, "B C"]
     completion_mask: Bool[Array, "B C"]
     per_token_logps: Float[Array, "B C"]
+    features: Float[Array, "B C D"] | None = None
 
     @property
     def tokens(self) -> jax.Array:

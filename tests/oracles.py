@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxdyn.models import LanguageModel, gpt_neox
+from jaxdyn.models import LanguageModel, LoraConfig, add_adapters, gpt_neox
 from jaxdyn.types import Sites
 
 VOCAB = 11
@@ -51,6 +51,18 @@ def tiny_model(name, dtype=jnp.float64):
         (1.0 if "scale" in str(path) else 0.0) + 0.3 * rng.standard_normal(x.shape), dtype
     )
     return model, jax.tree_util.tree_map_with_path(draw, shapes)
+
+
+def adapted_model(name, dtype=jnp.float64, **where):
+    """A tiny model with adapters in both parts (or as `where` says), B far from its zero start."""
+    where = {"backbone": True, "classifier": True} | where
+    config = LoraConfig(rank=3, alpha=4.5)
+    model, params = add_adapters(*tiny_model(name, dtype), config, jax.random.key(1), **where)
+    rng = np.random.default_rng(7)
+    draw = lambda path, x: (
+        jnp.asarray(0.2 * rng.standard_normal(x.shape), dtype) if "lora" in str(path) else x
+    )
+    return model, jax.tree_util.tree_map_with_path(draw, params)
 
 
 def tiny_sites():

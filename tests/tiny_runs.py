@@ -63,7 +63,7 @@ def parts(root: Path, tied: bool = False, untie: bool = False) -> dict:
             held_out=0.2,
             cache_dir=str(root / "cache"),
         ),
-        "reward": RewardConfig(functions=("regex_match",), pattern="a"),
+        "reward": RewardConfig(functions=("regex_match",), pattern="[ab]"),
         "sampling": SamplingConfig(max_completion_length=6),
         "evaluation": EvaluationConfig(every=3, num_prompts=2, num_generations=4),
     }

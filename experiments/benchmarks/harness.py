@@ -30,6 +30,27 @@ def thermometer() -> float:
     return 2 * 2048**3 / min(seconds) / 1e9
 
 
+def matrix_rate(dtype: str) -> float:
+    """Flop/s of a large matrix product in `dtype`, the best of five: what an update could reach."""
+    import jax
+    import jax.numpy as jnp
+
+    size = 2048 if jax.default_backend() == "cpu" else 8192
+    x = jnp.ones((size, size), dtype)
+    product = jax.jit(lambda x: x @ x)
+    return 2 * size**3 / min(timed(lambda: product(x))[0] for _ in range(6))
+
+
+def copy_rate() -> float:
+    """Bytes a second that x + 1 reads and writes, for an x of 256 MiB, the best of five."""
+    import jax
+    import jax.numpy as jnp
+
+    x = jnp.ones(2**26, jnp.float32)
+    add = jax.jit(lambda x: x + 1)
+    return 2 * x.nbytes / min(timed(lambda: add(x))[0] for _ in range(6))
+
+
 def timed(function: Callable[[], Any]) -> tuple[float, Any]:
     """Seconds until the function's arrays are there, and the arrays."""
     import jax

@@ -33,10 +33,9 @@ def site_state(model: Any, view: Params, sites: Sites) -> SiteState:
     return SiteState(phi, jax.nn.log_softmax(model.logits(view["classifier"], phi)))
 
 
-@functools.partial(jax.jit, static_argnames="model")
-def _state_arrays(model, view, sites, start, reference):
-    """Per-site state, and feature cosines and inner products [N, N]."""
-    state = site_state(model, view, sites)
+@jax.jit
+def _state_arrays(state, weight, sites, start, reference):
+    """Per-site figures, and feature cosines and inner products [N, N]."""
     log_probs, phi = state.log_probs, state.features.astype(jnp.float32)
     probs = jnp.exp(log_probs)
     norms = jnp.linalg.norm(phi, axis=1)
@@ -52,19 +51,19 @@ def _state_arrays(model, view, sites, start, reference):
         "drift_norm": jnp.linalg.norm(phi - before, axis=1),
         "inner": inner,
         "cosine": inner / (norms[:, None] * norms[None, :]),
-        "classifier_norm": jnp.linalg.norm(view["classifier"]["weight"]),
+        "classifier_norm": jnp.linalg.norm(weight),
     }
 
 
 @functools.partial(jax.jit, static_argnames="model")
-def _update_arrays(model, before, after, sites, head_share):
+def _update_arrays(model, before, after, sites, head_share, state):
     """First-order and actual Δ log π of the targets [N], and sums over the vocabulary."""
     delta = jax.tree.map(jnp.subtract, after, before)
     phi, parts = delta_logits(model, before, delta, sites, head_share)
     logits = model.logits(before["classifier"], phi)
     parts = jax.tree.map(lambda d: to_log_probs(logits, d), parts)
     predicted = parts.total
-    actual = site_state(model, after, sites).log_probs - jax.nn.log_softmax(logits)
+    actual = state.log_probs - jax.nn.log_softmax(logits)
     pick = lambda x: jnp.take_along_axis(x, sites.targets[:, None], axis=1)[:, 0]
     vectors = {
         "representation": parts.representation,
@@ -84,7 +83,12 @@ def _pairs(matrix: np.ndarray, rows: np.ndarray) -> np.ndarray:
 
 
 def measure_state(
-    model: Any, view: Params, sites: Sites, start: SiteState, reference: SiteState
+    model: Any,
+    view: Params,
+    sites: Sites,
+    start: SiteState,
+    reference: SiteState,
+    state: SiteState | None = None,
 ) -> tuple[dict[str, float], dict[str, np.ndarray]]:
     """The policy at the sites: scalars for the log, and per-site arrays.
 
@@ -94,13 +98,20 @@ def measure_state(
       sites: N probe sites.
       start: their state before training, for the features' drift.
       reference: their state under the reference policy, for the KL.
+      state: `site_state` of `view`, if it is known already.
 
     Returns:
       Scalars keyed `probe/{entropy,confidence,sampled_logp,kl}/{kind}`, `features/{kind}/…`,
       `features/drift/…`, `classifier/norm`; and arrays over sites, with the feature cosines of
       each kind. A kind without two sites has no cosines.
     """
-    arrays = jax.device_get(_state_arrays(model, view, sites, start, reference))
+    state = site_state(model, view, sites) if state is None else state
+    classifier = view["classifier"]
+    weight = classifier["weight"]
+    if "lora_a" in classifier:
+        weight += model.config.lora_scale * (classifier["lora_b"] @ classifier["lora_a"])
+    figures = _state_arrays(state, weight, sites, start, reference)
+    arrays = jax.device_get(figures)
     is_prompt = np.asarray(sites.is_prompt)
     scalars = {"classifier/norm": float(arrays["classifier_norm"])}
     kept = {k: arrays[k] for k in ("entropy", "confidence", "sampled_logp", "kl", "drift_cosine")}
@@ -137,6 +148,7 @@ def measure_update(
     after: Params,
     sites: Sites,
     head_share: jax.Array | None = None,
+    state: SiteState | None = None,
 ) -> tuple[dict[str, float], dict[str, np.ndarray]]:
     """What the applied update `after − before` did at the sites, against its first order.
 
@@ -144,9 +156,12 @@ def measure_update(
       Scalars: `delta/{part}/rms` over sites of Δ log π of the site's token, in nats;
       `delta/correlation`, Pearson's, predicted against actual (nan if either does not vary);
       `share/{component}` = ⟨part, predicted⟩ / ⟨predicted, predicted⟩ over sites and vocabulary,
-      which sum to 1. And the per-site arrays behind them. See `delta_logits` for the arguments.
+      which sum to 1. And the per-site arrays behind them. See `delta_logits` for the arguments;
+      `state` is `site_state` of `after`, if it is known already.
     """
-    per_site, along = jax.device_get(_update_arrays(model, before, after, sites, head_share))
+    state = site_state(model, after, sites) if state is None else state
+    figures = _update_arrays(model, before, after, sites, head_share, state)
+    per_site, along = jax.device_get(figures)
     scalars = {f"delta/{k}/rms": float(np.sqrt(np.mean(v**2))) for k, v in per_site.items()}
     predicted, actual = per_site["predicted"], per_site["actual"]
     varies = predicted.std() > 0 and actual.std() > 0

@@ -29,6 +29,7 @@ from jaxdyn.kernels.blocks import (
     workspace_of,
 )
 from jaxdyn.kernels.gram import contract, factorize
+from jaxdyn.kernels.parts import require_merged
 from jaxdyn.kernels.plain import plain_kernels
 from jaxdyn.kernels.preconditioner import roots_of
 from jaxdyn.kernels.result import Execution, Kernel
@@ -230,6 +231,7 @@ def _kernels(
         return jax.tree.map(np.asarray, plain_kernels(model, view, roots, rows, columns))
     if method not in ("auto", "gram"):
         raise JaxdynError(f"method must be 'auto', 'plain' or 'gram', got {method!r}")
+    require_merged(params)
 
     workspace, spare = workspace_of(budget)
     sizes = (len(rows.tokens), len((columns or rows).tokens))

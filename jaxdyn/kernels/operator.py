@@ -14,6 +14,10 @@ weight has what came through the head, the embedding what came through the body.
     cross          = D_head Δ_emb + D_emb Δ_head,
 
 and the three sum to the whole, since the matrix is one and changes by Δ_head + Δ_emb.
+
+Low-rank adapters are parameters like others. Of a classifier W + s B A the representation is then
+the derivative along all of its leaves at fixed φ, s (δB A + B δA) φ where the adapter alone moves.
+A kernel of adapters alone, W and the body's own weights frozen, has P = 0 at what is frozen.
 """
 
 import functools
@@ -50,20 +54,21 @@ def pushforward(
 ) -> tuple[Float[Array, "N D"], Components]:
     """φ [N, D] and D Δ [N, V] by component, for a change Δ by path, shaped as the view."""
     phi, along = jax.linearize(lambda psi: site_features(model, psi, sites), view["backbone"])
-    # f is affine in W, so its change along ΔW is the logits of ΔW, bias and all; of Δφ it is
-    # linear, so there the bias stays out.
-    through_head = lambda d_classifier: model.logits(d_classifier, phi)
-    unbiased = {k: w if k == "weight" else 0 * w for k, w in view["classifier"].items()}
-    through_body = lambda d_backbone: model.logits(unbiased, along(d_backbone))
+    head = view["classifier"]
+    derivative = lambda f, at, tangent: jax.jvp(f, (at,), (tangent,))[1]
+    through_head = lambda d_head: derivative(lambda w: model.logits(w, phi), head, d_head)
+    through_body = lambda d_backbone: derivative(
+        lambda x: model.logits(head, x), phi, along(d_backbone)
+    )
 
     classifier, backbone = change["classifier"], change["backbone"]
     representation, gradient = through_head(classifier), through_body(backbone)
     cross = jnp.zeros_like(gradient)
     if model.config.tied:
         still = lambda tree: jax.tree.map(jnp.zeros_like, tree)
-        head, embedding = classifier["weight"], backbone["embed"]["embedding"]
+        weight, embedding = classifier["weight"], backbone["embed"]["embedding"]
         cross = through_head({**still(classifier), "weight": embedding})
-        cross += through_body({**still(backbone), "embed": {"embedding": head}})
+        cross += through_body({**still(backbone), "embed": {"embedding": weight}})
     return phi, Components(representation, gradient, cross)
 
 

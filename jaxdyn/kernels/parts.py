@@ -1,4 +1,17 @@
-"""The kinds of parameter by which the gradient component is split."""
+"""The kinds of parameter by which the gradient component is split, and one that has no form."""
+
+from flax.traverse_util import flatten_dict
+
+from jaxdyn.types import JaxdynError, Params
+
+
+def require_merged(params: Params) -> None:
+    """Refuse low-rank adapters, whose gradients are in none of the engine's layers."""
+    if any(path[-1] == "lora_a" for path in flatten_dict(params)):
+        raise JaxdynError(
+            "the parameters hold low-rank adapters, which only method 'plain', apply_kernel and "
+            "top_eigenpairs follow; merge_adapters gives the same function without them"
+        )
 
 
 def kind_of(path: tuple[str, ...]) -> str:

@@ -15,6 +15,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
+from flax.traverse_util import flatten_dict, unflatten_dict
 
 from jaxdyn.types import JaxdynError, Params
 
@@ -26,7 +27,8 @@ def adam_preconditioner(
 
     Args:
       state: any optax state that holds `scale_by_adam`'s: one for the whole tree, or one for each
-        of its top-level parts. A part without one does not move, so its P is 0.
+        of its top-level parts. What has no moments does not move, so its P is 0: a part without a
+        state, and leaves that a part's state leaves out, as all but its adapters may be.
       params: the parameters that the optimizer moves, as stored.
       b2: the optimizer's decay of the second moments, which the state does not know; and its `eps`.
 
@@ -52,12 +54,15 @@ def adam_preconditioner(
         if not found:
             out[part] = jax.tree.map(jnp.zeros_like, tree)
             continue
-        if shapes(found[0].nu) != shapes(tree):
+        wanted = flatten_dict(shapes(tree))
+        if not flatten_dict(shapes(found[0].nu)).items() <= wanted.items():
             raise JaxdynError(
                 f"the second moments of {part} have other shapes than its parameters: the state "
                 "belongs to another model"
             )
-        out[part] = _inverse_root(found[0], b2, eps)
+        moving = flatten_dict(_inverse_root(found[0], b2, eps))
+        still = flatten_dict(jax.tree.map(jnp.zeros_like, tree))
+        out[part] = unflatten_dict({**still, **moving})
     return out
 
 

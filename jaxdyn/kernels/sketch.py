@@ -47,6 +47,7 @@ from jaxdyn.kernels.blocks import DEFAULT_BUDGET
 from jaxdyn.kernels.empirical import row_bytes
 from jaxdyn.kernels.gram import factorize
 from jaxdyn.kernels.layers import product
+from jaxdyn.kernels.parts import require_merged
 from jaxdyn.kernels.preconditioner import roots_of
 from jaxdyn.kernels.projection import SIGN_ROWS, sketch_factors
 from jaxdyn.kernels.result import Kernel
@@ -221,6 +222,7 @@ def _sketch(model, params, rows, key, preconditioner, replicates, side, budget, 
         raise JaxdynError(f"replicates must be at least 2, for a standard error, got {replicates}")
     if side < 1:
         raise JaxdynError(f"side must be at least 1, got {side}")
+    require_merged(params)
     budget = DEFAULT_BUDGET if budget is None else budget
     size = _rows_at_once(model, rows, replicates, side, budget)
     count, view = len(rows.tokens), model.view(params)

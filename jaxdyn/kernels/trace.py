@@ -37,6 +37,7 @@ from jaxdyn.kernels.blocks import (
 )
 from jaxdyn.kernels.empirical import PATHS, gradient_of
 from jaxdyn.kernels.gram import Factors, body_kernels, factors_of, rows_first, stacked
+from jaxdyn.kernels.parts import require_merged
 from jaxdyn.kernels.plain import plain_kernels
 from jaxdyn.kernels.preconditioner import roots_of
 from jaxdyn.kernels.result import Execution, Kernel
@@ -103,6 +104,7 @@ def trace_kernel(
             raise JaxdynError("method 'plain' takes no probes; give method 'gram' or none")
         kernels = _plain(model, view, roots, rows, columns, budget)
     else:
+        require_merged(params)
         weight = view["classifier"]["weight"]
         pulled = _metric_rows(weight) if num_probes is None else _probes(key, num_probes, weight)
         kernels = _gram(model, view, roots, rows, columns, pulled, budget, execution)

@@ -1,19 +1,27 @@
 """One decoder, configured into GPT-NeoX, Llama, Qwen2 and GPT-2, as two pure functions."""
 
 from jaxdyn.models.config import ModelConfig, RotaryScaling, gpt_neox
+from jaxdyn.models.heads import init_value_head, state_values
 from jaxdyn.models.hf_config import config_from_hf, config_to_hf
 from jaxdyn.models.huggingface import load_pretrained, local_directory, save_pretrained
+from jaxdyn.models.lora import LoraConfig, add_adapters, has_adapters, merge_adapters
 from jaxdyn.models.model import LanguageModel, positions_of
 
 __all__ = [
     "LanguageModel",
+    "LoraConfig",
     "ModelConfig",
     "RotaryScaling",
+    "add_adapters",
     "config_from_hf",
     "config_to_hf",
     "gpt_neox",
+    "has_adapters",
+    "init_value_head",
     "load_pretrained",
     "local_directory",
+    "merge_adapters",
     "positions_of",
     "save_pretrained",
+    "state_values",
 ]

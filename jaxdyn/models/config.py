@@ -37,7 +37,10 @@ class RotaryScaling:
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
-    """Everything that shapes the decoder. `rotary_fraction == 0` means learned positions."""
+    """Everything that shapes the decoder. `rotary_fraction == 0` means learned positions.
+
+    `lora_scale` is s of low-rank adapters, where the parameters hold some (`jaxdyn.models.lora`).
+    """
 
     architecture: Architecture
     vocab_size: int
@@ -61,6 +64,7 @@ class ModelConfig:
     mlp_bias: bool
     classifier_bias: bool
     tied: bool
+    lora_scale: float = 1.0
 
     def __post_init__(self):
         for name in _SIZES:

@@ -5,7 +5,7 @@ Every layer that has parameters can be opened: it sows its input as "intermediat
 output's cotangent (`LanguageModel.opened`). Without these collections nothing is recorded or added.
 """
 
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -24,16 +24,33 @@ _ACTIVATIONS = {
 }
 
 
+Remat = Literal["none", "dots", "full"]
+
+_REMAT_POLICIES = {
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "full": jax.checkpoint_policies.nothing_saveable,
+}
+
+
 def _sow_input(layer: nn.Module, x: Any) -> None:
     layer.sow("intermediates", "input", x, reduce_fn=lambda _, new: new, init_fn=lambda: None)
 
 
 class Dense(nn.Dense):
-    """y = x K + b, open at x and y."""
+    """y = x K + b, with an adapter + s (x A) B, open at x and y."""
+
+    lora_scale: float = 1.0
 
     def __call__(self, inputs):
         _sow_input(self, inputs)
-        return self.perturb("output", super().__call__(inputs))
+        output = super().__call__(inputs)
+        if self.has_variable("params", "lora_a"):
+            own: Any = self.variables["params"]
+            x, a, b = nn.dtypes.promote_dtype(
+                inputs, own["lora_a"], own["lora_b"], dtype=self.dtype
+            )
+            output += self.lora_scale * ((x @ a) @ b)
+        return self.perturb("output", output)
 
 
 class Embed(nn.Embed):
@@ -64,11 +81,30 @@ class RMSNorm(nn.RMSNorm):
         return self.perturb("output", super().__call__(x, **options))
 
 
+def matrix_product(x, kernel, dimension_numbers, **options):
+    """x K for `nn.Dense`, with x's leading axes as one.
+
+    Else the kernel's gradient contracts several axes, for which XLA on a CPU first writes a
+    transposed copy of the output's cotangent, one component at a time.
+    """
+    rows = x.reshape(-1, x.shape[-1])
+    y = jax.lax.dot_general(rows, kernel, (((1,), (0,)), ((), ())), **options)
+    return y.reshape(*x.shape[:-1], kernel.shape[-1])
+
+
 def _dense(config: ModelConfig, features: int, bias: bool, dtype, name: str, residual=False):
     """A dense layer; those that write into the residual stream start smaller by 1/√(2L)."""
     std = 0.02 / (2 * config.num_layers) ** 0.5 if residual else 0.02
     init = nn.initializers.normal(std)
-    return Dense(features, use_bias=bias, dtype=dtype, kernel_init=init, name=name)
+    return Dense(
+        features,
+        use_bias=bias,
+        dtype=dtype,
+        kernel_init=init,
+        dot_general=matrix_product,
+        lora_scale=config.lora_scale,
+        name=name,
+    )
 
 
 def _norm(config: ModelConfig, dtype, name: str):
@@ -82,7 +118,7 @@ class Attention(nn.Module):
     dtype: Any
 
     @nn.compact
-    def __call__(self, x, tables, mask, cache, slot, layer):
+    def __call__(self, x, tables, mask, prompt, cache, slot, layer):
         c = self.config
         heads = lambda y, n: y.reshape(*y.shape[:2], n, c.head_dim)
         dense = lambda n, name: _dense(c, n * c.head_dim, c.qkv_bias, self.dtype, name)
@@ -95,13 +131,21 @@ class Attention(nn.Module):
         if cache is None:
             mixed = attention(query, key, value, mask)
         else:
-            start = (layer, 0, 0, slot, 0)
+            zero = jnp.int32(0)  # of the others' type, in float64 runs too
+            start = (layer, zero, zero, slot, zero)
             write = lambda old, new: jax.lax.dynamic_update_slice(
                 old, new.swapaxes(1, 2)[None], start
             )
             read = lambda x: jax.lax.dynamic_index_in_dim(x, layer, 0, keepdims=False)
             cache = KVCache(write(cache.keys, key), write(cache.values, value))
-            mixed = cached_attention(query, read(cache.keys), read(cache.values), mask)
+            mixed = cached_attention(
+                query,
+                read(prompt.keys),
+                read(prompt.values),
+                read(cache.keys),
+                read(cache.values),
+                mask,
+            )
         mixed = mixed.reshape(*x.shape[:2], c.num_heads * c.head_dim)
         out = _dense(c, c.width, c.attention_out_bias, self.dtype, "out", residual=True)(mixed)
         return out, cache, written
@@ -132,12 +176,12 @@ class Block(nn.Module):
     keep_cache: bool
 
     @nn.compact
-    def __call__(self, carry, layer, tables, mask, slot):
+    def __call__(self, carry, layer, tables, mask, prompt, slot):
         x, cache = carry
         c = self.config
         normed = _norm(c, self.dtype, "attention_norm")(x)
         mixed, cache, written = Attention(c, self.dtype, name="attention")(
-            normed, tables, mask, cache, slot, layer
+            normed, tables, mask, prompt, cache, slot, layer
         )
         mlp = Mlp(c, self.dtype, name="mlp")
         mlp_norm = _norm(c, self.dtype, "mlp_norm")
@@ -153,12 +197,18 @@ class Backbone(nn.Module):
     """Everything up to and including the final normalisation: tokens -> features φ.
 
     Three uses of one module: a full pass; a full pass that also returns each layer's keys and
-    values (`keep_cache`); and one step on a cache, writing at `slot`.
+    values (`keep_cache`); and one step on the caches of `prompt` and completion, writing to the
+    latter's `slot`.
+
+    `remat` says what a full pass keeps for its backward pass, which computes the rest again: all
+    but the attention weights ("none"), each layer's input and dense outputs ("dots"), or only
+    each layer's input ("full").
     """
 
     config: ModelConfig
     dtype: Any
     keep_cache: bool = False
+    remat: Remat = "none"
 
     @nn.compact
     def __call__(
@@ -166,6 +216,7 @@ class Backbone(nn.Module):
         tokens: Int[Array, "B T"],
         positions: Int[Array, "B T"],
         mask: Bool[Array, "B 1 T K"],
+        prompt: KVCache | None = None,
         cache: KVCache | None = None,
         slot: Any = 0,
     ) -> tuple[Float[Array, "B T D"], Any]:
@@ -178,12 +229,17 @@ class Backbone(nn.Module):
         else:
             tables = None
             x = x + embed(c.max_positions, "position")(positions)
+        block = Block
+        if self.remat != "none":
+            block = nn.remat(Block, prevent_cse=False, policy=_REMAT_POLICIES[self.remat])
         layers = nn.scan(
-            Block,
+            block,
             variable_axes={"params": 0, "intermediates": 0, "perturbations": 0},
             split_rngs={"params": True},
-            in_axes=(0, nn.broadcast, nn.broadcast, nn.broadcast),
+            in_axes=(0, nn.broadcast, nn.broadcast, nn.broadcast, nn.broadcast),
             length=c.num_layers,
         )(c, self.dtype, self.keep_cache, name="layers")
-        (x, cache), written = layers((x, cache), jnp.arange(c.num_layers), tables, mask, slot)
+        (x, cache), written = layers(
+            (x, cache), jnp.arange(c.num_layers, dtype=jnp.int32), tables, mask, prompt, slot
+        )
         return _norm(c, self.dtype, "norm")(x), (written if self.keep_cache else cache)

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from jaxdyn.models.config import ModelConfig
-from jaxdyn.models.decoder import Backbone
+from jaxdyn.models.decoder import Backbone, Remat
 from jaxdyn.types import KVCache, Params
 
 
@@ -23,9 +23,10 @@ class LanguageModel:
     """Pure functions over `{"backbone", "classifier"}`; hashable, so it can be a static argument.
 
     `dtype` is the compute dtype (float32 or bfloat16; float64 in oracles); parameters keep their
-    own. With tied embeddings the stored `params["classifier"]` holds no weight: `view` puts the
-    shared matrix there, every function below takes that view, and `fold` adds a view's gradient
-    back onto the shared matrix.
+    own. `remat` trades time for memory wherever `features` is differentiated (`Backbone`). With
+    tied embeddings the stored `params["classifier"]` holds no weight: `view` puts the shared matrix
+    there, every function below takes that view, and `fold` adds a view's gradient back onto the
+    shared matrix.
 
     A caller that takes text from outside refuses token ids (padding's too) from
     `config.vocab_size` on and sequences beyond `config.max_positions`: neither can raise inside a
@@ -35,6 +36,7 @@ class LanguageModel:
 
     config: ModelConfig
     dtype: Any = jnp.float32
+    remat: Remat = "none"
 
     # -- parameters ---------------------------------------------------------------------------
 
@@ -66,7 +68,8 @@ class LanguageModel:
             return gradient
         backbone, classifier = gradient["backbone"], dict(gradient["classifier"])
         shared = backbone["embed"]["embedding"] + classifier.pop("weight")
-        return {"backbone": {**backbone, "embed": {"embedding": shared}}, "classifier": classifier}
+        backbone = {**backbone, "embed": {"embedding": shared}}
+        return {**gradient, "backbone": backbone, "classifier": classifier}
 
     def untie(self, params: Params) -> tuple["LanguageModel", Params]:
         """The same function with a classifier of its own (a copy of the shared matrix)."""
@@ -85,15 +88,27 @@ class LanguageModel:
         return self._full_pass(backbone, tokens, mask, keep_cache=False)[0]
 
     def logits(self, classifier: Params, features: Float[Array, "*B D"]) -> Float[Array, "*B V"]:
-        """f = Wφ (+ b), accumulated and returned in float32 or better."""
+        """f = Wφ (+ b), accumulated and returned in float32 or better.
+
+        With an adapter W is W + s b a, and f has s b (aφ) more.
+        """
         wide = jnp.promote_types(self.dtype, jnp.float32)
-        weight = classifier["weight"].astype(self.dtype)
-        features = features.astype(self.dtype)
-        logits = jnp.einsum("...d,vd->...v", features, weight, preferred_element_type=wide)
+        product = lambda x, matrix: jnp.einsum(
+            "nd,vd->nv",
+            x.astype(self.dtype),
+            matrix.astype(self.dtype),
+            preferred_element_type=wide,
+        )
+        *leading, width = features.shape
+        features = features.reshape(-1, width)  # one axis of rows, as `matrix_product`
+        logits = product(features, classifier["weight"])
+        if "lora_a" in classifier:
+            inner = product(features, classifier["lora_a"])
+            logits += self.config.lora_scale * product(inner, classifier["lora_b"])
         if self.config.classifier_bias:
             bias = classifier["bias"].astype(wide)
-            logits = logits + bias.reshape((1,) * (logits.ndim - 1) + bias.shape)
-        return logits
+            logits = logits + bias[None]
+        return logits.reshape(*leading, -1)
 
     def opened(
         self, backbone: Params, tokens: Int[Array, "B T"], mask: Bool[Array, "B T"]
@@ -129,29 +144,32 @@ class LanguageModel:
         backbone: Params,
         tokens: Int[Array, "B S"],
         mask: Bool[Array, "B S"],
-        cache_slots: int,
     ) -> tuple[Float[Array, "B S D"], KVCache]:
-        """Features of the prompts and a cache of `cache_slots` >= S slots that begins with them."""
+        """Features of the prompts, and the cache of their S slots."""
         features, (keys, values) = self._full_pass(backbone, tokens, mask, keep_cache=True)
-        spare = ((0, 0), (0, 0), (0, 0), (0, cache_slots - tokens.shape[1]), (0, 0))
-        heads_first = lambda x: jnp.pad(x.swapaxes(2, 3), spare)
-        return features, KVCache(heads_first(keys), heads_first(values))
+        return features, KVCache(keys.swapaxes(2, 3), values.swapaxes(2, 3))
 
     def decode(
         self,
         backbone: Params,
         token: Int[Array, " B"],
         position: Int[Array, " B"],
+        prompt: KVCache,
         cache: KVCache,
-        cache_mask: Bool[Array, "B K"],
+        mask: Bool[Array, "B K"],
         slot: Int[Array, ""],
     ) -> tuple[Float[Array, "B D"], KVCache]:
-        """Features of one more token a sequence, written to `slot`; `cache_mask` includes it."""
+        """Features of one more token a sequence, which is written to `slot` of `cache`.
+
+        Row p G + g continues prompt p: `prompt` has the P prompts' S slots, `cache` the C slots of
+        the B = P G completions. `mask` says which of these S + C a row attends to, `slot` included.
+        """
         out: Any = Backbone(self.config, self.dtype).apply(
             {"params": backbone},
             token[:, None],
             position[:, None],
-            cache_mask[:, None, None, :],
+            mask[:, None, None, :],
+            prompt,
             cache,
             slot,
         )
@@ -159,7 +177,7 @@ class LanguageModel:
         return features[:, 0], cache
 
     def _full_pass(self, backbone, tokens, mask, keep_cache: bool):
-        return Backbone(self.config, self.dtype, keep_cache).apply(
+        return Backbone(self.config, self.dtype, keep_cache, self.remat).apply(
             {"params": backbone}, tokens, positions_of(mask), self._visible(mask)
         )
 

@@ -1,13 +1,15 @@
 """Classifier-first stages and the optimizer that keeps the model's two halves apart."""
 
+from jaxdyn.optim.labels import merge, split
 from jaxdyn.optim.optimizer import (
     OptimConfig,
     by_part,
     enter_stage,
     learning_rate,
     make_optimizer,
+    trainable,
 )
-from jaxdyn.optim.stages import Schedule, Stage, stage_at, stages, trainable
+from jaxdyn.optim.stages import Schedule, Stage, stage_at, stages
 from jaxdyn.optim.tied import head_direction
 
 __all__ = [
@@ -19,6 +21,8 @@ __all__ = [
     "head_direction",
     "learning_rate",
     "make_optimizer",
+    "merge",
+    "split",
     "stage_at",
     "stages",
     "trainable",

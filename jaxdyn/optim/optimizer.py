@@ -10,6 +10,8 @@ from typing import Literal
 
 import optax
 
+from jaxdyn.optim.labels import Mode, moves, split
+from jaxdyn.optim.stages import StageName
 from jaxdyn.types import JaxdynError, Params
 
 
@@ -28,6 +30,8 @@ class OptimConfig:
       optimizer: adamw, or sgd with `momentum`.
       max_grad_norm: clip the global norm of the gradient; 0 turns clipping off.
       reset_classifier_state: start the classifier's moments afresh when joint training begins.
+      backbone: full, lora (its adapters alone move) or frozen.
+      classifier: the same for the classifier.
     """
 
     schedule: Literal["joint", "classifier_first", "classifier_only", "joint_extra"] = "joint"
@@ -44,6 +48,8 @@ class OptimConfig:
     weight_decay: float = 0.0
     max_grad_norm: float = 1.0
     reset_classifier_state: bool = False
+    backbone: Mode = "full"
+    classifier: Mode = "full"
 
     def __post_init__(self):
         for name in ("learning_rate", "classifier_learning_rate", "eps"):
@@ -56,12 +62,33 @@ class OptimConfig:
         for name in ("weight_decay", "max_grad_norm", "warmup_steps", "classifier_steps"):
             if not getattr(self, name) >= 0:
                 raise JaxdynError(f"optim.{name} must not be negative, got {getattr(self, name)}")
+        if self.classifier == "frozen":
+            if self.backbone == "frozen":
+                raise JaxdynError("nothing moves: optim.backbone and .classifier are both frozen")
+            if self.schedule in ("classifier_first", "classifier_only"):
+                raise JaxdynError(
+                    f"optim.classifier is 'frozen', but optim.schedule {self.schedule!r} has a "
+                    "stage that moves the classifier alone"
+                )
 
     @property
     def rule(self) -> "OptimConfig":
         """What of it a compiled update depends on: one for all schedules and learning rates."""
         names = ("optimizer", "b1", "b2", "eps", "momentum", "weight_decay", "max_grad_norm")
         return OptimConfig(**{name: getattr(self, name) for name in names})
+
+
+def trainable(config: OptimConfig, stage: StageName, params: Params) -> tuple[Params, Params]:
+    """The leaves of `params` that a stage moves, and the rest.
+
+    A value head moves in every stage, the backbone in joint training only.
+    """
+    modes: dict[str, Mode] = {
+        "backbone": "frozen" if stage == "classifier" else config.backbone,
+        "classifier": config.classifier,
+        "value": "full",
+    }
+    return split(params, lambda path: moves(modes[path[0]], path))
 
 
 def by_part(inner: optax.GradientTransformation) -> optax.GradientTransformation:

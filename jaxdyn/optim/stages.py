@@ -14,7 +14,7 @@ Step t always draws batch t, so that schedules of equal length see the same data
 import dataclasses
 from typing import Literal, get_args
 
-from jaxdyn.types import JaxdynError, Params
+from jaxdyn.types import JaxdynError
 
 Schedule = Literal["joint", "classifier_first", "classifier_only", "joint_extra"]
 StageName = Literal["classifier", "joint"]
@@ -61,8 +61,3 @@ def stage_at(plan: tuple[Stage, ...], step: int) -> Stage:
         if stage.start <= step < stage.end:
             return stage
     raise JaxdynError(f"step {step} lies outside the schedule, which ends at {plan[-1].end}")
-
-
-def trainable(stage: StageName, params: Params) -> Params:
-    """The subtree of `params` that a stage moves."""
-    return {"classifier": params["classifier"]} if stage == "classifier" else dict(params)

@@ -29,6 +29,7 @@ class Run:
     metrics: list[Record]
     dynamics: list[Record]
     samples: list[Record]
+    temperatures: list[Record]
     probe_files: dict[int, Path]
 
     @property
@@ -55,7 +56,7 @@ class Run:
     def series(self, key: str) -> dict[int, float]:
         """A logged number by step, from whichever log has it; what is not finite is left out."""
         for records in (self.metrics, self.dynamics):
-            values = {r["step"]: float(r[key]) for r in records if _is_number(r.get(key))}
+            values = {r["step"]: float(r[key]) for r in records if is_number(r.get(key))}
             if values:
                 return values
         return {}
@@ -118,6 +119,7 @@ def load_run(directory: Path, name: str | None = None) -> Run:
         metrics=_by_step(_read_lines(directory / "metrics.jsonl")),
         dynamics=_by_step(_read_lines(directory / "dynamics.jsonl")),
         samples=_read_lines(directory / "samples.jsonl"),
+        temperatures=_read_lines(directory / "temperatures.jsonl"),
         probe_files=_find_probes(directory / "dynamics"),
     )
 
@@ -158,7 +160,8 @@ def _find_probes(directory: Path) -> dict[int, Path]:
     return files
 
 
-def _is_number(value: Any) -> bool:
+def is_number(value: Any) -> bool:
+    """Whether a logged value is a finite number."""
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 

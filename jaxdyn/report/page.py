@@ -9,16 +9,17 @@ from pathlib import Path
 import matplotlib
 
 from jaxdyn.errors import JaxdynError
-from jaxdyn.report import figures, summary, update_figures
+from jaxdyn.report import figures, sampling_figures, summary, update_figures
 from jaxdyn.report.load import Run
 from jaxdyn.report.plotting import STYLE, Exhibit, Table
-from jaxdyn.report.samples import side_by_side
+from jaxdyn.report.samples import by_temperature, side_by_side
 
 PAPER = "https://arxiv.org/abs/2601.04670"
 
 EXHIBITS = (
     figures.reward,
     figures.confidence,
+    sampling_figures.sampling,
     update_figures.prediction,
     update_figures.shares,
     update_figures.features,
@@ -42,6 +43,7 @@ thead th { border-bottom: 2px solid #1a1a1a; }
 figure { margin: 14px 0 0; } figure img { width: 100%; height: auto; display: block; }
 .small { font-size: 13.5px; color: #555; }
 .samples { table-layout: fixed; width: 100%; font-size: 13.5px; line-height: 1.4; }
+.narrow { width: 92px; }
 .text { white-space: pre-wrap; overflow-wrap: anywhere; }
 .sample + .sample { margin-top: 10px; }
 .badge { display: inline-block; font-size: 12px; background: #eee; border-radius: 3px;
@@ -90,6 +92,10 @@ def write_page(runs: Sequence[Run], directory: Path) -> Path:
     if samples:
         sections.append(_samples_section(samples[0]))
         tables["samples"] = samples[1]
+    sweep = by_temperature(runs)
+    if sweep:
+        sections.append(_temperatures_section(sweep[0]))
+        tables["samples_by_temperature"] = sweep[1]
     sections.append(_runs_section(runs))
     try:
         return _write(directory, _page(sections), images, tables)
@@ -160,6 +166,17 @@ def _samples_section(table: str) -> str:
         "<p><i>If diversity falls as the paper leads one to expect, a prompt’s completions become "
         f"more alike after training.</i></p>\n{table}\n"
         f'<p class="small">{_data("samples")}</p></section>'
+    )
+
+
+def _temperatures_section(table: str) -> str:
+    return (
+        '<section id="samples_by_temperature"><h2>Samples by temperature</h2>\n'
+        "<p>Completions of evaluation prompts at each temperature that was sampled, before and "
+        "after training, by the same random draws.</p>\n"
+        "<p><i>A policy that training has made surer needs a higher temperature to vary as it did "
+        f"before.</i></p>\n{table}\n"
+        f'<p class="small">{_data("samples_by_temperature")}</p></section>'
     )
 
 

@@ -1,30 +1,47 @@
-"""What the model writes: the same prompts before and after training, side by side."""
+"""What the model writes: the same prompts before and after training, and at each temperature."""
 
 import re
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from html import escape
 
-from jaxdyn.report.load import Record, Run
-from jaxdyn.report.plotting import Table, by_schedule, label
+from jaxdyn.report.load import Record, Run, is_number
+from jaxdyn.report.plotting import Rows, Table, by_schedule, label
 
 PROMPTS = 6
+PROMPTS_BY_TEMPERATURE = 2
 COMPLETIONS = 2
 CHARACTERS = 700
 
 RECORDED = ("prompt_index", "prompt", "completion", "reward", "finished")
 COLUMNS = ("when", "schedule", "seed", "run", "step", *RECORDED)
+BY_TEMPERATURE_COLUMNS = ("temperature", *COLUMNS)
 
 
 @dataclass(frozen=True)
 class Column:
-    """A run's samples at one step: its heading, and its records by prompt."""
+    """A run's samples at one step: its heading, and its records."""
 
     heading: str
     when: str
     run: Run
     step: int
-    by_prompt: dict[str, list[Record]]
+    records: list[Record]
+
+    @property
+    def by_prompt(self) -> dict[str, list[Record]]:
+        chosen: dict[str, list[Record]] = {}
+        for record in self.records:
+            if isinstance(record.get("prompt"), str):
+                chosen.setdefault(record["prompt"], []).append(record)
+        return chosen
+
+    def at(self, temperature: float) -> "Column":
+        """Of records that are temperature sweeps, the samples of one."""
+        lines = [r for r in self.records if r.get("temperature") == temperature]
+        kept = lines[-1].get("samples") if lines else None
+        samples = [r for r in kept if isinstance(r, dict)] if isinstance(kept, list) else []
+        return replace(self, records=samples)
 
 
 def side_by_side(runs: Sequence[Run]) -> tuple[str, Table] | None:
@@ -33,59 +50,85 @@ def side_by_side(runs: Sequence[Run]) -> tuple[str, Table] | None:
     Before: the first run's earliest samples. After: for each schedule its first run's latest. The
     prompts are spread evenly over those that all columns share, not chosen by their rewards.
     """
-    columns = _columns([run for run in runs if run.samples])
+    columns = _columns(runs, lambda run: run.samples)
+    prompts = _shared_prompts(columns, PROMPTS)
+    if not prompts:
+        return None
+    rows = [row for prompt in prompts for row in _data(prompt, columns)]
+    lines = [(f'<td class="text">{_text(prompt)}</td>', prompt, columns) for prompt in prompts]
+    return _html("<th>Prompt</th>", columns, lines), Table(COLUMNS, rows)
+
+
+def by_temperature(runs: Sequence[Run]) -> tuple[str, Table] | None:
+    """The same by prompt and temperature; None if no run sampled at several temperatures."""
+    columns = _columns(runs, lambda run: run.temperatures)
+    sampled = [
+        {r["temperature"] for r in c.records if is_number(r.get("temperature"))} for c in columns
+    ]
+    temperatures = sorted(set.intersection(*sampled)) if sampled else []
+    tables = [[column.at(t) for column in columns] for t in temperatures]
+    prompts = _shared_prompts([c for table in tables for c in table], PROMPTS_BY_TEMPERATURE)
+    if not prompts:
+        return None
+    rows, lines = [], []
+    for prompt in prompts:
+        for i, (temperature, table) in enumerate(zip(temperatures, tables, strict=True)):
+            rows += [(temperature, *row) for row in _data(prompt, table)]
+            span = f'<td class="text" rowspan="{len(temperatures)}">{_text(prompt)}</td>'
+            name = f"{temperature:g}" if temperature else "0 (greedy)"
+            lines.append((f"{'' if i else span}<td>{name}</td>", prompt, table))
+    html = _html('<th>Prompt</th><th class="narrow">Temperature</th>', columns, lines)
+    return html, Table(BY_TEMPERATURE_COLUMNS, rows)
+
+
+def _columns(runs: Sequence[Run], records_of: Callable[[Run], list[Record]]) -> list[Column]:
+    columns: list[Column] = []
+    for schedule, group in by_schedule([run for run in runs if records_of(run)]).items():
+        run, records = group[0], records_of(group[0])
+        first, last = (choose(r["step"] for r in records) for choose in (min, max))
+        at = {step: [r for r in records if r["step"] == step] for step in (first, last)}
+        if not columns:
+            columns.append(Column("Before training", "before", run, first, at[first]))
+        if last > first:
+            heading = f"After {label(schedule)} (seed {run.seed}, step {last})"
+            columns.append(Column(heading, "after", run, last, at[last]))
+    return columns
+
+
+def _shared_prompts(columns: Sequence[Column], wanted: int) -> list[str]:
+    """Up to `wanted` of the prompts that all columns have, spread evenly."""
     if not columns:
-        return None
-    shared = [p for p in columns[0].by_prompt if all(p in c.by_prompt for c in columns[1:])]
-    if not shared:
-        return None
-    count = min(PROMPTS, len(shared))
-    prompts = [shared[i * len(shared) // count] for i in range(count)]
-    rows = [
+        return []
+    found = [column.by_prompt for column in columns]
+    shared = [prompt for prompt in found[0] if all(prompt in other for other in found[1:])]
+    count = min(wanted, len(shared))
+    return [shared[i * len(shared) // count] for i in range(count)]
+
+
+def _data(prompt: str, columns: Sequence[Column]) -> Rows:
+    return [
         (
             *(column.when, column.run.schedule, column.run.seed, column.run.name, column.step),
             *(record.get(key) for key in RECORDED),
         )
-        for prompt in prompts
         for column in columns
         for record in column.by_prompt[prompt][:COMPLETIONS]
     ]
-    return _html(prompts, columns), Table(COLUMNS, rows)
 
 
-def _columns(runs: Sequence[Run]) -> list[Column]:
-    columns: list[Column] = []
-    for schedule, group in by_schedule(runs).items():
-        run = group[0]
-        first, last = (choose(r["step"] for r in run.samples) for choose in (min, max))
-        if not columns:
-            columns.append(Column("Before training", "before", run, first, _at(run, first)))
-        if last > first:
-            heading = f"After {label(schedule)} (seed {run.seed}, step {last})"
-            columns.append(Column(heading, "after", run, last, _at(run, last)))
-    return columns
-
-
-def _at(run: Run, step: int) -> dict[str, list[Record]]:
-    chosen: dict[str, list[Record]] = {}
-    for record in run.samples:
-        if record["step"] == step and isinstance(record.get("prompt"), str):
-            chosen.setdefault(record["prompt"], []).append(record)
-    return chosen
-
-
-def _html(prompts: Sequence[str], columns: Sequence[Column]) -> str:
-    head = "".join(f"<th>{escape(column.heading)}</th>" for column in columns)
+def _html(
+    heads: str,
+    columns: Sequence[Column],
+    lines: Sequence[tuple[str, str, Sequence[Column]]],
+) -> str:
+    """A table below `heads` and the columns'; a line is its first cells, prompt, columns."""
+    heads += "".join(f"<th>{escape(column.heading)}</th>" for column in columns)
     rows = []
-    for prompt in prompts:
-        cells = ("".join(map(_sample, c.by_prompt[prompt][:COMPLETIONS])) for c in columns)
-        rows.append(
-            f'<tr><td class="text">{_text(prompt)}</td>'
-            + "".join(f"<td>{cell}</td>" for cell in cells)
-            + "</tr>\n"
-        )
+    for cells, prompt, table in lines:
+        samples = ("".join(map(_sample, c.by_prompt[prompt][:COMPLETIONS])) for c in table)
+        rows.append(f"<tr>{cells}{''.join(f'<td>{cell}</td>' for cell in samples)}</tr>\n")
     return (
-        f'<table class="samples"><thead><tr><th>Prompt</th>{head}</tr></thead>\n'
+        f'<table class="samples"><thead><tr>{heads}</tr></thead>\n'
         f"<tbody>{''.join(rows)}</tbody></table>"
     )
 

@@ -57,6 +57,7 @@ class Quantity:
 
 QUANTITIES = (
     Quantity("Reward, evaluation prompts", "eval_reward", ends),
+    Quantity("Correct (pass@1), evaluation prompts", "eval_pass@1", ends),
     Quantity("Reward, training prompts", "reward", tenths),
     Quantity("Confidence (max π), sampled text", "confidence/max_prob", tenths),
     Quantity("Confidence, fixed completion sites", "probe/confidence/completion", ends),
@@ -78,10 +79,23 @@ QUANTITIES = (
 )
 
 
+def quantities(runs: Sequence[Run]) -> list[Quantity]:
+    """The rows of the summary, with the task metrics that the runs logged after the reward."""
+    prefix = "eval_metrics/"
+    keys = {key for run in runs for record in run.metrics for key in record}
+    names = sorted(
+        key.removeprefix(prefix)
+        for key in keys
+        if key.startswith(prefix) and not key.endswith(("_ci_low", "_ci_high"))
+    )
+    metrics = [Quantity(f"Metric: {n}, evaluation prompts", f"{prefix}{n}", ends) for n in names]
+    return [*QUANTITIES[:1], *metrics, *QUANTITIES[1:]]
+
+
 def by_run(runs: Sequence[Run]) -> Table:
     """Every quantity of every run, before and after."""
     rows = Rows()
-    for quantity in QUANTITIES:
+    for quantity in quantities(runs):
         for run in runs:
             before, after = quantity.read(run, quantity.key)
             if after is not None:
@@ -92,7 +106,7 @@ def by_run(runs: Sequence[Run]) -> Table:
 def by_group(runs: Sequence[Run]) -> Table:
     """Mean and standard deviation (ddof 1) over a schedule's runs; None where there is no value."""
     readings, rows = by_run(runs).rows, Rows()
-    for quantity in QUANTITIES:
+    for quantity in quantities(runs):
         for schedule in by_schedule(runs):
             chosen = [r[4:] for r in readings if r[:2] == (quantity.key, schedule)]
             if chosen:
@@ -114,7 +128,7 @@ def display(runs: Sequence[Run]) -> tuple[list[str], list[list[str]]]:
             *(" / ".join(map(str, sorted({r.steps for r in g}))) for g in groups.values()),
         ],
     ]
-    for quantity in QUANTITIES:
+    for quantity in quantities(runs):
         found = [cells.get((quantity.key, schedule)) for schedule in groups]
         zero = quantity.key == "share/cross" and not any(cell and cell[2] for cell in found)
         if any(found) and not zero:

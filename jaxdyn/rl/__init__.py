@@ -1,22 +1,56 @@
 """Log-probabilities, advantages, KL estimators and losses: pure functions of arrays."""
 
-from jaxdyn.rl.advantages import group_relative, leave_one_out, plain
-from jaxdyn.rl.kl import penalised_rewards, per_token_kl
-from jaxdyn.rl.logprobs import TokenStatistics, feature_statistics, token_statistics
-from jaxdyn.rl.losses import LOSSES, LossConfig, Normalizer, normalizer_of, policy_loss
+from jaxdyn.rl.advantages import (
+    KINDS,
+    AdvantageConfig,
+    advantage_kind,
+    check_combination,
+    estimate_advantages,
+    group_relative,
+    leave_one_out,
+    overlong_penalty,
+    plain,
+)
+from jaxdyn.rl.aggregation import Normalizer, aggregate, drop_truncated, normalizer_of
+from jaxdyn.rl.kl import kl_penalty, penalised_rewards, per_token_kl
+from jaxdyn.rl.logprobs import TokenStatistics, token_statistics
+from jaxdyn.rl.losses import LOSSES, LossConfig, policy_loss
+from jaxdyn.rl.values import (
+    explained_variance,
+    generalized_advantages,
+    token_rewards,
+    value_loss,
+    whiten,
+)
+from jaxdyn.rl.vocabulary import feature_statistics, vocabulary_chunk
 
 __all__ = [
+    "KINDS",
     "LOSSES",
+    "AdvantageConfig",
     "LossConfig",
     "Normalizer",
     "TokenStatistics",
+    "advantage_kind",
+    "aggregate",
+    "check_combination",
+    "drop_truncated",
+    "estimate_advantages",
+    "explained_variance",
     "feature_statistics",
+    "generalized_advantages",
     "group_relative",
+    "kl_penalty",
     "leave_one_out",
     "normalizer_of",
+    "overlong_penalty",
     "penalised_rewards",
     "per_token_kl",
     "plain",
     "policy_loss",
+    "token_rewards",
     "token_statistics",
+    "value_loss",
+    "vocabulary_chunk",
+    "whiten",
 ]

@@ -32,6 +32,18 @@ def per_token_kl(
     return _ESTIMATORS[estimator](per_token_logps - ref_per_token_logps)
 
 
+def kl_penalty(
+    beta: float,
+    estimator: Estimator,
+    old_per_token_logps: Float[Array, "B C"],
+    ref_per_token_logps: Float[Array, "B C"],
+    completion_mask: Bool[Array, "B C"],
+) -> Float[Array, "B C"]:
+    """β k(ℓᵒ_bt, ℓʳ_bt): what every token's reward loses to the KL; 0 at masked slots."""
+    kl = per_token_kl(estimator, old_per_token_logps, ref_per_token_logps)
+    return jnp.where(completion_mask, beta * kl, 0)
+
+
 def penalised_rewards(
     rewards: Float[Array, " B"],
     beta: float,
@@ -41,5 +53,5 @@ def penalised_rewards(
     completion_mask: Bool[Array, "B C"],
 ) -> Float[Array, " B"]:
     """R'_b = R_b - β Σ_t k(ℓᵒ_bt, ℓʳ_bt): the KL placed in the reward (a NaN reward stays NaN)."""
-    kl = per_token_kl(estimator, old_per_token_logps, ref_per_token_logps)
-    return rewards - beta * jnp.sum(jnp.where(completion_mask, kl, 0), axis=1)
+    penalty = kl_penalty(beta, estimator, old_per_token_logps, ref_per_token_logps, completion_mask)
+    return rewards - penalty.sum(axis=1)

@@ -3,30 +3,48 @@
 ℓ, ℓᵒ, ℓʳ are the new, old and reference log-probabilities of the sampled tokens, m the completion
 mask (up to and including the stop token), A the advantage, ρ = exp(ℓ - ℓᵒ). Every loss is
 
-    loss = Σ_b reduce_t(surrogate_bt + β kl_bt) / n
+    loss = aggregate(surrogate) + β aggregate(kl) - c aggregate(entropy)
 
-where n counts the sequences or the tokens of the *whole* batch. Every metric is such a sum too.
-So with the whole batch's `Normalizer` the losses, metrics and gradients of micro-batches add up to
-the batch's: gradient accumulation changes nothing.
+and a row of `LOSSES`: its surrogate, how it averages, the advantages it takes, how it clips.
 
 Deviations from the papers: an omitted ℓᵒ means ℓᵒ = stop_gradient(ℓ), so ρ = 1; RLOO's sequence
-ratio is clipped, which changes nothing on the first pass over a batch; REINFORCE uses no ℓᵒ.
+ratio is clipped, which changes nothing on the first pass over a batch; REINFORCE uses no ℓᵒ; GSPO's
+is its token form, the same number and gradient for one advantage a sequence; CISPO caps ρ at
+epsilon_high itself, as TRL does, not at 1 + epsilon_high.
 """
 
 import dataclasses
 from collections.abc import Callable
-from typing import Literal, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
-from flax import struct
 from jaxtyping import Array, Bool, Float
 
+from jaxdyn.rl.aggregation import (
+    Aggregation,
+    AggregationAlias,
+    Normalizer,
+    aggregate,
+    canonical,
+    normalizer_of,
+)
 from jaxdyn.rl.kl import Estimator, per_token_kl
 from jaxdyn.types import JaxdynError
 
-LossType = Literal["grpo", "rloo", "reinforce"]
-Aggregation = Literal["sequence-mean-token-mean", "sequence-mean-token-sum", "token-mean"]
+LossType = Literal[
+    "grpo",
+    "dr_grpo",
+    "dapo",
+    "bnpo",
+    "gspo",
+    "cispo",
+    "rloo",
+    "reinforce",
+    "reinforce_plus_plus",
+    "ppo",
+]
+Scale = Literal["group", "batch", "none"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,81 +52,106 @@ class LossConfig:
     """Which loss, how it is clipped, and how it is kept near the reference.
 
     Attributes:
-      loss_type: grpo, rloo or reinforce (`LOSSES`).
+      loss_type: one of `LOSSES`.
       beta: weight β of the KL to the reference, in the loss or in the reward; 0 leaves it out.
-      epsilon: the ratio is clipped below at 1 - ε.
-      epsilon_high: and above at 1 + ε_high; ε when not given.
+      epsilon: the ratio is clipped below at 1 - ε; the loss's own (mostly 0.2) when not given.
+      epsilon_high: and above at 1 + ε_high; the loss's own, or ε, when not given. For cispo the cap
+        of the ratio itself.
+      delta: dual clip: the unclipped ratio is capped here, so that a negative advantage weighs at
+        most δ; above 1 + ε_high it changes nothing else.
       aggregation: how tokens and sequences are averaged; the loss's own way when not given.
       kl_estimator: k1, k2 or k3; when not given, k3 in the loss and k1 in the reward.
-      kl_placement: where the KL goes.
+      kl_placement: where the KL goes. PPO, RLOO and REINFORCE++ were published with "reward".
       use_bias_correction_kl: multiply the KL in the loss by the ratio ρ.
+      mask_truncated: completions cut off before a stop token take no part in the loss.
+      entropy_coefficient: weight c of the entropy bonus.
+      value_clip: PPO's values may leave the old ones by this much before the loss is clipped.
+      value_coefficient: weight of PPO's value loss.
     """
 
     loss_type: LossType = "grpo"
     beta: float = 0.0
-    epsilon: float = 0.2
+    epsilon: float | None = None
     epsilon_high: float | None = None
-    aggregation: Aggregation | None = None
+    delta: float | None = None
+    aggregation: Literal[Aggregation, AggregationAlias] | None = None
     kl_estimator: Estimator | None = None
     kl_placement: Literal["loss", "reward"] = "loss"
     use_bias_correction_kl: bool = False
+    mask_truncated: bool = False
+    entropy_coefficient: float = 0.0
+    value_clip: float | None = 0.2
+    value_coefficient: float = 0.1
 
     def __post_init__(self):
-        if not 0 <= self.beta < float("inf"):
-            raise JaxdynError(f"beta must be 0 or more, got {self.beta}")
-        if not 0 < self.epsilon < 1:
-            raise JaxdynError(f"epsilon must lie between 0 and 1, got {self.epsilon}")
-        if self.epsilon_high is not None and not 0 < self.epsilon_high < float("inf"):
-            raise JaxdynError(f"epsilon_high must be above 0, got {self.epsilon_high}")
+        self._check_ranges()
+        own = LOSSES[self.loss_type]
+        for field in dataclasses.fields(self):
+            value, optional = getattr(self, field.name), field.name in _CLIP | _VALUE
+            if optional and field.name not in own.options and value != field.default:
+                raise JaxdynError(f"{self.loss_type} has no use for {field.name}, got {value}")
+        if self.loss_type == "cispo" and self.resolved_epsilon_high < 1:
+            raise JaxdynError(
+                "cispo caps the ratio itself at epsilon_high: it must be 1 or more, "
+                f"got {self.epsilon_high}"
+            )
+        if self.beta == 0 and self.kl_placement == "reward":
+            raise JaxdynError("kl_placement is 'reward' but beta is 0: there is no KL to place")
+        if self.beta == 0 and self.use_bias_correction_kl:
+            raise JaxdynError("use_bias_correction_kl but beta is 0: there is no KL to correct")
+        if self.use_bias_correction_kl and self.kl_placement == "reward":
+            raise JaxdynError("use_bias_correction_kl needs kl_placement 'loss', got 'reward'")
+        if own.of_sequences and self.resolved_aggregation != own.aggregation:
+            raise JaxdynError(
+                f"{self.loss_type} weighs whole sequences: aggregation must be "
+                f"{own.aggregation!r}, got {self.aggregation!r}"
+            )
+
+    def _check_ranges(self) -> None:
         for name, kind in _CHOICES.items():
             if getattr(self, name) not in get_args(kind):
                 choices = [choice for choice in get_args(kind) if choice is not None]
                 raise JaxdynError(f"{name} must be one of {choices}, got {getattr(self, name)!r}")
-        if self.kl_placement == "reward" and self.beta == 0:
-            raise JaxdynError("kl_placement is 'reward' but beta is 0: there is no KL to place")
-        if self.use_bias_correction_kl and self.kl_placement == "reward":
-            raise JaxdynError("use_bias_correction_kl needs kl_placement 'loss', got 'reward'")
-        if self.loss_type == "rloo" and self.aggregation not in (None, LOSSES["rloo"].aggregation):
-            raise JaxdynError(
-                f"rloo weighs whole sequences: aggregation must be {LOSSES['rloo'].aggregation!r}, "
-                f"got {self.aggregation!r}"
-            )
+        for name in ("beta", "entropy_coefficient", "value_coefficient"):
+            if not 0 <= getattr(self, name) < float("inf"):
+                raise JaxdynError(f"{name} must be 0 or more, got {getattr(self, name)}")
+        if self.epsilon is not None and not 0 < self.epsilon < 1:
+            raise JaxdynError(f"epsilon must lie between 0 and 1, got {self.epsilon}")
+        for name, least in (("epsilon_high", 0), ("value_clip", 0), ("delta", 1)):
+            value = getattr(self, name)
+            if value is not None and not least < value < float("inf"):
+                raise JaxdynError(f"{name} must be above {least}, got {value}")
+
+    @property
+    def resolved_epsilon(self) -> float:
+        return LOSSES[self.loss_type].epsilon if self.epsilon is None else self.epsilon
+
+    @property
+    def resolved_epsilon_high(self) -> float:
+        own = LOSSES[self.loss_type].epsilon_high
+        high = own if self.epsilon_high is None else self.epsilon_high
+        return self.resolved_epsilon if high is None else high
 
     @property
     def clip_range(self) -> tuple[float, float]:
         """[1 - ε, 1 + ε_high]."""
-        high = self.epsilon if self.epsilon_high is None else self.epsilon_high
-        return 1 - self.epsilon, 1 + high
+        return 1 - self.resolved_epsilon, 1 + self.resolved_epsilon_high
 
     @property
     def resolved_aggregation(self) -> Aggregation:
-        return self.aggregation or LOSSES[self.loss_type].aggregation
+        return canonical(self.aggregation or LOSSES[self.loss_type].aggregation)
 
     @property
     def resolved_kl_estimator(self) -> Estimator:
         return self.kl_estimator or ("k3" if self.kl_placement == "loss" else "k1")
 
 
-_CHOICES = {
+_CHOICES: dict[str, Any] = {
     "loss_type": LossType,
-    "aggregation": Literal[Aggregation, None],
+    "aggregation": Literal[Aggregation, AggregationAlias, None],
     "kl_estimator": Literal[Estimator, None],
     "kl_placement": Literal["loss", "reward"],
 }
-
-
-@struct.dataclass
-class Normalizer:
-    """What the whole batch's sums are divided by: its sequences, and its completion tokens."""
-
-    sequences: Float[Array, ""]
-    tokens: Float[Array, ""]
-
-
-def normalizer_of(completion_mask: Bool[Array, "B C"]) -> Normalizer:
-    """The counts of a batch; of an accumulated batch, those of all its micro-batches together."""
-    sequences = jnp.asarray(completion_mask.shape[0], jnp.float32)
-    return Normalizer(sequences, jnp.maximum(completion_mask.sum(), 1).astype(jnp.float32))
 
 
 def policy_loss(
@@ -116,27 +159,32 @@ def policy_loss(
     per_token_logps: Float[Array, "B C"],
     old_per_token_logps: Float[Array, "B C"] | None,
     ref_per_token_logps: Float[Array, "B C"] | None,
-    advantages: Float[Array, " B"],
+    advantages: Float[Array, " B"] | Float[Array, "B C"],
     completion_mask: Bool[Array, "B C"],
     normalizer: Normalizer | None = None,
+    entropy: Float[Array, "B C"] | None = None,
 ) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
     """The loss to minimise and its metrics: `policy_loss`, with a reference `kl`, and for clipped
     losses `clip_ratio/low_mean` and `clip_ratio/high_mean`.
 
     `normalizer` counts the whole batch when these rows are a part of it; by default they are all.
-    `kl` is the mean over tokens. Masked slots may hold anything, and get gradient 0.
-    Raises `JaxdynError` when β asks for a reference that is not there.
+    `entropy` is the policy's at every slot, in nats, for the bonus. `kl` is the mean over tokens.
+    Masked slots may hold anything, and get gradient 0.
+    Raises `JaxdynError` when β asks for a reference, or c for an entropy, that is not there.
     """
     if config.beta and ref_per_token_logps is None:
         raise JaxdynError(f"beta is {config.beta} but there are no reference log-probabilities")
+    if config.entropy_coefficient and entropy is None:
+        raise JaxdynError(f"entropy_coefficient is {config.entropy_coefficient} but entropy is not")
     normalizer = normalizer_of(completion_mask) if normalizer is None else normalizer
-    mask = completion_mask
+    mask, aggregation = completion_mask, config.resolved_aggregation
     new = jnp.where(mask, per_token_logps, 0)
     old = jax.lax.stop_gradient(new if old_per_token_logps is None else old_per_token_logps)
     old = jnp.where(mask, old, 0)
+    weights = advantages[:, None] if advantages.ndim == 1 else jnp.where(mask, advantages, 0)
 
-    surrogate = LOSSES[config.loss_type].surrogate(config, new, old, advantages[:, None], mask)
-    mean = lambda x: aggregate(config.resolved_aggregation, x, surrogate.mask, normalizer)
+    surrogate = LOSSES[config.loss_type].surrogate(config, new, old, weights, mask)
+    mean = lambda x: aggregate(aggregation, x, surrogate.mask, normalizer)
     loss = mean(surrogate.loss)
     metrics = {"policy_loss": loss} | {name: mean(x) for name, x in surrogate.metrics.items()}
     if ref_per_token_logps is not None:
@@ -146,28 +194,11 @@ def policy_loss(
         if config.beta and config.kl_placement == "loss":
             if config.use_bias_correction_kl:
                 kl = jnp.exp(new - old) * kl
-            penalty = aggregate(config.resolved_aggregation, kl, mask, normalizer)
-            loss = loss + config.beta * penalty
+            loss = loss + config.beta * aggregate(aggregation, kl, mask, normalizer)
+    if config.entropy_coefficient and entropy is not None:
+        bonus = aggregate(aggregation, entropy, mask, normalizer)
+        loss = loss - config.entropy_coefficient * bonus
     return loss, metrics
-
-
-def aggregate(
-    aggregation: Aggregation,
-    x: Float[Array, "B C"],
-    mask: Bool[Array, "B C"],
-    normalizer: Normalizer,
-) -> Float[Array, ""]:
-    """Σ_b reduce_t x_bt / n: these rows' share of the whole batch's aggregate.
-
-    sequence-mean-token-mean   Σ_b (Σ_t m x / Σ_t m) / sequences
-    sequence-mean-token-sum    Σ_b  Σ_t m x          / sequences
-    token-mean                 Σ_b  Σ_t m x          / tokens
-    """
-    per_sequence = jnp.sum(jnp.where(mask, x, 0), axis=1)
-    if aggregation == "sequence-mean-token-mean":
-        per_sequence = per_sequence / jnp.maximum(mask.sum(axis=1), 1)
-    whole = normalizer.tokens if aggregation == "token-mean" else normalizer.sequences
-    return per_sequence.sum() / whole
 
 
 # -- the losses -------------------------------------------------------------------------------
@@ -181,20 +212,14 @@ class Surrogate(NamedTuple):
     mask: jax.Array
 
 
-class Loss(NamedTuple):
-    """A surrogate `(config, ℓ, ℓᵒ, A [B, 1], m) -> Surrogate` and how it is usually aggregated."""
-
-    surrogate: Callable[..., Surrogate]
-    aggregation: Aggregation
-
-
 def clipped(config: LossConfig, ratio: jax.Array, advantages: jax.Array, mask: jax.Array):
-    """-min(ρ A, clip(ρ, 1 - ε, 1 + ε_high) A), and where each bound took effect.
+    """-min(min(ρ, δ) A, clip(ρ, 1 - ε, 1 + ε_high) A), and where each bound took effect.
 
-    Source: Schulman et al. 2017 (PPO), eq. 7.
+    Sources: Schulman et al. 2017 (PPO), eq. 7; the dual clip δ, Ye et al. 2020, eq. 5.
     """
     low, high = config.clip_range
-    loss = -jnp.minimum(ratio * advantages, jnp.clip(ratio, low, high) * advantages)
+    capped = ratio if config.delta is None else jnp.minimum(ratio, config.delta)
+    loss = -jnp.minimum(capped * advantages, jnp.clip(ratio, low, high) * advantages)
     metrics = {
         "clip_ratio/low_mean": ((ratio < low) & (advantages < 0)).astype(loss.dtype),
         "clip_ratio/high_mean": ((ratio > high) & (advantages > 0)).astype(loss.dtype),
@@ -202,25 +227,91 @@ def clipped(config: LossConfig, ratio: jax.Array, advantages: jax.Array, mask: j
     return Surrogate(loss, metrics, mask)
 
 
-def grpo(config, new, old, advantages, mask) -> Surrogate:
-    """ρ of every token, clipped. Source: Shao et al. 2024, eq. 3."""
+def token_ratio(config, new, old, advantages, mask) -> Surrogate:
+    """ρ of every token, clipped. Source: Shao et al. 2024 (GRPO), eq. 3."""
     return clipped(config, jnp.exp(new - old), advantages, mask)
 
 
-def rloo(config, new, old, advantages, mask) -> Surrogate:
-    """ρ of the whole sequence, exp(Σ_t (ℓ - ℓᵒ)), clipped. Source: Ahmadian et al. 2024."""
+def mean_ratio(config, new, old, advantages, mask) -> Surrogate:
+    """ρ of the sequence, exp(mean_t (ℓ - ℓᵒ)), clipped; a token's gradient goes through its ℓ.
+
+    Source: Zheng et al. 2025 (GSPO), eq. 7 and 14.
+    """
+    lengths = jnp.maximum(mask.sum(axis=1, keepdims=True), 1)
+    log_ratio = jnp.sum(new - old, axis=1, keepdims=True) / lengths
+    held = jax.lax.stop_gradient
+    return clipped(config, jnp.exp(held(log_ratio) + new - held(new)), advantages, mask)
+
+
+def product_ratio(config, new, old, advantages, mask) -> Surrogate:
+    """ρ of the whole sequence, exp(Σ_t (ℓ - ℓᵒ)), clipped. Source: Ahmadian et al. 2024 (RLOO)."""
+    if advantages.shape[1] != 1:
+        raise JaxdynError(f"rloo takes one advantage a sequence, got {advantages.shape}")
     ratio = jnp.exp(jnp.sum(new - old, axis=1, keepdims=True))
     return clipped(config, ratio, advantages, mask.any(axis=1, keepdims=True))
 
 
-def reinforce(config, new, old, advantages, mask) -> Surrogate:
+def capped_weight(config, new, old, advantages, mask) -> Surrogate:
+    """-stop_gradient(min(ρ, ε_high)) A ℓ. Sources: MiniMax 2025 (CISPO), eq. 4; TRL for the cap."""
+    ratio, cap = jax.lax.stop_gradient(jnp.exp(new - old)), config.resolved_epsilon_high
+    metrics = {"clip_ratio/high_mean": (ratio > cap).astype(ratio.dtype)}
+    return Surrogate(-jnp.minimum(ratio, cap) * advantages * new, metrics, mask)
+
+
+def log_prob(config, new, old, advantages, mask) -> Surrogate:
     """-A ℓ, whose gradient is the policy gradient at the sampled tokens. Source: Williams 1992."""
     return Surrogate(-advantages * new, {}, mask)
 
 
+_CLIP = frozenset({"epsilon", "epsilon_high", "delta"})
+_VALUE = frozenset({"value_clip", "value_coefficient"})
+_GROUP = ("group_relative", "leave_one_out", "plain")
+_GLOBAL = ("reinforce_plus_plus", "reinforce_plus_plus_baseline")
+
+
+class Loss(NamedTuple):
+    """A row of the table.
+
+    `surrogate(config, ℓ, ℓᵒ, A [B, 1] or [B, C], m)`; its usual `aggregation`; the kinds of
+    `advantages` that it takes, its own first, and by what they are scaled; ε and ε_high (ε when
+    None); which optional fields of `LossConfig` it reads; and whether it weighs whole sequences, so
+    that no other aggregation makes sense.
+    """
+
+    surrogate: Callable[..., Surrogate]
+    aggregation: Aggregation
+    advantages: tuple[str, ...] = _GROUP
+    scale: Scale = "group"
+    epsilon: float = 0.2
+    epsilon_high: float | None = None
+    options: frozenset[str] = _CLIP
+    of_sequences: bool = False
+
+
 LOSSES: dict[str, Loss] = {
-    "grpo": Loss(grpo, "sequence-mean-token-mean"),
-    "rloo": Loss(rloo, "sequence-mean-token-sum"),
-    "reinforce": Loss(reinforce, "sequence-mean-token-sum"),
+    "grpo": Loss(token_ratio, "sequence-mean-token-mean"),
+    "dr_grpo": Loss(token_ratio, "sequence-mean-token-sum-norm", scale="none"),
+    "dapo": Loss(token_ratio, "token-mean", epsilon_high=0.28),
+    "bnpo": Loss(token_ratio, "token-mean"),
+    "gspo": Loss(
+        mean_ratio, "sequence-mean-token-mean", epsilon=3e-4, epsilon_high=4e-4, of_sequences=True
+    ),
+    "cispo": Loss(
+        capped_weight, "token-mean", epsilon_high=5.0, options=frozenset({"epsilon_high"})
+    ),
+    "rloo": Loss(
+        product_ratio,
+        "sequence-mean-token-sum",
+        ("leave_one_out", "group_relative", "plain"),
+        of_sequences=True,
+    ),
+    "reinforce": Loss(
+        log_prob,
+        "sequence-mean-token-sum",
+        ("plain", "leave_one_out", "group_relative", *_GLOBAL),
+        options=frozenset(),
+    ),
+    "reinforce_plus_plus": Loss(token_ratio, "token-mean", _GLOBAL),
+    "ppo": Loss(token_ratio, "token-mean", ("gae",), options=_CLIP | _VALUE),
 }
 """Every loss by its `loss_type`; another loss is another row."""

@@ -55,12 +55,15 @@ def generate(
     top_p: float = 1.0,
     stop_ids: tuple[int, ...] = (),
     pad_id: int = 0,
+    harvest: bool = False,
 ) -> Rollout:
     """Sample G completions of up to C tokens for each of P left-padded prompts.
 
     A completion ends with the first of `stop_ids`, which belongs to it and to its mask; after it
-    come `pad_id`s. Decoding ends when every completion has. Only a new model, shape or number of
-    stop ids compiles: key, temperature, top-k, top-p, stop and pad ids are traced.
+    come `pad_id`s. Decoding ends when every completion has. `harvest` keeps the features that
+    predicted the tokens, those of a teacher-forced pass (`Rollout.features`). Only a new model,
+    shape, number of stop ids or `harvest` compiles: key, temperature, top-k, top-p, stop and pad
+    ids are traced.
 
     `model` has `prefill`, `decode` and `logits` (see `jaxdyn.models.LanguageModel`) and is
     hashable; fold the step into `key` (`step_key`). Raises `JaxdynError` when S + C slots exceed
@@ -76,6 +79,7 @@ def generate(
         model,
         num_generations,
         max_completion_length,
+        harvest,
         view,
         prompts,
         key,
@@ -87,35 +91,46 @@ def generate(
     )
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
 def _generate(
-    model, generations, length, view, prompts, key, temperature, top_k, top_p, stop_ids, pad_id
+    model,
+    generations,
+    length,
+    harvest,
+    view,
+    prompts,
+    key,
+    temperature,
+    top_k,
+    top_p,
+    stop_ids,
+    pad_id,
 ):
-    num_prompts, prompt_slots = prompts.prompt_ids.shape
-    slots = prompt_slots + length
-    rows = num_prompts * generations
-    per_generation = lambda x, axis: jnp.repeat(x, generations, axis=axis)
-
-    prompt_features, prompt_cache = model.prefill(
-        view["backbone"], prompts.prompt_ids, prompts.prompt_mask, slots
-    )
-    cache = jax.tree.map(lambda x: per_generation(x, 1), prompt_cache)
-    prompt_ids = per_generation(prompts.prompt_ids, 0)
-    prompt_mask = per_generation(prompts.prompt_mask, 0)
+    per_generation = lambda x: jnp.repeat(x, generations, axis=0)
+    prompt_ids, prompt_mask = map(per_generation, (prompts.prompt_ids, prompts.prompt_mask))
     prompt_length = prompt_mask.sum(axis=1, dtype=jnp.int32)
-    prompt_slots_mask = jnp.pad(prompt_mask, ((0, 0), (0, length)))
+    rows = len(prompt_ids)
+
+    # The prompts' cache is read by all their generations; each has one for its own tokens.
+    prompt_features, prompt_cache = model.prefill(
+        view["backbone"], prompts.prompt_ids, prompts.prompt_mask
+    )
+    own = lambda x: jnp.zeros((x.shape[0], rows, x.shape[2], length, x.shape[4]), x.dtype)
+    cache = jax.tree.map(own, prompt_cache)
 
     def draw(state, features):
         """Sample token t of every completion from the features that predict it, and record it."""
-        t, cache, _, alive, ids, mask, logps = state
+        t, cache, _, alive, ids, mask, logps, kept = state
         logits = model.logits(view["classifier"], features)
         token, logp = sample_token(jax.random.fold_in(key, t), logits, temperature, top_k, top_p)
         token = jnp.where(alive, token, pad_id)
         column = lambda array, x: jax.lax.dynamic_update_index_in_dim(array, x, t, axis=1)
         ids, mask = column(ids, token), column(mask, alive)
-        logps = column(logps, jnp.where(alive, logp, 0).astype(logps.dtype))
+        logps = column(logps, jnp.where(alive, logp, 0))
+        if harvest:
+            kept = column(kept, jnp.where(alive[:, None], features, 0))
         stopped = (token[:, None] == stop_ids[None, :]).any(axis=1)
-        return t + 1, cache, token, alive & ~stopped, ids, mask, logps
+        return t + 1, cache, token, alive & ~stopped, ids, mask, logps, kept
 
     def unfinished(state):
         t, _, _, alive, *_ = state
@@ -124,18 +139,21 @@ def _generate(
     def advance(state):
         """Write token t - 1 to its cache slot, then draw token t from its features."""
         t, cache, token, *rest = state
-        slot = prompt_slots + t - 1
-        completion = (jnp.arange(slots) >= prompt_slots) & (jnp.arange(slots) <= slot)
+        slot = t - 1
+        written = jnp.broadcast_to(jnp.arange(length) <= slot, (rows, length))
         features, cache = model.decode(
             view["backbone"],
             token,
-            prompt_length + t - 1,
+            prompt_length + slot,
+            prompt_cache,
             cache,
-            prompt_slots_mask | completion[None],
+            jnp.concatenate([prompt_mask, written], axis=1),
             slot,
         )
         return draw((t, cache, token, *rest), features)
 
+    first = per_generation(prompt_features[:, -1])
+    wide = jnp.promote_types(first.dtype, jnp.float32)
     empty = (
         jnp.int32(0),
         cache,
@@ -143,8 +161,8 @@ def _generate(
         jnp.ones(rows, bool),
         jnp.full((rows, length), pad_id),
         jnp.zeros((rows, length), bool),
-        jnp.zeros((rows, length), jnp.float32),
+        jnp.zeros((rows, length), wide),
+        jnp.zeros((rows, length, first.shape[1]), first.dtype) if harvest else None,
     )
-    first = draw(empty, per_generation(prompt_features[:, -1], 0))
-    *_, ids, mask, logps = jax.lax.while_loop(unfinished, advance, first)
-    return Rollout(prompt_ids, prompt_mask, ids, mask, logps)
+    *_, ids, mask, logps, kept = jax.lax.while_loop(unfinished, advance, draw(empty, first))
+    return Rollout(prompt_ids, prompt_mask, ids, mask, logps, kept)

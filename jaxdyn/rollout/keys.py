@@ -7,7 +7,7 @@ from jaxtyping import PRNGKeyArray
 
 from jaxdyn.types import JaxdynError
 
-Stream = Literal["rollout", "probe", "evaluation"]
+Stream = Literal["rollout", "probe", "evaluation", "adapters"]
 
 
 def step_key(seed: int, stream: Stream, step: int) -> PRNGKeyArray:

@@ -16,19 +16,46 @@ def sample_token(
 ) -> tuple[Int[Array, " B"], Float[Array, " B"]]:
     """A token of softmax(f / temperature) within the filters, and its unfiltered log-probability.
 
-        token = argmax_v [f_v / temperature + Gumbel noise]   over the tokens that the filters keep
+        token = the first v with  Σ_{u ≤ v} exp(f_u / temperature) > U Σ_u exp(f_u / temperature)
 
-    Temperature 0 is greedy. The log-probability, in nats, is that under softmax(f / temperature)
-    before any filter, the quantity a teacher-forced pass computes; under softmax(f) when greedy.
+    over the tokens that the filters keep, U uniform on [0, 1). Temperature 0 is greedy. The
+    log-probability, in nats, is that under softmax(f / temperature) before any filter, the
+    quantity a teacher-forced pass computes; under softmax(f) when greedy.
     """
     greedy = temperature <= 0
     scaled = logits / jnp.where(greedy, 1, temperature)
     off = (top_k <= 0) & (top_p >= 1)
     kept = jax.lax.cond(off, lambda f: f, lambda f: filtered(f, top_k, top_p), scaled)
-    noise = jax.random.gumbel(key, kept.shape, kept.dtype)
-    token = jnp.argmax(kept + jnp.where(greedy, 0, noise), axis=-1)
+    likeliest = scaled.max(axis=-1, keepdims=True)
+    mass = jnp.where(greedy, scaled == likeliest, jnp.exp(kept - likeliest))
+    uniforms = jax.random.uniform(key, (2, len(logits)), mass.dtype)
+    token = categorical(jnp.where(greedy, 0, uniforms), mass)
     chosen = jnp.take_along_axis(scaled, token[:, None], axis=-1)[:, 0]
-    return token.astype(jnp.int32), chosen - jax.nn.logsumexp(scaled, axis=-1)
+    return token, chosen - jax.nn.logsumexp(scaled, axis=-1)
+
+
+def categorical(uniforms: Float[Array, "2 B"], mass: Float[Array, "B V"]) -> Int[Array, " B"]:
+    """An index v of each row, drawn with probability mass_v / Σ mass by inverting the CDF twice.
+
+    About √V neighbours make a block: the first uniform draws a block, the second an index in it.
+    So a draw costs one pass over the vocabulary and two random numbers, where Gumbel noise costs V
+    of them and two logarithms each; and a rare token's probability is not lost in the rounding of
+    a sum over the vocabulary. An index without mass is never drawn.
+    """
+    size = mass.shape[1]
+    width = 1 << ((size - 1).bit_length() + 1) // 2
+    blocks = jnp.pad(mass, ((0, 0), (0, -size % width))).reshape(len(mass), -1, width)
+    block = _invert(uniforms[0], blocks.sum(axis=-1))
+    chosen = jnp.take_along_axis(blocks, block[:, None, None], axis=1)[:, 0]
+    return block * width + _invert(uniforms[1], chosen)
+
+
+def _invert(uniform: Float[Array, " B"], mass: Float[Array, "B K"]) -> Int[Array, " B"]:
+    """The first index at which the sum of the mass up to it exceeds the uniform's share."""
+    # A parallel sum need not be monotone: where there is no mass, nothing may be drawn.
+    total = jnp.where(mass > 0, jnp.cumsum(mass, axis=-1), 0)
+    reached = total > uniform[:, None] * total.max(axis=-1, keepdims=True)
+    return jnp.argmax(reached, axis=-1).astype(jnp.int32)
 
 
 def filtered(

@@ -4,16 +4,15 @@ from jaxdyn.train.analyze import analyze, export
 from jaxdyn.train.progress import Progress
 from jaxdyn.train.rl import run_rl
 from jaxdyn.train.sft import run_sft
-from jaxdyn.train.update import TrainState, UpdateBatch, classifier_update, joint_update
+from jaxdyn.train.update import TrainState, UpdateBatch, update
 
 __all__ = [
     "Progress",
     "TrainState",
     "UpdateBatch",
     "analyze",
-    "classifier_update",
     "export",
-    "joint_update",
     "run_rl",
     "run_sft",
+    "update",
 ]

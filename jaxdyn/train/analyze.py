@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxdyn.config import RunConfig, load_config
-from jaxdyn.models import save_pretrained
+from jaxdyn.models import merge_adapters, save_pretrained
 from jaxdyn.optim import stage_at
 from jaxdyn.train.checkpoint import Checkpoints
 from jaxdyn.train.probe import Probe
@@ -74,7 +74,7 @@ def analyze(run: Path, output: Path, progress: Progress | None = None) -> Path:
 
 
 def export(run: Path, output: Path, step: int | None = None) -> Path:
-    """Write a checkpoint of a run (the newest) as a Hugging Face directory."""
+    """Write a checkpoint of a run (the newest) as a Hugging Face directory, adapters merged."""
     config, task, checkpoints = open_run(run)
     steps = checkpoints.steps()
     if step is not None and step not in steps:
@@ -82,6 +82,8 @@ def export(run: Path, output: Path, step: int | None = None) -> Path:
     if output.exists() and any(output.iterdir()):
         raise JaxdynError(f"{output} is not empty; choose another output")
     state, _ = begin_or_resume(task, config, plan_of(config), checkpoints, step)
-    save_pretrained(output, task.model, state.params, stop_ids=task.tokenizer.stop_ids)
+    policy = {part: state.params[part] for part in ("backbone", "classifier")}
+    model, policy = merge_adapters(task.model, policy)
+    save_pretrained(output, model, policy, stop_ids=task.tokenizer.stop_ids)
     task.tokenizer.save(output)
     return output

@@ -49,9 +49,10 @@ class Probe:
     def measure(self, before: Params, state: TrainState) -> Measured:
         """What the update from `before` to `state` did, and the state it led to."""
         view = self.model.view(state.params)
-        scalars, arrays = self.measure_state(view)
+        after = site_state(self.model, view, self.sites)
+        scalars, arrays = measure_state(self.model, view, self.sites, self.start, self.start, after)
         moved, per_site = measure_update(
-            self.model, self.model.view(before), view, self.sites, state.head_share
+            self.model, self.model.view(before), view, self.sites, state.head_share, after
         )
         return {**scalars, **moved}, {**arrays, **per_site}
 

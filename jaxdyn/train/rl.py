@@ -13,16 +13,17 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxdyn.config import RunConfig
+from jaxdyn.models import init_value_head
 from jaxdyn.optim import Stage, make_optimizer, stage_at, stages, trainable
-from jaxdyn.rollout import step_key
 from jaxdyn.train.checkpoint import Checkpoints, require_finite
+from jaxdyn.train.evaluate import evaluate
 from jaxdyn.train.probe import Probe
 from jaxdyn.train.progress import Progress
 from jaxdyn.train.run_directory import RunDirectory
 from jaxdyn.train.step import begin_stage, take_step
-from jaxdyn.train.task import Task, experience_metrics, gather_experience, open_task
-from jaxdyn.train.update import TrainState, policy_certainty
-from jaxdyn.types import JaxdynError, Params
+from jaxdyn.train.task import Task, open_task
+from jaxdyn.train.update import TrainState
+from jaxdyn.types import JaxdynError
 
 
 def run_rl(config: RunConfig, progress: Progress | None = None) -> Path:
@@ -45,7 +46,7 @@ def run_rl(config: RunConfig, progress: Progress | None = None) -> Path:
         directory.rewind(position["step"])
     else:
         directory.rewind(-1)
-        evaluate(task, reference, config, directory, step=-1)
+        evaluate(task, reference, config, directory, step=-1, sweep=True)
         probe.record_start(directory)
 
     first, last = position["step"], plan[-1].end
@@ -69,7 +70,8 @@ def run_rl(config: RunConfig, progress: Progress | None = None) -> Path:
             metrics = {"step": step, **metrics, **totals}
             every = config.evaluation.every
             if step + 1 == last or (every and (step + 1) % every == 0):
-                metrics |= evaluate(task, task.model.view(state.params), config, directory, step)
+                view = task.model.view(state.params)
+                metrics |= evaluate(task, view, config, directory, step, sweep=step + 1 == last)
             directory.log("metrics.jsonl", metrics)
             readable = experience.records(step, config.train.save_completions)
             directory.log("completions.jsonl", *readable)
@@ -122,39 +124,13 @@ def begin_or_resume(
         step = saved[-1] if step is None else step
         position = checkpoints.position(step)
     params = jax.tree.map(jnp.copy, task.params)
-    opt_state = make_optimizer(config.optim).init(trainable(position["stage"], params))
-    state = TrainState(params, opt_state)
+    if config.loss.loss_type == "ppo":
+        params["value"] = init_value_head(task.model.config.width)
+    moving, _ = trainable(config.optim, position["stage"], params)
+    state = TrainState(params, make_optimizer(config.optim).init(moving))
     if task.model.config.tied:
         zeros = jnp.zeros_like(params["backbone"]["embed"]["embedding"])
         state = state.replace(head_moment=zeros, head_share=jnp.copy(zeros))
     if saved:
         state = checkpoints.state(position["step"], state)
     return state, position
-
-
-def evaluate(
-    task: Task, view: Params, config: RunConfig, directory: RunDirectory, step: int
-) -> dict[str, float]:
-    """Sample the held-out prompts; keep the completions, and return the `eval_` metrics.
-
-    The key is the same at every evaluation, so that two policies differ by what they are and not
-    by their luck.
-    """
-    experience = gather_experience(
-        task,
-        view,
-        task.test[: config.evaluation.num_prompts],
-        step_key(config.seed, "evaluation", 0),
-        config,
-        config.evaluation.num_generations,
-        config.train.max_prompt_length,
-    )
-    directory.log("samples.jsonl", *experience.records(step))
-    temperature = jnp.float32(config.sampling.temperature)
-    certainty = policy_certainty(task.model, view, experience.rollout, temperature)
-    metrics = experience_metrics(experience, task.model.config.vocab_size)
-    metrics |= {name: float(value) for name, value in certainty.items()}
-    metrics = {f"eval_{name}": value for name, value in metrics.items()}
-    if step < 0:
-        directory.log("metrics.jsonl", {"step": step, **metrics})
-    return metrics

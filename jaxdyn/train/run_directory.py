@@ -17,7 +17,13 @@ from tensorboardX import SummaryWriter
 from jaxdyn.config import load_config, save_config
 from jaxdyn.types import JaxdynError
 
-LOGS = ("metrics.jsonl", "dynamics.jsonl", "samples.jsonl", "completions.jsonl")
+LOGS = (
+    "metrics.jsonl",
+    "dynamics.jsonl",
+    "samples.jsonl",
+    "completions.jsonl",
+    "temperatures.jsonl",
+)
 
 
 class RunDirectory:

@@ -17,13 +17,13 @@ from jaxdyn.config import SFTConfig
 from jaxdyn.data import batch_indices, encode_supervised
 from jaxdyn.models import save_pretrained
 from jaxdyn.rl import feature_statistics
-from jaxdyn.rollout import step_key
 from jaxdyn.train.checkpoint import Checkpoints, require_finite
+from jaxdyn.train.evaluate import sample_held_out
 from jaxdyn.train.progress import Progress
 from jaxdyn.train.run_directory import RunDirectory
-from jaxdyn.train.task import Task, experience_metrics, gather_experience, open_task
+from jaxdyn.train.task import open_task
 from jaxdyn.train.update import TrainState
-from jaxdyn.types import JaxdynError, Params
+from jaxdyn.types import JaxdynError
 
 
 def make_optimizer(config: SFTConfig) -> optax.GradientTransformation:
@@ -102,7 +102,7 @@ def run_sft(config: SFTConfig, progress: Progress | None = None) -> Path:
             position["wall"] += time.perf_counter() - began
             last = step + 1 == config.steps
             if last or (config.evaluate_every and (step + 1) % config.evaluate_every == 0):
-                evaluated = sampled_metrics(task, task.model.view(state.params), config)
+                _, evaluated = sample_held_out(task, task.model.view(state.params), config)
                 reward = evaluated["reward"]
                 metrics |= {f"eval_{k}": v for k, v in evaluated.items()}
                 position["reached"] = bool(config.target_reward and reward >= config.target_reward)
@@ -129,18 +129,3 @@ def completions_of(examples: Sequence[dict[str, Any]]) -> list[str]:
                 f"one with the prompt {example['prompt'][:60]!r} has none"
             )
     return [example["completion"] for example in examples]
-
-
-def sampled_metrics(task: Task, view: Params, config: SFTConfig) -> dict[str, float]:
-    """Reward and diversity of completions of held-out prompts."""
-    count = min(config.evaluation.num_prompts, len(task.test))
-    experience = gather_experience(
-        task,
-        view,
-        [task.test[i] for i in range(count)],
-        step_key(config.seed, "evaluation", 0),
-        config,
-        config.evaluation.num_generations,
-        config.max_prompt_length,
-    )
-    return experience_metrics(experience, task.model.config.vocab_size)

@@ -14,18 +14,19 @@ import jax.numpy as jnp
 
 from jaxdyn.config import RunConfig
 from jaxdyn.data import batch_indices
-from jaxdyn.optim import Stage, enter_stage, learning_rate, make_optimizer, trainable
-from jaxdyn.rl import group_relative, leave_one_out, penalised_rewards, plain
-from jaxdyn.rollout import step_key
+from jaxdyn.optim import Stage, enter_stage, learning_rate, make_optimizer, merge, trainable
+from jaxdyn.rl import drop_truncated, estimate_advantages
+from jaxdyn.rollout import step_key, trim
 from jaxdyn.train.task import Experience, Task, experience_metrics, gather_experience
 from jaxdyn.train.update import (
     TrainState,
     UpdateBatch,
+    ValueTargets,
     batch_features,
+    batch_values,
     classifier_logps,
-    classifier_update,
-    joint_update,
     policy_logps,
+    update,
 )
 from jaxdyn.types import Params
 
@@ -52,13 +53,14 @@ def take_step(
         config,
         config.train.num_generations,
         config.train.max_prompt_length,
+        harvest=stage.name == "classifier",
     )
     sampled = time.perf_counter()
     batch, features = make_batch(task, config, state, stage, reference, experience)
     jax.block_until_ready(batch)
     prepared = time.perf_counter()
     rate = learning_rate(config.optim, stage.name, step - stage.start, stage.end - stage.start)
-    state, measured = update(task, config, state, stage, batch, features, rate)
+    state, measured = run_epochs(task, config, state, stage, batch, features, rate)
     metrics = {name: float(value) for name, value in jax.device_get(measured).items()}
     updated = time.perf_counter()
     metrics = {
@@ -84,7 +86,7 @@ def prompts_of_step(task: Task, config: RunConfig, step: int) -> list[dict[str, 
 
 def begin_stage(config: RunConfig, stage: Stage, state: TrainState) -> TrainState:
     """Give the parts that begin to move an optimizer state."""
-    moving = trainable(stage.name, state.params)
+    moving, _ = trainable(config.optim, stage.name, state.params)
     reset = config.optim.reset_classifier_state
     opt_state = enter_stage(make_optimizer(config.optim), moving, state.opt_state, reset)
     return state.replace(opt_state=opt_state)
@@ -98,54 +100,61 @@ def make_batch(
     reference: Params,
     experience: Experience,
 ) -> tuple[UpdateBatch, jax.Array | None]:
-    """The update's arrays; in the classifier stage also the features, computed here once."""
-    rollout, loss = experience.rollout, config.loss
+    """The update's arrays; in the classifier stage also the features, harvested in decoding.
+
+    Completions are cut to the bucket of the longest, so that an update pays for what was sampled.
+    """
+    loss, rollout = config.loss, trim(experience.rollout)
     temperature = jnp.float32(config.sampling.temperature)
+    finished = jnp.asarray(experience.finished)
+    mask = rollout.completion_mask
     batch = UpdateBatch(
         tokens=rollout.tokens,
         mask=rollout.mask,
         completion_ids=rollout.completion_ids,
-        completion_mask=rollout.completion_mask,
+        completion_mask=drop_truncated(mask, finished) if loss.mask_truncated else mask,
         advantages=jnp.zeros(len(rollout.tokens)),
     )
     view = task.model.view(state.params)
-    features = None
-    if stage.name == "classifier":
+    features = rollout.features
+    if features is None and loss.loss_type == "ppo":
         features = batch_features(task.model, view["backbone"], batch)
 
     def logps(policy: Params) -> jax.Array:
-        if features is None:
+        if features is None or (policy is reference and stage.name == "joint"):
             return policy_logps(task.model, policy, batch, temperature)
         # While only the classifier has moved, the reference has the policy's features.
         ids = rollout.completion_ids
         return classifier_logps(task.model, policy["classifier"], features, ids, temperature)
 
+    values = None
+    if loss.loss_type == "ppo":
+        values = batch_values(state.params["value"], features)
     in_reward = loss.kl_placement == "reward"
     old = logps(view) if config.train.num_iterations > 1 or in_reward else None
     ref = logps(reference) if loss.beta else None
-    rewards = jnp.asarray(experience.rewards.total, jnp.float32)
-    if in_reward and old is not None and ref is not None:
-        estimator = loss.resolved_kl_estimator
-        rewards = penalised_rewards(
-            rewards, loss.beta, estimator, old, ref, rollout.completion_mask
-        )
-    batch = batch.replace(
-        advantages=advantages(config, rewards), old_per_token_logps=old, ref_per_token_logps=ref
+    advantages, returns = estimate_advantages(
+        config.advantage,
+        loss,
+        jnp.asarray(experience.rewards.total, jnp.float32),
+        config.train.num_generations,
+        mask,
+        old,
+        ref,
+        values,
+        finished,
+        config.sampling.max_completion_length,
     )
-    return batch, features
+    batch = batch.replace(
+        advantages=advantages,
+        old_per_token_logps=old,
+        ref_per_token_logps=ref,
+        values=None if values is None else ValueTargets(values, returns),
+    )
+    return batch, features if stage.name == "classifier" else None
 
 
-def advantages(config: RunConfig, rewards: jax.Array) -> jax.Array:
-    """The configured advantages of B rewards."""
-    generations = config.train.num_generations
-    if config.advantage_kind == "group_relative":
-        return group_relative(rewards, generations, config.advantage.scale)
-    if config.advantage_kind == "leave_one_out":
-        return leave_one_out(rewards, generations)
-    return plain(rewards)
-
-
-def update(
+def run_epochs(
     task: Task,
     config: RunConfig,
     state: TrainState,
@@ -155,29 +164,24 @@ def update(
     rate: float,
 ) -> tuple[TrainState, dict[str, jax.Array]]:
     """All inner epochs of one step; the metrics are the last one's."""
-    static = {
-        "model": task.model,
-        "loss": config.loss,
-        "optim": config.optim.rule,
-        "microbatches": config.train.microbatches,
-    }
-    rate = jnp.float32(rate)
-    temperature = jnp.float32(config.sampling.temperature)
+    moving, frozen = trainable(config.optim, stage.name, state.params)
+    of_loss = frozen.keys() if features is None else frozen.keys() - {"backbone"}
+    needed = {part: frozen[part] for part in of_loss}
     if state.head_share is not None:
         state = state.replace(head_share=jnp.zeros_like(state.head_share))
+    state = state.replace(params=moving)
     for _ in range(config.train.num_iterations):
-        if stage.name == "joint":
-            state, metrics = joint_update(state, batch, rate, temperature, **static)
-        else:
-            classifier, opt_state, metrics = classifier_update(
-                state.params["classifier"],
-                state.opt_state,
-                features,
-                batch,
-                rate,
-                temperature,
-                **static,
-            )
-            params = {**state.params, "classifier": classifier}
-            state = state.replace(params=params, opt_state=opt_state)
-    return state, metrics
+        state, metrics = update(
+            state,
+            needed,
+            batch,
+            features,
+            jnp.float32(rate),
+            jnp.float32(config.sampling.temperature),
+            model=task.model,
+            loss=config.loss,
+            optim=config.optim.rule,
+            microbatches=config.train.microbatches,
+            max_completion_length=config.sampling.max_completion_length,
+        )
+    return state.replace(params=merge(state.params, frozen)), metrics

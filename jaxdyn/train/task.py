@@ -20,15 +20,15 @@ from jaxdyn.data import (
     require_prompts_fit,
 )
 from jaxdyn.dynamics.diversity import diversity_metrics
-from jaxdyn.models import LanguageModel, load_pretrained, local_directory
+from jaxdyn.models import LanguageModel, add_adapters, load_pretrained, local_directory
 from jaxdyn.rewards import RewardOutput, make_reward
-from jaxdyn.rollout import generate
+from jaxdyn.rollout import generate, step_key
 from jaxdyn.types import JaxdynError, Params, Rollout
 
 
 @dataclasses.dataclass(frozen=True)
 class Task:
-    """A model as loaded, its tokenizer, training and held-out prompts, and the reward."""
+    """A model as loaded, its tokenizer, training and held-out prompts, the reward and metrics."""
 
     model: LanguageModel
     params: Params
@@ -36,6 +36,7 @@ class Task:
     train: Sequence[dict[str, Any]]
     test: Sequence[dict[str, Any]]
     reward: Callable[..., RewardOutput]
+    metrics: Callable[..., RewardOutput] | None = None
 
 
 def open_model(source: ModelSource) -> tuple[LanguageModel, Params, Tokenizer]:
@@ -48,6 +49,7 @@ def open_model(source: ModelSource) -> tuple[LanguageModel, Params, Tokenizer]:
     model, params = load_pretrained(
         directory, untie=source.untie, dtype=jnp.dtype(source.dtype).type
     )
+    model = dataclasses.replace(model, remat=source.remat)
     tokenizer = load_tokenizer(directory)
     if tokenizer.vocab_size > model.config.vocab_size:
         raise JaxdynError(
@@ -63,13 +65,37 @@ def open_model(source: ModelSource) -> tuple[LanguageModel, Params, Tokenizer]:
     return model, params, tokenizer
 
 
+def with_adapters(
+    model: LanguageModel, params: Params, config: RunConfig
+) -> tuple[LanguageModel, Params]:
+    """The same function with the adapters that the run trains, drawn from its seed.
+
+    Raises:
+      JaxdynError: if a tied model's one matrix would both move and stay.
+    """
+    body, head = config.optim.backbone, config.optim.classifier
+    if model.config.tied and (body == "full") != (head == "full"):
+        raise JaxdynError(
+            f"optim.backbone is {body} and optim.classifier {head}, but {config.model.path} ties "
+            "them in one matrix: train both in full or neither, or set model.untie"
+        )
+    if "lora" not in (body, head):
+        return model, params
+    key = step_key(config.seed, "adapters", 0)
+    return add_adapters(
+        model, params, config.lora, key, backbone=body == "lora", classifier=head == "lora"
+    )
+
+
 def open_task(config: RunConfig | SFTConfig, max_prompt_length: int) -> Task:
-    """Load everything a run needs, and check that it fits together.
+    """Load everything a run needs, adapters among it, and check that it fits together.
 
     Raises:
       JaxdynError: naming what does not: the model, its vocabulary, its context, the prompts.
     """
     model, params, tokenizer = open_model(config.model)
+    if isinstance(config, RunConfig):
+        model, params = with_adapters(model, params, config)
     longest = max_prompt_length + config.sampling.max_completion_length
     if longest > model.config.max_positions:
         raise JaxdynError(
@@ -80,7 +106,19 @@ def open_task(config: RunConfig | SFTConfig, max_prompt_length: int) -> Task:
     train, test = load_source(config.data, "train"), load_source(config.data, "test")
     for split in (train, test):
         require_prompts_fit(tokenizer, split, max_prompt_length)
-    return Task(model, params, tokenizer, train, test, make_reward(config.reward))
+    metrics = make_metrics(config)
+    return Task(model, params, tokenizer, train, test, make_reward(config.reward), metrics)
+
+
+def make_metrics(config: RunConfig | SFTConfig) -> Callable[..., RewardOutput] | None:
+    """The evaluation's metrics, which read the reward's options and columns; None without any."""
+    if not config.evaluation.metrics:
+        return None
+    functions = config.evaluation.metrics
+    try:
+        return make_reward(dataclasses.replace(config.reward, functions=functions, weights=()))
+    except JaxdynError as error:
+        raise JaxdynError(f"evaluation.metrics: {error}") from error
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,6 +130,7 @@ class Experience:
     completions: list[str]
     finished: list[bool]
     completion_ids: list[list[int]]
+    columns: dict[str, list]
     rewards: RewardOutput
     num_generations: int
     reward_seconds: float
@@ -125,8 +164,12 @@ def gather_experience(
     config: RunConfig | SFTConfig,
     num_generations: int,
     max_prompt_length: int,
+    harvest: bool = False,
 ) -> Experience:
-    """Sample `num_generations` completions of each example's prompt and score them."""
+    """Sample `num_generations` completions of each example's prompt and score them.
+
+    `harvest` keeps the features that predicted the tokens (`Rollout.features`).
+    """
     tokenizer, sampling = task.tokenizer, config.sampling
     prompts = encode_prompts(tokenizer, [e["prompt"] for e in examples], max_prompt_length)
     rollout = generate(
@@ -141,6 +184,7 @@ def gather_experience(
         top_p=sampling.top_p,
         stop_ids=tokenizer.stop_ids,
         pad_id=tokenizer.pad_id,
+        harvest=harvest,
     )
     texts, finished, ids = decode_completions(
         tokenizer, rollout.completion_ids, rollout.completion_mask
@@ -153,7 +197,9 @@ def gather_experience(
     began = time.perf_counter()
     rewards = task.reward(asked, texts, table)
     seconds = time.perf_counter() - began
-    return Experience(rollout, asked, texts, finished, ids, rewards, num_generations, seconds)
+    return Experience(
+        rollout, asked, texts, finished, ids, table, rewards, num_generations, seconds
+    )
 
 
 def experience_metrics(experience: Experience, vocab_size: int) -> dict[str, float]:

@@ -1,9 +1,10 @@
-"""The two jitted update steps of CF-RL: all parameters, and the classifier alone.
+"""The jitted update of RL training: of every parameter, or of the classifier alone.
 
 Both minimise the same objective of the same arrays; they differ in where the features come from.
-The joint update differentiates through the backbone. The classifier update receives the features
-as data, so that no backward pass through the body exists in its program, and one pass over a
-rollout batch serves all its inner epochs.
+Joint training differentiates through the backbone. A classifier stage receives the features as
+data, so that no backward pass through the body exists in its program, and one pass over a rollout
+batch serves all its inner epochs. Only the leaves that move are differentiated; the others are
+data.
 """
 
 import functools
@@ -16,16 +17,26 @@ import optax
 from flax import struct
 from jaxtyping import Array, Bool, Float, Int
 
-from jaxdyn.optim import OptimConfig, head_direction, make_optimizer
+from jaxdyn.models import state_values
+from jaxdyn.optim import OptimConfig, head_direction, make_optimizer, merge
 from jaxdyn.rl import (
     LossConfig,
     Normalizer,
     TokenStatistics,
+    explained_variance,
     feature_statistics,
     normalizer_of,
     policy_loss,
+    value_loss,
 )
 from jaxdyn.types import Params, Rollout
+
+
+class ValueTargets(struct.PyTreeNode):
+    """What the value head is held to: its estimates before the update, and the returns."""
+
+    old: Float[Array, "B C"]
+    returns: Float[Array, "B C"]
 
 
 class UpdateBatch(struct.PyTreeNode):
@@ -35,13 +46,14 @@ class UpdateBatch(struct.PyTreeNode):
     mask: Bool[Array, "B T"]
     completion_ids: Int[Array, "B C"]
     completion_mask: Bool[Array, "B C"]
-    advantages: Float[Array, " B"]
+    advantages: Float[Array, " B"] | Float[Array, "B C"]
     old_per_token_logps: Float[Array, "B C"] | None = None
     ref_per_token_logps: Float[Array, "B C"] | None = None
+    values: ValueTargets | None = None
 
 
 class TrainState(struct.PyTreeNode):
-    """Parameters as stored, and the optimizer's state of those that the stage moves.
+    """Parameters as stored (an update is given those that move alone), and their optimizer's state.
 
     For tied models `head_moment` [V, D] follows the head path's part of the shared matrix's
     momentum and `head_share` [V, D] sums its part of the updates since it was last set to zero;
@@ -63,7 +75,10 @@ def completion_features(
 
 
 batch_features = jax.jit(completion_features, static_argnums=0)
-"""`completion_features`, jitted: the classifier stage's one pass over a rollout batch."""
+"""`completion_features`, jitted: one pass over a rollout batch for all its inner epochs."""
+
+batch_values = jax.jit(state_values)
+"""The value head's estimates from features, before an update."""
 
 
 @functools.partial(jax.jit, static_argnames="model")
@@ -104,21 +119,22 @@ def certainty(
         "entropy": token_mean(statistics.entropy),
         "confidence/max_prob": token_mean(statistics.max_prob),
         "confidence/sampled_logp": token_mean(statistics.logps),
+        "confidence/margin": token_mean(statistics.margin),
     }
 
 
 def objective(
     model: Any,
     loss: LossConfig,
-    classifier: Params,
+    view: Params,
     features: Float[Array, "B C D"],
     batch: UpdateBatch,
     temperature: jax.Array,
     normalizer: Normalizer,
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """The RL loss of a classifier on features, with its metrics; sums over micro-batches."""
+    """The RL loss of classifier (and value head) on features, with its metrics, as sums."""
     statistics = feature_statistics(
-        model.logits, classifier, features, batch.completion_ids, temperature
+        model.logits, view["classifier"], features, batch.completion_ids, temperature
     )
     value, metrics = policy_loss(
         loss,
@@ -128,7 +144,15 @@ def objective(
         batch.advantages,
         batch.completion_mask,
         normalizer,
+        statistics.entropy,
     )
+    if batch.values is not None:
+        old, returns = batch.values.old, batch.values.returns
+        estimates = state_values(view["value"], features)
+        fit, of_values = value_loss(
+            loss, estimates, old, returns, batch.completion_mask, normalizer
+        )
+        value, metrics = value + fit, {**metrics, **of_values}
     sure = certainty(statistics, batch.completion_mask, normalizer)
     metrics = {**metrics, "loss": value, **sure}
     return value, jax.tree.map(jax.lax.stop_gradient, metrics)
@@ -147,13 +171,16 @@ def accumulate(function: Callable[[Any], Any], batch: Any, microbatches: int) ->
     return jax.lax.scan(add, zeros, parts)[0]
 
 
-_STATIC = ("model", "loss", "optim", "microbatches")
-
-
-@functools.partial(jax.jit, static_argnames=_STATIC, donate_argnames="state")
-def joint_update(
+@functools.partial(
+    jax.jit,
+    static_argnames=("model", "loss", "optim", "microbatches", "max_completion_length"),
+    donate_argnames="state",
+)
+def update(
     state: TrainState,
+    frozen: Params,
     batch: UpdateBatch,
+    features: Float[Array, "B C D"] | None,
     learning_rate: jax.Array,
     temperature: jax.Array,
     *,
@@ -161,64 +188,56 @@ def joint_update(
     loss: LossConfig,
     optim: OptimConfig,
     microbatches: int = 1,
+    max_completion_length: int | None = None,
 ) -> tuple[TrainState, dict[str, jax.Array]]:
-    """One update of all parameters: θ ← θ − η (P m + λ θ). Donates `state`."""
-    view = model.view(state.params)
-    normalizer = normalizer_of(batch.completion_mask)
+    """One update of the parameters in `state`: θ ← θ − η (P m + λ θ). Donates `state`.
 
-    def gradient_of(part: UpdateBatch):
-        def value(view):
-            features = completion_features(model, view["backbone"], part)
-            return objective(
-                model, loss, view["classifier"], features, part, temperature, normalizer
-            )
+    Args:
+      state: the parameters that move, with their optimizer's state.
+      frozen: the rest of the model, as far as the loss needs it: with features, no backbone.
+      batch: the rollout batch with its advantages.
+      features: φ at the completions' slots as data; None computes them, and moves the backbone.
+      learning_rate: η.
+      temperature: the sampler's.
+      model: a `LanguageModel`.
+      loss: the objective.
+      optim: the direction P m + λ θ.
+      microbatches: parts in which the gradient is accumulated.
+      max_completion_length: the sampler's limit, by which some losses divide; C when not given.
+    """
+    normalizer = normalizer_of(batch.completion_mask, max_completion_length)
+    moving = state.params
+    # A shared matrix that moves is differentiated by path, the head's apart from the embedding's.
+    shared = model.config.tied and "embedding" in moving.get("backbone", {}).get("embed", {})
 
-        gradient, metrics = jax.grad(value, has_aux=True)(view)
-        return gradient, metrics
+    def gradient_of(part):
+        batch, features = part
 
-    by_path, metrics = accumulate(gradient_of, batch, microbatches)
-    gradient = model.fold(by_path)
-    norm = optax.tree.norm(gradient)
-    direction, opt_state = make_optimizer(optim).update(gradient, state.opt_state, state.params)
-    new = state.replace(params=descend(state.params, direction, learning_rate), opt_state=opt_state)
-    if model.config.tied:
+        def value(moving):
+            whole = merge(moving, frozen)
+            view = whole if shared else model.view(whole)
+            phi = features
+            if phi is None:
+                phi = completion_features(model, view["backbone"], batch)
+            return objective(model, loss, view, phi, batch, temperature, normalizer)
+
+        return jax.grad(value, has_aux=True)(model.view(moving) if shared else moving)
+
+    by_path, metrics = accumulate(gradient_of, (batch, features), microbatches)
+    gradient = model.fold(by_path) if shared else by_path
+    direction, opt_state = make_optimizer(optim).update(gradient, state.opt_state, moving)
+    new = state.replace(params=descend(moving, direction, learning_rate), opt_state=opt_state)
+    if shared:
         head = by_path["classifier"]["weight"]
-        moments = opt_state[1]["backbone"][0]
+        norm, moments = optax.tree.norm(gradient), opt_state[1]["backbone"][0]
         moment, share = head_direction(optim, state.head_moment, head, norm, moments)
         head_share = state.head_share - learning_rate * share
         new = new.replace(head_moment=moment, head_share=head_share)
+    if batch.values is not None:
+        old, returns = batch.values.old, batch.values.returns
+        foreseen = explained_variance(old, returns, batch.completion_mask)
+        metrics["value/explained_variance"] = foreseen
     return new, {**metrics, **norms(gradient, direction, learning_rate)}
-
-
-@functools.partial(jax.jit, static_argnames=_STATIC, donate_argnames=("classifier", "opt_state"))
-def classifier_update(
-    classifier: Params,
-    opt_state: Any,
-    features: Float[Array, "B C D"],
-    batch: UpdateBatch,
-    learning_rate: jax.Array,
-    temperature: jax.Array,
-    *,
-    model: Any,
-    loss: LossConfig,
-    optim: OptimConfig,
-    microbatches: int = 1,
-) -> tuple[Params, Any, dict[str, jax.Array]]:
-    """One update of W alone on precomputed features. Donates `classifier` and `opt_state`."""
-    normalizer = normalizer_of(batch.completion_mask)
-
-    def gradient_of(part):
-        features, batch = part
-        value = lambda classifier: objective(
-            model, loss, classifier, features, batch, temperature, normalizer
-        )
-        return jax.grad(value, has_aux=True)(classifier)
-
-    gradient, metrics = accumulate(gradient_of, (features, batch), microbatches)
-    moving, gradient = {"classifier": classifier}, {"classifier": gradient}
-    direction, opt_state = make_optimizer(optim).update(gradient, opt_state, moving)
-    new = descend(moving, direction, learning_rate)["classifier"]
-    return new, opt_state, {**metrics, **norms(gradient, direction, learning_rate)}
 
 
 def norms(gradient: Params, direction: Params, learning_rate: jax.Array) -> dict[str, jax.Array]:

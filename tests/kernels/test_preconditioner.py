@@ -184,7 +184,7 @@ def whole_tree(name):
 
 def part_wise(name, stage):
     optimizer = make_optimizer(OptimConfig(b1=0.0, max_grad_norm=0.0, **ADAM))
-    moving = trainable(stage, tiny_model(name)[1])
+    moving, _ = trainable(OptimConfig(), stage, tiny_model(name)[1])
     return three_steps(name, optimizer, enter_stage(optimizer, moving, None, False), moving)
 
 

@@ -10,8 +10,8 @@ import pytest
 import tiny_checkpoints
 
 from jaxdyn.models import LanguageModel, config_from_hf, gpt_neox, load_pretrained, positions_of
-from jaxdyn.models.attention import plain_attention
-from jaxdyn.types import JaxdynError
+from jaxdyn.models.attention import cached_attention, plain_attention
+from jaxdyn.types import JaxdynError, KVCache
 
 FAMILIES = ["gpt_neox_parallel", "llama_llama3_scaling", "gpt2_tied"]
 TIED = ["gpt_neox_tied", "llama_tied_linear_scaling"]
@@ -59,15 +59,18 @@ def test_prefill_then_decode_equals_the_full_pass(name, tmp_path):
     mask[1, :3] = mask[2, :4] = False
     positions = np.asarray(positions_of(jnp.asarray(mask)))
     prompt, slots = 5, tokens.shape[1]
-    full, prefill = jax.jit(model.features), jax.jit(model.prefill, static_argnums=3)
-    decode = jax.jit(model.decode)
+    full, prefill, decode = map(jax.jit, (model.features, model.prefill, model.decode))
     expected = np.asarray(full(backbone, tokens, mask))
-    first, cache = prefill(backbone, tokens[:, :prompt], mask[:, :prompt], slots + 2)
+    first, prompts = prefill(backbone, tokens[:, :prompt], mask[:, :prompt])
+    layers, rows, heads, _, width = prompts.keys.shape
+    empty = jnp.zeros((layers, rows, heads, slots - prompt + 2, width))
+    cache = KVCache(empty, empty)
     features = [np.asarray(first)]
     for slot in range(prompt, slots):
         seen = np.pad(mask[:, : slot + 1], ((0, 0), (0, slots + 1 - slot)))
+        place = np.int32(slot - prompt)
         phi, cache = decode(
-            backbone, tokens[:, slot], positions[:, slot], cache, seen, np.int32(slot)
+            backbone, tokens[:, slot], positions[:, slot], prompts, cache, seen, place
         )
         features.append(np.asarray(phi)[:, None])
     assert decode._cache_size() == 1
@@ -184,6 +187,35 @@ def test_wide_attention_keeps_float64(x64):
     got = plain_attention(*map(jnp.asarray, (query, key, value, mask)))
     assert got.dtype == jnp.float64
     np.testing.assert_allclose(got, expected, atol=1e-14)
+
+
+@pytest.mark.parametrize("kv_heads", [2, 4])
+@pytest.mark.parametrize(
+    "dtype, tolerance",
+    # Values are below 4. Float32 rounds scores below 10; bfloat16 the weights, and the two parts
+    # and their sum once each.
+    [("float64", 1e-14), ("float32", 4 * 10 * 2.0**-24), ("bfloat16", 4 * 4 * 2.0**-9)],
+)
+def test_cached_attention_is_plain_attention_on_prompt_and_completion(kv_heads, dtype, tolerance):
+    """Three generations a prompt, two prompts, padding on the left and slots not yet written."""
+    generator = np.random.default_rng(0)
+    with jax.enable_x64(True):
+        draw = lambda *shape: jnp.asarray(generator.normal(size=shape), dtype)
+        query = draw(6, 1, 4, 8)
+        shared = [draw(2, kv_heads, 5, 8) for _ in range(2)]
+        own = [draw(6, kv_heads, 7, 8) for _ in range(2)]
+        prompt_mask = np.arange(5)[None] >= np.array([2, 0])[:, None]
+        mask = np.concatenate([np.repeat(prompt_mask, 3, 0), np.arange(7)[None] < [[4]] * 6], 1)
+        mask = jnp.asarray(mask)[:, None, None]
+        key, value = (
+            jnp.concatenate([jnp.repeat(x, 3, axis=0), y], axis=2).swapaxes(1, 2)
+            for x, y in zip(shared, own, strict=True)
+        )
+        wide = [x.astype(jnp.float64) for x in (query, key, value)]
+        expected = plain_attention(*wide, mask)
+        got = jax.jit(cached_attention)(query, *shared, *own, mask)
+        assert got.dtype == query.dtype
+        np.testing.assert_allclose(got.astype(jnp.float64), expected, rtol=0, atol=tolerance)
 
 
 @pytest.mark.parametrize("name", ["gpt_neox_parallel", "gpt2_tied"])

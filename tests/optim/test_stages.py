@@ -3,7 +3,7 @@
 import jaxtyping
 import pytest
 
-from jaxdyn.optim import Stage, stage_at, stages, trainable
+from jaxdyn.optim import Stage, stage_at, stages
 from jaxdyn.types import JaxdynError
 
 PLANS = {
@@ -44,9 +44,3 @@ def test_bad_schedules_and_lengths_are_refused(monkeypatch):
         stages("both", 1, 1)
     with pytest.raises(JaxdynError, match="got 5 and -1"):
         stages("joint", 5, -1)
-
-
-def test_trainable_names_the_parts_that_move():
-    params = {"backbone": {"a": 1}, "classifier": {"weight": 2}}
-    assert trainable("classifier", params) == {"classifier": {"weight": 2}}
-    assert trainable("joint", params) == params

@@ -18,7 +18,49 @@ def evaluation(moved, seed):
         "eval_reward": reward(moved, seed) - 0.05,
         "eval_diversity/ead": 0.88 - 0.004 * moved,
         "eval_diversity/unique": 0.97 - 0.002 * moved,
+        "eval_metrics/accuracy": 0.3 + 0.002 * moved,
+        **sampled(moved, seed),
     }
+
+
+def solved(moved, k, seed):
+    """pass@k, and the best of k, of a policy that solves a prompt with a chance between 0 and 1."""
+    return 1 - (0.8 * math.exp(-moved / 40)) ** k - 0.01 * seed
+
+
+def sampled(moved, seed, prefix="eval_"):
+    """The measures of several samples, each with an interval of ± 0.1."""
+    values = {f"{n}@{k}": solved(moved, k, seed) for n in ("pass", "best_of") for k in (1, 2, 4)}
+    ends = {"": 0.0, "_ci_low": -0.1, "_ci_high": 0.1}
+    return {f"{prefix}{n}{end}": v + by for n, v in values.items() for end, by in ends.items()}
+
+
+def sweep(step, moved, seed):
+    """The lines of a temperature sweep: completions of three prompts, hotter ones more varied."""
+    return [
+        {
+            "step": step,
+            "temperature": temperature,
+            "reward": reward(moved, seed) - 0.1 * temperature,
+            "reward_ci_low": reward(moved, seed) - 0.1 * temperature - 0.05,
+            "reward_ci_high": reward(moved, seed) - 0.1 * temperature + 0.05,
+            **sampled(moved, seed, ""),
+            "diversity/unique": 0.25 + 0.6 * temperature / (1 + 0.02 * moved),
+            "entropy": 1.5 * temperature,
+            "samples": [
+                {
+                    "prompt_index": i,
+                    "prompt": f"Story {i}: use the words <b>tree</b> & pond.",
+                    "completion": f"at {temperature:g} number {i}.{g} <i>of</i> step {step}",
+                    "reward": 0.5,
+                    "finished": True,
+                }
+                for i in range(3)
+                for g in range(2)
+            ],
+        }
+        for temperature in (0.0, 0.5, 1.0)
+    ]
 
 
 def write_lines(path: Path, records) -> None:
@@ -156,4 +198,7 @@ def write_run(
         for g in range(3)
     ]
     write_lines(directory / "samples.jsonl", samples)
+    last = steps - 1
+    swept = [*sweep(-1, 0.0, seed), *sweep(last, last - 0.8 * min(last, stage1), seed)]
+    write_lines(directory / "temperatures.jsonl", swept)
     return directory

@@ -9,7 +9,7 @@ from html import unescape
 
 import numpy as np
 import pytest
-from synthetic import bare_run, reward, write_lines, write_run
+from synthetic import bare_run, reward, solved, write_lines, write_run
 
 from jaxdyn.errors import JaxdynError
 from jaxdyn.report import load_run, load_runs, summary, write_report
@@ -17,9 +17,10 @@ from jaxdyn.report.figures import confidence, distance
 from jaxdyn.report.figures import reward as reward_figure
 from jaxdyn.report.page import EXHIBITS, PAPER
 from jaxdyn.report.plotting import running_mean
+from jaxdyn.report.sampling_figures import sampling
 from jaxdyn.report.update_figures import correlation, features, prediction, shares
 
-FIGURES = {"reward", "confidence", "prediction", "shares", "features", "distance"}
+FIGURES = {"reward", "confidence", "sampling", "prediction", "shares", "features", "distance"}
 STEPS = {"joint": 40, "classifier_first": 40, "joint_extra": 50}
 
 
@@ -157,6 +158,9 @@ def test_summary_numbers(page, directories):
     assert value("eval_reward", "joint", "after_sd") == pytest.approx(
         abs(final[1] - final[0]) / 2**0.5, rel=1e-9
     )
+    # A task metric is found by its prefix, and its interval's ends are no metrics.
+    assert value("eval_metrics/accuracy", "joint", "after_mean") == pytest.approx(0.3 + 0.002 * 39)
+    assert not any("_ci_" in quantity for quantity, _ in rows)
     # The first and the last tenth of 40 steps; entropy is 2 - 0.015 t whatever the seed.
     assert value("entropy", "joint", "before_mean") == pytest.approx(2 - 0.015 * 1.5, rel=1e-12)
     assert value("entropy", "joint", "after_mean") == pytest.approx(2 - 0.015 * 37.5, rel=1e-12)
@@ -205,6 +209,64 @@ def test_samples_stand_side_by_side_escaped(page):
     assert {r["step"] for r in rows if r["when"] == "before"} == {"-1"}
     first = [r for r in rows if r["prompt_index"] == "3" and r["when"] == "before"]
     assert [float(r["reward"]) for r in first] == [0.75, 0.75]
+
+
+def test_sampling_table_holds_the_ends_of_every_run_and_their_means(page):
+    rows = read(page, "sampling")
+    mine = [r for r in rows if r["quantity"] == "best_of" and r["run"] == "joint-1"]
+    # Its start is that of CF-RL with its seed, and counted once.
+    assert {(r["when"], r["step"]) for r in mine} == {("after", "39")}
+    for row in mine:
+        value = solved(39, int(float(row["at"])), 1)
+        found = [float(row[name]) for name in ("value", "low", "high")]
+        assert found == pytest.approx([value, value - 0.1, value + 0.1], rel=1e-12)
+    before = [r for r in rows if (r["quantity"], r["when"]) == ("pass", "before")]
+    assert {r["run"] for r in before} == {"classifier_first-0", "classifier_first-1", "mean"}
+    means = {float(r["at"]): float(r["value"]) for r in before if r["run"] == "mean"}
+    expected = {k: (solved(0, k, 0) + solved(0, k, 1)) / 2 for k in (1.0, 2.0, 4.0)}
+    assert means == pytest.approx(expected, rel=1e-12)
+    gains = [r for r in rows if r["quantity"] == "best_of, gain" and r["run"] == "joint-0"]
+    assert {float(r["at"]): float(r["value"]) for r in gains} == pytest.approx(
+        {k: solved(39, k, 0) - solved(0, k, 0) for k in (1.0, 2.0, 4.0)}, rel=1e-12
+    )
+    assert {r["low"] for r in gains} == {""}
+
+
+def test_sweeps_are_tabulated_by_temperature(page):
+    rows = [r for r in read(page, "sampling") if "by temperature" in r["quantity"]]
+    hot = [r for r in rows if (r["run"], r["when"]) == ("joint-1", "after")]
+    found = {(r["quantity"].split(" ")[0], float(r["at"])): float(r["value"]) for r in hot}
+    expected = {("reward", t): reward(39, 1) - 0.1 * t for t in (0.0, 0.5, 1.0)}
+    expected |= {("diversity/unique", t): 0.25 + 0.6 * t / 1.78 for t in (0.0, 0.5, 1.0)}
+    expected |= {("entropy", t): 1.5 * t for t in (0.5, 1.0)}  # greedy has none
+    assert found == pytest.approx(expected, rel=1e-12)
+
+
+def test_samples_by_temperature_are_the_same_prompts_at_each(page):
+    rows = read(page, "samples_by_temperature")
+    assert len(rows) == 2 * 3 * 4 * 2  # prompts, temperatures, columns, completions
+    assert {r["prompt_index"] for r in rows} == {"0", "1"}
+    for row in rows:
+        start = f"at {float(row['temperature']):g} number {row['prompt_index']}."
+        assert row["completion"].startswith(start)
+        assert row["completion"].endswith(f"step {row['step']}")
+    text = page.read_text()
+    table = text[text.index('id="samples_by_temperature"') :]
+    assert table.count('rowspan="3"') == 2 and "<td>0 (greedy)</td>" in table
+    assert "&lt;i&gt;of&lt;/i&gt;" in table
+
+
+def test_sampling_without_sweeps_intervals_or_a_start(tmp_path):
+    directory = bare_run(tmp_path / "a")
+    write_lines(directory / "metrics.jsonl", [{"step": 3, "eval_pass@1": 0.5, "eval_pass@2": None}])
+    exhibit = sampling([load_run(directory)])
+    assert len(exhibit.figure.axes) == 3
+    (row,) = exhibit.tables["sampling"].rows
+    assert row == ("pass", "after", "joint", 0, "a", 3, 1.0, 0.5, None, None)
+    broken = [{"step": -1, "temperature": 1.0, "samples": [3]}, {"step": 2, "temperature": "hot"}]
+    write_lines(directory / "temperatures.jsonl", broken)
+    page = write_report([directory]).read_text()
+    assert "samples_by_temperature" not in page and 'id="sampling"' in page
 
 
 def test_the_classifier_stage_is_shaded_in_steps_and_in_seconds(runs):

@@ -1,4 +1,4 @@
-"""Advantages against loops over groups, with and without unscorable rewards."""
+"""Advantages against loops over groups and tokens, with and without unscorable rewards."""
 
 import jax
 import jax.numpy as jnp
@@ -6,7 +6,20 @@ import jaxtyping
 import numpy as np
 import pytest
 
-from jaxdyn.rl import group_relative, leave_one_out, plain
+from jaxdyn.rl import (
+    KINDS,
+    LOSSES,
+    AdvantageConfig,
+    LossConfig,
+    advantage_kind,
+    check_combination,
+    estimate_advantages,
+    generalized_advantages,
+    group_relative,
+    leave_one_out,
+    overlong_penalty,
+    plain,
+)
 from jaxdyn.types import JaxdynError
 
 REWARDS = np.array([[1.0, 0.0, 0.5, 0.5], [2.0, 2.0, 2.0, 2.0], [0.0, 3.0, -1.0, 4.0]])
@@ -90,3 +103,233 @@ def test_nonsense_is_refused(call, words, monkeypatch):
     monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)  # as outside the tests
     with pytest.raises(JaxdynError, match=words):
         call(flat(REWARDS))
+
+
+# -- the whole way from rewards to advantages -----------------------------------------------------
+
+B, C, G = 6, 5, 3
+LENGTHS = np.array([5, 3, 1, 4, 5, 2])
+MASK = np.arange(C)[None] < LENGTHS[:, None]
+
+
+def batch():
+    """Rewards (the fifth unscorable), old and reference log-probs, and values."""
+    rng = np.random.default_rng(2)
+    rewards = rng.normal(size=B)
+    rewards[4] = np.nan
+    old, ref, values = (rng.normal(size=(B, C)) for _ in range(3))
+    return rewards, old, ref, values
+
+
+def estimate(config, loss, mask=MASK, **more):
+    rewards, old, ref, values = (jnp.asarray(x) for x in batch())
+    mask = jnp.asarray(mask)
+    return estimate_advantages(config, loss, rewards, G, mask, old, ref, values, **more)
+
+
+def shaped(beta, gamma, baseline=False):
+    """Rewards to go of every scorable token, by loops: k1 at each, the reward at the last."""
+    rewards, old, ref, _ = batch()
+    if baseline:
+        rewards = (rewards.reshape(-1, G) - np.nanmean(rewards.reshape(-1, G), 1)[:, None]).ravel()
+    to_go = np.zeros((B, C))
+    for b, t in zip(*np.nonzero(MASK), strict=True):
+        steps = range(t, LENGTHS[b])
+        kl = sum(gamma ** (k - t) * (old[b, k] - ref[b, k]) for k in steps)
+        to_go[b, t] = gamma ** (steps[-1] - t) * rewards[b] - beta * kl
+    return to_go
+
+
+def whitened(x, counted):
+    sigma = np.sqrt(x[counted].var(ddof=1) + 1e-8)
+    return np.where(counted, (x - x[counted].mean()) / sigma, 0)
+
+
+@pytest.mark.parametrize("beta, gamma", [(0.0, 1.0), (0.1, 1.0), (0.1, 0.9)])
+@pytest.mark.parametrize("baseline", [False, True], ids=["", "baseline"])
+def test_reinforce_plus_plus_by_hand(beta, gamma, baseline, x64):
+    kind = "reinforce_plus_plus_baseline" if baseline else "reinforce_plus_plus"
+    placement = "reward" if beta else "loss"
+    loss = LossConfig(loss_type="reinforce_plus_plus", beta=beta, kl_placement=placement)
+    got, returns = estimate(AdvantageConfig(kind=kind, gamma=gamma), loss)
+    scored = MASK & (np.arange(B) != 4)[:, None]
+    want = whitened(shaped(beta, gamma, baseline), scored)
+    np.testing.assert_allclose(got, want, rtol=1e-12, atol=1e-14)
+    assert returns is None
+
+
+@pytest.mark.parametrize("whiten", [True, False])
+def test_gae_from_outcome_rewards_and_kl(whiten, x64):
+    loss = LossConfig(loss_type="ppo", beta=0.1, kl_placement="reward")
+    got, returns = estimate(AdvantageConfig(gamma=0.9, lam=0.8, whiten=whiten), loss)
+    rewards, old, ref, values = batch()
+    tokens = -0.1 * (old - ref)
+    tokens[np.arange(B), LENGTHS - 1] += rewards
+    inputs = map(jnp.asarray, (tokens, values, MASK))
+    raw, want_returns = (np.asarray(x) for x in generalized_advantages(*inputs, 0.9, 0.8))
+    scored = MASK & (np.arange(B) != 4)[:, None]
+    want = whitened(raw, scored) if whiten else np.where(scored, raw, 0)
+    np.testing.assert_allclose(got, want, rtol=1e-12, atol=1e-14)
+    np.testing.assert_allclose(returns[scored], want_returns[scored], rtol=1e-12)
+    np.testing.assert_array_equal(returns[4], values[4])  # nothing to learn
+
+
+def test_truncated_completions_are_not_counted_in_a_whitening(x64):
+    finished = jnp.asarray([False, True, True, True, True, True])
+    loss = LossConfig(loss_type="reinforce_plus_plus", mask_truncated=True)
+    got, _ = estimate(AdvantageConfig(), loss, finished=finished)
+    counted = MASK & ((np.arange(B) != 4) & np.asarray(finished))[:, None]
+    np.testing.assert_allclose(got, whitened(shaped(0, 1.0), counted), rtol=1e-12, atol=1e-14)
+
+
+@pytest.mark.parametrize("kind", ["group_relative", "leave_one_out", "plain"])
+def test_the_kl_in_the_reward_comes_before_the_comparison(kind, x64):
+    loss = LossConfig(loss_type="reinforce", beta=0.1, kl_placement="reward")
+    got, returns = estimate(AdvantageConfig(kind=kind), loss)
+    rewards, old, ref, _ = batch()
+    net = jnp.asarray(rewards - 0.1 * np.where(MASK, old - ref, 0).sum(axis=1))
+    want = {
+        "group_relative": lambda: group_relative(net, G),
+        "leave_one_out": lambda: leave_one_out(net, G),
+        "plain": lambda: plain(net),
+    }[kind]()
+    np.testing.assert_allclose(got, want, rtol=1e-12)
+    assert returns is None and got[4] == 0
+
+
+def test_each_loss_scales_as_published_unless_told(x64):
+    rewards = jnp.asarray(batch()[0])
+    for name, scale in (("grpo", "group"), ("dapo", "group"), ("dr_grpo", "none")):
+        got, _ = estimate(AdvantageConfig(), LossConfig(loss_type=name))
+        np.testing.assert_allclose(got, group_relative(rewards, G, scale), rtol=1e-12)
+    got, _ = estimate(AdvantageConfig(scale="batch"), LossConfig(loss_type="dr_grpo"))
+    np.testing.assert_allclose(got, group_relative(rewards, G, "batch"), rtol=1e-12)
+
+
+def test_overlong_penalty_by_hand():
+    lengths = jnp.asarray([0, 10, 16, 17, 18, 19, 20])
+    want = [0, 0, 0, -0.25, -0.5, -0.75, -1]
+    np.testing.assert_allclose(overlong_penalty(lengths, 20, 4), want)
+
+
+def test_overlong_completions_lose_reward_before_anything_else(x64):
+    """Against the sampler's limit of 6 tokens, a length of 5 loses the half of 2."""
+    config = AdvantageConfig(kind="plain", overlong_buffer=2, overlong_weight=2.0)
+    got, _ = estimate(config, LossConfig(loss_type="reinforce"), max_completion_length=6)
+    lost = np.array([1.0, 0, 0, 0, 1.0, 0])
+    np.testing.assert_allclose(got, plain(jnp.asarray(batch()[0] - lost)), rtol=1e-12)
+    by_slots, _ = estimate(config, LossConfig(loss_type="reinforce"))
+    lost = np.array([2.0, 0, 0, 1.0, 2.0, 0])
+    np.testing.assert_allclose(by_slots, plain(jnp.asarray(batch()[0] - lost)), rtol=1e-12)
+
+
+@pytest.mark.parametrize("loss_type", LOSSES)
+def test_every_loss_gets_the_advantages_it_takes_and_compiles_once(loss_type):
+    estimate_advantages.clear_cache()
+    for fill in (0.0, 1.0):
+        got, returns = estimate_advantages(
+            AdvantageConfig(),
+            LossConfig(loss_type=loss_type),
+            jnp.arange(6.0) + fill,
+            G,
+            jnp.asarray(MASK),
+            values=jnp.full((B, C), fill),
+        )
+    per_token = loss_type in ("ppo", "reinforce_plus_plus")
+    assert got.shape == ((B, C) if per_token else (B,)) and np.isfinite(got).all()
+    assert (returns is not None) == (loss_type == "ppo")
+    assert estimate_advantages._cache_size() == 1
+
+
+# -- combinations -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("loss_type", LOSSES)
+def test_every_losss_own_advantages_are_accepted(loss_type):
+    loss = LossConfig(loss_type=loss_type)
+    check_combination(loss, AdvantageConfig(), 2)
+    for kind in LOSSES[loss_type].advantages:
+        check_combination(loss, AdvantageConfig(kind=kind), 2)
+    assert advantage_kind(loss, AdvantageConfig()) in KINDS
+
+
+@pytest.mark.parametrize(
+    "loss, advantage, generations, words",
+    [
+        ("ppo", {"kind": "group_relative"}, 2, "ppo takes advantage.kind gae, got 'group_relat"),
+        ("grpo", {"kind": "gae"}, 2, "grpo takes advantage.kind group_relative or .*, got 'gae'"),
+        ("rloo", {"kind": "reinforce_plus_plus"}, 2, "rloo takes advantage.kind leave_one_out or"),
+        ("reinforce_plus_plus", {"kind": "plain"}, 2, "takes advantage.kind reinforce_plus_plus"),
+        ("rloo", {"scale": "batch"}, 2, "leave_one_out has no use for advantage.scale, got 'batc"),
+        ("reinforce", {"scale": "none"}, 2, "plain has no use for advantage.scale, got 'none'"),
+        ("ppo", {"scale": "group"}, 2, "gae has no use for advantage.scale, got 'group'"),
+        ("grpo", {"gamma": 0.9}, 2, "group_relative has no use for advantage.gamma, got 0.9"),
+        ("grpo", {"lam": 1.0}, 2, "group_relative has no use for advantage.lam, got 1.0"),
+        ("reinforce_plus_plus", {"lam": 1.0}, 2, "has no use for advantage.lam, got 1.0"),
+        ("grpo", {"whiten": False}, 2, "group_relative has no use for advantage.whiten"),
+        ("rloo", {"epsilon": 1e-6}, 2, "leave_one_out has no use for advantage.epsilon"),
+        ("grpo", {}, 1, "train.num_generations must be at least 2, got 1"),
+        (
+            "reinforce_plus_plus",
+            {"kind": "reinforce_plus_plus_baseline"},
+            1,
+            "train.num_generations must be at least 2, got 1",
+        ),
+    ],
+)
+def test_combinations_without_sense_are_refused(loss, advantage, generations, words):
+    with pytest.raises(JaxdynError, match=words) as error:
+        check_combination(LossConfig(loss_type=loss), AdvantageConfig(**advantage), generations)
+    assert "\n" not in str(error.value)
+
+
+def test_a_buffer_longer_than_a_completion_is_refused():
+    config = AdvantageConfig(overlong_buffer=9)
+    check_combination(LossConfig(), config, 2, max_completion_length=9)
+    with pytest.raises(JaxdynError, match=r"must be 1 to max_completion_length \(8\), got 9"):
+        check_combination(LossConfig(), config, 2, max_completion_length=8)
+
+
+@pytest.mark.parametrize("loss_type", ["ppo", "reinforce", "reinforce_plus_plus"])
+def test_some_losses_need_one_generation_only(loss_type):
+    check_combination(LossConfig(loss_type=loss_type), AdvantageConfig(), 1)
+
+
+@pytest.mark.parametrize(
+    "fields, words",
+    [
+        ({"kind": "mean"}, "advantage.kind must be one of .*, got 'mean'"),
+        ({"scale": "prompt"}, "advantage.scale must be one of .*, got 'prompt'"),
+        ({"gamma": 1.1}, "advantage.gamma must be 0 to 1, got 1.1"),
+        ({"lam": -0.1}, "advantage.lam must be 0 to 1, got -0.1"),
+        ({"epsilon": -1e-4}, "advantage.epsilon must be 0 or more, got -0.0001"),
+        ({"overlong_buffer": -1}, "advantage.overlong_buffer must be 0 or more, got -1"),
+        ({"overlong_weight": float("nan")}, "advantage.overlong_weight must be 0 or more, got nan"),
+        ({"overlong_weight": 2.0}, "overlong_weight is 2.0 but overlong_buffer is 0"),
+    ],
+)
+def test_nonsense_in_a_config_is_refused(fields, words, monkeypatch):
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
+    with pytest.raises(JaxdynError, match=words):
+        AdvantageConfig(**fields)
+
+
+@pytest.mark.parametrize(
+    "config, loss, words",
+    [
+        (AdvantageConfig(), LossConfig(loss_type="ppo"), "gae needs the value head's estimates"),
+        (
+            AdvantageConfig(),
+            LossConfig(beta=0.1, kl_placement="reward"),
+            "kl_placement 'reward' needs old and reference log-probabilities",
+        ),
+        (
+            AdvantageConfig(overlong_buffer=6),
+            LossConfig(),
+            r"overlong_buffer must be 1 to max_completion_length \(5\), got 6",
+        ),
+    ],
+)
+def test_what_an_estimate_needs_must_be_there(config, loss, words):
+    with pytest.raises(JaxdynError, match=words):
+        estimate_advantages(config, loss, jnp.arange(6.0), G, jnp.asarray(MASK))

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxdyn.rl import feature_statistics, per_token_kl, token_statistics
+from jaxdyn.rl import per_token_kl, token_statistics
 
 
 def oracle(logits, ids, temperature):
@@ -13,7 +13,12 @@ def oracle(logits, ids, temperature):
     probs = np.exp(scaled - scaled.max(axis=-1, keepdims=True))
     probs /= probs.sum(axis=-1, keepdims=True)
     chosen = np.take_along_axis(probs, ids[..., None], axis=-1)[..., 0]
-    return np.log(chosen), -(probs * np.log(probs)).sum(axis=-1), probs.max(axis=-1)
+    second, first = np.moveaxis(np.sort(probs, axis=-1)[..., -2:], -1, 0)
+    return np.log(chosen), -(probs * np.log(probs)).sum(axis=-1), first, first - second
+
+
+def fields(statistics):
+    return statistics.logps, statistics.entropy, statistics.max_prob, statistics.margin
 
 
 def inputs(dtype=jnp.float32):
@@ -27,24 +32,29 @@ def inputs(dtype=jnp.float32):
 def test_statistics_by_hand_in_float32_or_better(temperature, dtype):
     logits, ids = inputs(dtype)
     got = token_statistics(logits, jnp.asarray(ids), temperature)
-    assert got.logps.dtype == got.entropy.dtype == got.max_prob.dtype == jnp.float32
+    assert {x.dtype for x in fields(got)} == {jnp.dtype(jnp.float32)}
     want = oracle(logits.astype(jnp.float32), ids, temperature)
-    for actual, expected in zip((got.logps, got.entropy, got.max_prob), want, strict=True):
+    for actual, expected in zip(fields(got), want, strict=True):
         np.testing.assert_allclose(actual, expected, rtol=0, atol=1e-5)
 
 
 def test_float64_stays_float64(x64):
     logits, ids = inputs(jnp.float64)
     got = token_statistics(logits, jnp.asarray(ids), 0.9)
-    for actual, expected in zip(
-        (got.logps, got.entropy, got.max_prob), oracle(logits, ids, 0.9), strict=True
-    ):
+    for actual, expected in zip(fields(got), oracle(logits, ids, 0.9), strict=True):
         np.testing.assert_allclose(actual, expected, rtol=1e-13)
 
 
 def test_huge_logits_stay_finite():
     got = token_statistics(jnp.asarray([[3e4, 0.0, -3e4]]), jnp.asarray([1]), 1.0)
-    np.testing.assert_array_equal([got.logps[0], got.entropy[0], got.max_prob[0]], [-3e4, 0, 1])
+    np.testing.assert_array_equal([x[0] for x in fields(got)], [-3e4, 0, 1, 1])
+
+
+def test_a_tie_has_no_margin():
+    got = token_statistics(jnp.asarray([[1.0, 2.0, 2.0, 0.0]]), jnp.asarray([1]))
+    e = np.exp(np.asarray([-1.0, 0.0, 0.0, -2.0]))
+    np.testing.assert_allclose(got.max_prob[0], 1 / e.sum(), rtol=1e-6)
+    assert got.margin[0] == 0
 
 
 def test_temperature_zero_is_read_as_one():
@@ -68,17 +78,22 @@ def test_gradient_is_token_minus_policy_over_temperature(x64):
     np.testing.assert_allclose(jax.grad(total)(logits), want, atol=1e-14)
 
 
-def test_statistics_from_features_and_classifier():
-    rng = np.random.default_rng(1)
-    features = jnp.asarray(rng.normal(size=(2, 4, 3)), jnp.float32)
-    classifier = {"weight": jnp.asarray(rng.normal(size=(11, 3)), jnp.float32)}
-    logits_fn = lambda classifier, phi: jnp.einsum("btd,vd->btv", phi, classifier["weight"])
-    ids = jnp.asarray(rng.integers(0, 11, (2, 4)))
-    got = feature_statistics(logits_fn, classifier, features, ids, 0.8)
-    logits = np.asarray(features, np.float64) @ np.asarray(classifier["weight"], np.float64).T
-    want = oracle(logits, np.asarray(ids), 0.8)
-    np.testing.assert_allclose(got.logps, want[0], rtol=0, atol=1e-5)
-    np.testing.assert_allclose(got.entropy, want[1], rtol=0, atol=1e-5)
+def test_gradients_of_entropy_and_confidence(x64):
+    logits, ids = inputs(jnp.float64)
+    gradient = lambda name: jax.grad(
+        lambda f: getattr(token_statistics(f, jnp.asarray(ids), 0.7), name).sum()
+    )(logits)
+    pi = jax.nn.softmax(logits / 0.7)
+    first, second = (jnp.argsort(-logits)[..., k, None] for k in range(2))
+    of = lambda at: jnp.take_along_axis(pi, at, -1) * (jax.nn.one_hot(at[..., 0], 11) - pi) / 0.7
+    entropy = -jnp.sum(pi * jnp.log(pi), axis=-1, keepdims=True)
+    want = {
+        "entropy": -pi * (jnp.log(pi) + entropy) / 0.7,
+        "max_prob": of(first),
+        "margin": of(first) - of(second),
+    }
+    for name, expected in want.items():
+        np.testing.assert_allclose(gradient(name), expected, atol=1e-14)
 
 
 def test_kl_estimators_by_hand_and_in_expectation(x64):

@@ -12,8 +12,8 @@ import pytest
 
 from jaxdyn.models import LanguageModel
 from jaxdyn.rl import token_statistics
-from jaxdyn.rollout import SamplingConfig, generate, step_key
-from jaxdyn.types import JaxdynError, KVCache, PromptBatch
+from jaxdyn.rollout import SamplingConfig, generate, step_key, trim
+from jaxdyn.types import JaxdynError, KVCache, PromptBatch, Rollout
 
 VOCAB = 31
 # The oracles' tiny models, wider, so that sampled log-probs differ.
@@ -94,6 +94,99 @@ def test_log_probs_are_those_of_a_teacher_forced_pass(config):
         np.testing.assert_array_equal(getattr(rollout, name), repeated)
 
 
+# A float32 pass rounds each of a few dozen sums of at most 16 products of numbers near 1 by up to
+# 16 * 2^-24; the two passes' roundings differ. Float64 has 1e-10 to spare.
+@pytest.mark.parametrize(
+    "name, dtype, tolerance",
+    [
+        ("gpt_neox-untied", "float64", 1e-10),
+        ("llama-untied", "float64", 1e-10),
+        ("llama-tied", "float64", 1e-10),
+        pytest.param("gpt_neox-tied", "float64", 1e-10, marks=pytest.mark.slow),
+        pytest.param("gpt2-tied", "float64", 1e-10, marks=pytest.mark.slow),
+        ("llama-untied", "float32", 50 * 16 * 2.0**-24),
+    ],
+)
+def test_harvested_features_are_those_of_a_teacher_forced_pass(name, dtype, tolerance):
+    with jax.enable_x64(dtype == "float64"):
+        model, params = oracles.tiny_model(name, jnp.dtype(dtype))
+        batch = prompts()
+        batch = batch.replace(prompt_ids=batch.prompt_ids % oracles.VOCAB)
+        rollout = generate(
+            model,
+            model.view(params),
+            batch,
+            jax.random.key(2),
+            num_generations=4,
+            max_completion_length=6,
+            temperature=3.0,
+            stop_ids=(3, 4),
+            harvest=True,
+        )
+        mask = np.asarray(rollout.completion_mask)
+        assert 24 < mask.sum() < mask.size, "some rows must stop early"
+        view = model.view(params)
+        full = jax.jit(model.features)(view["backbone"], rollout.tokens, rollout.mask)
+        want = np.asarray(full)[:, -mask.shape[1] - 1 : -1]
+        assert rollout.features.dtype == want.dtype == dtype
+        np.testing.assert_allclose(
+            rollout.features, np.where(mask[..., None], want, 0), rtol=0, atol=tolerance
+        )
+        logits = model.logits(view["classifier"], jnp.asarray(want)) / np.float32(3)
+        logps = np.take_along_axis(
+            np.asarray(jax.nn.log_softmax(logits)), np.asarray(rollout.completion_ids)[..., None], 2
+        )[..., 0]
+        assert rollout.per_token_logps.dtype == dtype
+        # A logit sums D products with weights near 1; the log-partition moves no more than a logit.
+        np.testing.assert_allclose(
+            rollout.per_token_logps,
+            np.where(mask, logps, 0),
+            rtol=0,
+            atol=2 * want.shape[-1] * tolerance,
+        )
+
+
+def test_harvesting_changes_no_draw():
+    plain, harvested = (
+        sample(LLAMA, jax.random.key(6), harvest=harvest) for harvest in (False, True)
+    )
+    assert plain.features is None and harvested.features.shape == (12, 9, 16)
+    np.testing.assert_array_equal(plain.completion_ids, harvested.completion_ids)
+    np.testing.assert_allclose(plain.per_token_logps, harvested.per_token_logps, atol=1e-5)
+
+
+def rollout_of(lengths, slots):
+    mask = jnp.arange(slots)[None] < jnp.asarray(lengths)[:, None]
+    rows = len(lengths)
+    count = lambda *shape: jnp.arange(np.prod(shape), dtype=jnp.float32).reshape(shape)
+    prompt = jnp.ones((rows, 3), jnp.int32)
+    ids = count(rows, slots).astype(jnp.int32)
+    return Rollout(prompt, prompt > 0, ids, mask, count(rows, slots), count(rows, slots, 2))
+
+
+@pytest.mark.parametrize(
+    "lengths, slots, kept",
+    [
+        ([1, 3], 64, 8),
+        ([8, 2], 64, 8),
+        ([9, 2], 64, 16),
+        ([3, 33], 64, 64),
+        ([64, 1], 64, 64),
+        ([17, 1], 20, 20),
+        ([2, 2], 5, 5),
+    ],
+)
+def test_trimming_keeps_the_bucket_of_the_longest_completion(lengths, slots, kept):
+    rollout = rollout_of(lengths, slots)
+    cut = trim(rollout)
+    for name in ("completion_ids", "completion_mask", "per_token_logps", "features"):
+        np.testing.assert_array_equal(getattr(cut, name), getattr(rollout, name)[:, :kept])
+    for name in ("prompt_ids", "prompt_mask"):
+        np.testing.assert_array_equal(getattr(cut, name), getattr(rollout, name))
+    assert cut.completion_mask.sum() == sum(lengths)
+    assert trim(rollout.replace(features=None)).features is None
+
+
 def test_greedy_is_the_argmax_of_a_teacher_forced_pass():
     rollout = sample(NEOX, jax.random.key(0), temperature=0.0)
     logits, logps = teacher_forced(*built(NEOX), rollout, 1.0)
@@ -170,11 +263,11 @@ class Chain:
     config: _Context = _Context()
     steps: ClassVar[list[int]] = []
 
-    def prefill(self, backbone, tokens, mask, cache_slots):
-        cache = jnp.zeros((1, tokens.shape[0], cache_slots, 1, 1))
+    def prefill(self, backbone, tokens, mask):
+        cache = jnp.zeros((1, tokens.shape[0], 1, tokens.shape[1], 1))
         return jax.nn.one_hot(tokens, self.vocab), KVCache(cache, cache)
 
-    def decode(self, backbone, token, position, cache, cache_mask, slot):
+    def decode(self, backbone, token, position, prompt, cache, mask, slot):
         jax.debug.callback(lambda slot: self.steps.append(int(slot)), slot)
         return jax.nn.one_hot(token, self.vocab), cache
 
@@ -231,9 +324,9 @@ def test_the_pad_id_may_be_sampled_without_stopping():
 
 @pytest.mark.parametrize("starts, steps", [([3, 3], 0), ([3, 1], 2), ([4, 3], 3)])
 def test_decoding_ends_when_every_completion_has(starts, steps):
-    """Slots written: the prompt's is 0, so token t is written to slot 1 + t, and the last never."""
+    """Slots written: token t is written to slot t, and the last never."""
     _, _, slots = chained(COUNT_UP, starts, max_completion_length=4, stop_ids=(4,))
-    np.testing.assert_array_equal(sorted(slots), 1 + np.arange(steps))
+    np.testing.assert_array_equal(sorted(slots), np.arange(steps))
 
 
 def test_one_token_needs_no_decoding():

@@ -7,7 +7,7 @@ import pytest
 from scipy import stats
 
 from jaxdyn.rollout import sample_token
-from jaxdyn.rollout.sampling import filtered
+from jaxdyn.rollout.sampling import categorical, filtered
 
 KEY = jax.random.key(0)
 
@@ -80,6 +80,46 @@ def test_frequencies_are_those_of_the_filtered_policy(temperature, top_k, top_p)
     assert (observed[~support] == 0).all()
     chi_square = ((observed - expected)[support] ** 2 / expected[support]).sum()
     assert chi_square < stats.chi2.ppf(1 - 1e-6, support.sum() - 1)
+
+
+# Sizes on both sides of a full block, one that fills them all, and a single token.
+@pytest.mark.parametrize("size", [1, 2, 5, 16, 17, 100])
+def test_a_grid_of_uniforms_draws_every_index_as_often_as_its_mass_says(size):
+    """n² equally likely pairs of uniforms: each count is right to the grid's two spacings."""
+    n = 500
+    mass = np.random.default_rng(5).exponential(size=size) ** 2
+    mass[1::3] = 0
+    grid = (np.arange(n) + 0.5) / n
+    uniforms = jnp.asarray(np.stack(np.meshgrid(grid, grid)).reshape(2, -1), jnp.float32)
+    rows = jnp.broadcast_to(jnp.asarray(mass, jnp.float32), (n * n, size))
+    share = np.bincount(jax.jit(categorical)(uniforms, rows), minlength=size) / n**2
+    np.testing.assert_allclose(share, mass / mass.sum(), rtol=0, atol=2 / n)
+    assert (share[mass == 0] == 0).all()
+
+
+@pytest.mark.parametrize("uniform", [0.0, 1 - 2.0**-23])
+def test_the_ends_of_the_uniforms_draw_the_first_and_the_last_token_with_mass(uniform):
+    generator = np.random.default_rng(6)
+    mass = generator.exponential(size=(64, 3000)) * (generator.random((64, 3000)) < 0.01)
+    token = jax.jit(categorical)(jnp.full((2, 64), uniform), jnp.asarray(mass, jnp.float32))
+    places = [np.flatnonzero(row) for row in mass]
+    np.testing.assert_array_equal(token, [p[-1 if uniform else 0] for p in places])
+
+
+def test_frequencies_in_a_large_vocabulary():
+    """2000 tokens of every rarity, against the float64 softmax; rare ones are counted together."""
+    f = 2 * np.random.default_rng(7).normal(size=2000)
+    rows, repeats = 2000, 50
+    logits = jnp.asarray(np.tile(f, (rows, 1)), jnp.float32)
+    tokens = [draw(logits, key=jax.random.key(i))[0] for i in range(repeats)]
+    observed = np.bincount(np.concatenate(tokens), minlength=f.size)
+    expected = rows * repeats * np.exp(f) / np.exp(f).sum()
+    rare = expected < 10
+    assert 100 < rare.sum() < 1900 and expected[rare].sum() > 100
+    together = lambda x: np.append(x[~rare], x[rare].sum())
+    observed, expected = together(observed), together(expected)
+    chi_square = ((observed - expected) ** 2 / expected).sum()
+    assert chi_square < stats.chi2.ppf(1 - 1e-6, len(expected) - 1)
 
 
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])

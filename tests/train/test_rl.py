@@ -82,6 +82,17 @@ KINDS = {
         "loss__kl_placement": "reward",
     },
     "inner-epochs": {"train__num_iterations": 2, "train__microbatches": 2},
+    "dapo": {
+        "loss__loss_type": "dapo",
+        "loss__mask_truncated": True,
+        "loss__entropy_coefficient": 0.01,
+        "advantage__overlong_buffer": 2,
+    },
+    "reinforce-plus-plus": {
+        "loss__loss_type": "reinforce_plus_plus",
+        "loss__beta": 0.1,
+        "loss__kl_placement": "reward",
+    },
 }
 
 
@@ -102,6 +113,31 @@ def test_every_kind_of_loss_runs(root, kind):
         assert first["policy_loss"] == pytest.approx(0, abs=1e-6)
 
 
+@pytest.mark.parametrize("schedule", ["joint", "classifier_first"])
+def test_ppo_learns_values_beside_the_policy(root, schedule, tmp_path):
+    """A constant reward is soon foreseen, in either stage; the value head stays out of exports."""
+    changes = {
+        "loss__loss_type": "ppo",
+        "loss__value_clip": None,
+        "reward__pattern": ".?",
+        "train__steps": 20,
+        "train__num_iterations": 2,
+        "evaluation__every": 0,
+        "probe__every": 0,
+        "optim__schedule": schedule,
+        "optim__classifier_steps": 20,
+        "optim__learning_rate": 0.03,
+        "optim__decay": "constant",
+    }
+    run = run_rl(tiny_runs.rl_config(root, f"ppo-{schedule}", **changes))
+    lines = tiny_runs.lines(run, "metrics.jsonl")[1:]
+    assert all(line["reward"] == 1 for line in lines)
+    assert lines[0]["value_loss"] == pytest.approx(0.5, abs=0.2)  # v = 0, R = 1
+    assert lines[19]["value_loss"] < 0.1 * lines[0]["value_loss"]
+    config = json.loads((export(run, tmp_path / "model") / "config.json").read_text())
+    assert config["model_type"] == "gpt_neox"
+
+
 def test_a_tied_model_has_a_cross_component(root):
     """The first order's error relative to the change is of the order of the step: a small one."""
     changes = {"train__steps": 2, "evaluation__every": 0, "optim__learning_rate": 1e-4}
@@ -114,8 +150,8 @@ def test_a_tied_model_has_a_cross_component(root):
 
 
 def test_the_body_is_passed_once_a_rollout_batch_however_many_inner_epochs(root, monkeypatch):
-    """Stage 1 with a KL penalty and old log-probs: everything comes from one pass's features."""
-    calls = {"batch_features": 0, "classifier_update": 0, "policy_logps": 0}
+    """Stage 1 with a KL penalty and old log-probs: everything comes from decoding's features."""
+    calls = {"batch_features": 0, "update": 0, "policy_logps": 0}
     for name in calls:
         original = getattr(step, name)
 
@@ -127,7 +163,7 @@ def test_the_body_is_passed_once_a_rollout_batch_however_many_inner_epochs(root,
     changes = {"train__steps": 0, "train__num_iterations": 3, "loss__beta": 0.1}
     schedule = {"optim__schedule": "classifier_first", "evaluation__every": 0}
     run_rl(tiny_runs.rl_config(root, "epochs", **changes, **schedule))
-    assert calls == {"batch_features": 3, "classifier_update": 9, "policy_logps": 0}
+    assert calls == {"batch_features": 0, "update": 9, "policy_logps": 0}
 
 
 def test_untied_on_request_a_tied_model_runs_classifier_first(root):

@@ -17,8 +17,7 @@ from jaxdyn.train.update import (
     TrainState,
     UpdateBatch,
     batch_features,
-    classifier_update,
-    joint_update,
+    update,
 )
 
 B, S, C = 4, 3, 4
@@ -49,7 +48,8 @@ def tiny_batch(vocab=oracles.VOCAB, with_old=True):
 def fresh(model, params, optim, stage="joint"):
     """A state of its own copies, since the update takes its buffers."""
     params = jax.tree.map(jnp.copy, params)
-    state = TrainState(params, make_optimizer(optim).init(trainable(stage, params)))
+    moving, _ = trainable(optim, stage, params)
+    state = TrainState(moving, make_optimizer(optim).init(moving))
     if model.config.tied:
         zeros = jnp.zeros_like(params["backbone"]["embed"]["embedding"])
         state = state.replace(head_moment=zeros, head_share=jnp.copy(zeros))
@@ -58,9 +58,8 @@ def fresh(model, params, optim, stage="joint"):
 
 def joint(model, params, batch, loss=GRPO, optim=ADAM, rate=RATE, microbatches=1):
     static = {"model": model, "loss": loss, "optim": optim, "microbatches": microbatches}
-    return joint_update(
-        fresh(model, params, optim), batch, jnp.float64(rate), jnp.float64(TEMPERATURE), **static
-    )
+    scalars = jnp.float64(rate), jnp.float64(TEMPERATURE)
+    return update(fresh(model, params, optim), {}, batch, None, *scalars, **static)
 
 
 def assert_trees_close(a, b, **tolerance):
@@ -82,14 +81,13 @@ def test_when_only_the_classifier_moves_both_updates_move_it_alike(x64):
     model, params = oracles.tiny_model("gpt_neox-untied")
     batch = tiny_batch()
     state, metrics = joint(model, params, batch, optim=SGD)
-    alone = fresh(model, params, SGD, "classifier")
     features = batch_features(model, params["backbone"], batch)
     for microbatches in (1, 2):
-        classifier, _, mine = classifier_update(
-            jax.tree.map(jnp.copy, alone.params["classifier"]),
-            jax.tree.map(jnp.copy, alone.opt_state),
-            features,
+        alone, mine = update(
+            fresh(model, params, SGD, "classifier"),
+            {},
             batch,
+            features,
             jnp.float64(RATE),
             jnp.float64(TEMPERATURE),
             model=model,
@@ -97,6 +95,7 @@ def test_when_only_the_classifier_moves_both_updates_move_it_alike(x64):
             optim=SGD,
             microbatches=microbatches,
         )
+        classifier = alone.params["classifier"]
         assert_trees_close(classifier, state.params["classifier"], rtol=0, atol=1e-13)
         for name in mine.keys() - {"grad_norm", "update_norm"}:
             np.testing.assert_allclose(mine[name], metrics[name], rtol=0, atol=1e-13)
@@ -140,20 +139,17 @@ def test_nothing_compiles_twice_and_the_old_state_is_given_up():
     model, params = oracles.tiny_model("gpt_neox-untied", jnp.float32)
     batch = tiny_batch()
     state, alone = fresh(model, params, ADAM), fresh(model, params, ADAM, "classifier")
-    classifier, opt_state = alone.params["classifier"], alone.opt_state
     features = batch_features(model, params["backbone"], batch)
     static = {"model": model, "loss": GRPO, "optim": ADAM}
     sizes = []
     for step in range(3):
         rate, temperature = jnp.float32(0.1**step), jnp.float32(1 + step)
         batch = batch.replace(advantages=batch.advantages + step)
-        old, old_classifier = state, classifier
-        state, _ = joint_update(state, batch, rate, temperature, **static)
-        classifier, opt_state, _ = classifier_update(
-            classifier, opt_state, features, batch, rate, temperature, **static
-        )
-        sizes.append((joint_update._cache_size(), classifier_update._cache_size()))
-        assert all(x.is_deleted() for x in jax.tree.leaves((old.params, old_classifier)))
+        old, old_alone = state, alone
+        state, _ = update(state, {}, batch, None, rate, temperature, **static)
+        alone, _ = update(alone, {}, batch, features, rate, temperature, **static)
+        sizes.append(update._cache_size())
+        assert all(x.is_deleted() for x in jax.tree.leaves((old.params, old_alone.params)))
     assert sizes[0] == sizes[1] == sizes[2]
 
 
@@ -176,19 +172,17 @@ def test_the_classifier_stage_has_no_pass_through_the_body(monkeypatch):
     scalar = jax.ShapeDtypeStruct((), jnp.float32)
     features = jax.ShapeDtypeStruct((B, C, width), jnp.float32)
     static = {"model": model, "loss": GRPO, "optim": ADAM}
-    moments = jax.eval_shape(init, trainable("classifier", params))
-    lowered = classifier_update.lower(
-        params["classifier"], moments, features, batch, scalar, scalar, **static
-    )
+    state = lambda moving: jax.eval_shape(lambda p: TrainState(p, init(p)), moving)
+    alone = state({"classifier": params["classifier"]})
+    lowered = update.lower(alone, {}, batch, features, scalar, scalar, **static)
     classifier_flops = flops(lowered)
-    state = jax.eval_shape(lambda p: TrainState(p, init(p)), params)
-    joint_flops = flops(joint_update.lower(state, batch, scalar, scalar, **static))
+    joint_flops = flops(update.lower(state(params), {}, batch, None, scalar, scalar, **static))
     forward_flops = flops(batch_features.lower(model, params["backbone"], batch))
 
     # All that the program is given: W, its optimizer's moments, features, batch, two scalars.
     size = lambda tree: sum(x.size for x in jax.tree.leaves(tree))
     given = sum(np.prod(x.shape, dtype=int) for x in jax.tree.leaves(lowered.args_info))
-    assert given == size((params["classifier"], moments, features, batch)) + 2
+    assert given == size((alone, features, batch)) + 2
 
     matrices = 4 * B * C * width * vocab
     assert matrices <= classifier_flops <= matrices + 60 * (B * C * vocab + vocab * width)

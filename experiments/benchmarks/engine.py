@@ -1,0 +1,235 @@
+"""jaxdyn's side of the RL benchmarks: a task in memory at any shape, and what its programs cost."""
+
+import dataclasses
+import itertools
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import tokenizers
+from peers.protocol import BEGIN, END, PAD, WORDS, Shape, even_words, random_prompts
+
+from jaxdyn.config import RunConfig, TrainConfig
+from jaxdyn.data import Tokenizer
+from jaxdyn.dynamics import ProbeConfig
+from jaxdyn.models import LanguageModel, config_from_hf, gpt_neox
+from jaxdyn.optim import OptimConfig, Stage, make_optimizer, trainable
+from jaxdyn.optim.stages import StageName
+from jaxdyn.rewards import RewardConfig, make_reward
+from jaxdyn.rl import LossConfig
+from jaxdyn.rollout import SamplingConfig, step_key
+from jaxdyn.train.step import make_batch, prompts_of_step, take_step
+from jaxdyn.train.task import Task, gather_experience
+from jaxdyn.train.update import TrainState, UpdateBatch, update
+
+PROBE = ProbeConfig(every=10, num_prompts=32, sites_per_completion=1)  # 64 sites
+
+
+def model_of(shape: Shape, architecture: str, remat: str = "none") -> LanguageModel:
+    """The decoder that the peers build, untied."""
+    positions = max(512, shape.slots)
+    if architecture == "gpt_neox":
+        sizes = (shape.vocab, shape.width, shape.layers, shape.heads, shape.mlp, positions)
+        config = gpt_neox(*sizes)
+    else:
+        config = config_from_hf(
+            {
+                "model_type": "llama",
+                "vocab_size": shape.vocab,
+                "hidden_size": shape.width,
+                "intermediate_size": shape.mlp,
+                "num_hidden_layers": shape.layers,
+                "num_attention_heads": shape.heads,
+                "max_position_embeddings": positions,
+                "rope_theta": 10000.0,
+                "rms_norm_eps": 1e-5,
+                "tie_word_embeddings": False,
+            }
+        )
+    return LanguageModel(config, jnp.dtype(shape.dtype).type)  # TEMPORARY remat=remat
+
+
+def tokenizer_of(shape: Shape) -> Tokenizer:
+    """One token a word: w17 is token 17."""
+    special = {PAD: "<pad>", BEGIN: "<s>", END: "</s>"}
+    words = {special.get(i, f"w{i}"): i for i in range(shape.vocab)}
+    backend = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token=f"w{WORDS}"))
+    backend.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
+    backend.add_special_tokens(list(special.values()))
+    return Tokenizer(backend, PAD, (END,), BEGIN)
+
+
+def task_of(shape: Shape, architecture: str, remat: str = "none") -> Task:
+    """Random parameters, prompts of random words, and the peers' reward."""
+    model = model_of(shape, architecture, remat)
+    params = jax.jit(model.init)(jax.random.key(0))
+    examples = [{"prompt": prompt} for prompt in random_prompts(shape, 2048)]
+    reward = make_reward(RewardConfig(functions=(f"{even_words.__module__}:even_words",)))
+    held_out = examples[: PROBE.num_prompts]
+    return Task(model, params, tokenizer_of(shape), examples, held_out, reward)
+
+
+def config_of(shape: Shape, **train: Any) -> RunConfig:
+    """GRPO with a reference, AdamW: what the peers are told too."""
+    return RunConfig(
+        sampling=SamplingConfig(max_completion_length=shape.completion_length),
+        loss=LossConfig(beta=0.04),
+        optim=OptimConfig(learning_rate=1e-6),
+        probe=PROBE,
+        train=TrainConfig(
+            num_prompts=shape.prompts,
+            num_generations=shape.generations,
+            max_prompt_length=shape.prompt_length,
+            **train,
+        ),
+    )
+
+
+def fresh_state(task: Task, config: RunConfig, stage: str) -> TrainState:
+    """Copies of the task's parameters, for an update donates them, and a stage's optimizer."""
+    params = jax.tree.map(jnp.copy, task.params)
+    moving, _ = trainable(config.optim, stage, params)
+    return TrainState(params, make_optimizer(config.optim).init(moving))
+
+
+class Problem:
+    """A task, a rollout batch of it with harvested features, and what either stage does with it."""
+
+    def __init__(self, shape: Shape, architecture: str, remat: str, microbatches: int):
+        self.task = task_of(shape, architecture, remat)
+        self.config = config_of(shape, microbatches=microbatches)
+        self.reference = jax.tree.map(jnp.copy, self.task.model.view(self.task.params))
+        self.experience = gather_experience(
+            self.task,
+            self.reference,
+            prompts_of_step(self.task, self.config, 0),
+            step_key(0, "rollout", 0),
+            self.config,
+            shape.generations,
+            shape.prompt_length,
+            harvest=True,
+        )
+
+    def update(self, stage: StageName) -> tuple[Any, tuple, dict[str, Any]]:
+        """The jitted update, its arguments, its static arguments."""
+        state = fresh_state(self.task, self.config, stage)
+        batch, features = make_batch(
+            self.task, self.config, state, Stage(stage, 0, 1), self.reference, self.experience
+        )
+        moving, frozen = trainable(self.config.optim, stage, state.params)
+        needed = frozen.keys() - {"backbone"} if stage == "classifier" else frozen.keys()
+        frozen = {part: frozen[part] for part in needed}
+        rate, temperature = jnp.float32(1e-6), jnp.float32(1.0)
+        arguments = (state.replace(params=moving), frozen, batch, features, rate, temperature)
+        return update, arguments, static_of(self.task.model, self.config)
+
+    def steps(self, stage: StageName) -> Callable[[], tuple[TrainState, dict[str, Any]]]:
+        """A function that takes one step of the stage after another."""
+        state = fresh_state(self.task, self.config, stage)
+        numbers = itertools.count()
+
+        def step():
+            nonlocal state
+            whole = Stage(stage, 0, 10**6)
+            state, _, metrics = take_step(
+                self.task, self.config, self.reference, state, whole, next(numbers)
+            )
+            return state, metrics
+
+        return step
+
+
+def static_of(model: LanguageModel, config: RunConfig) -> dict[str, Any]:
+    """The static arguments of `update`."""
+    return {
+        "model": model,
+        "loss": config.loss,
+        "optim": config.optim.rule,
+        "microbatches": config.train.microbatches,
+        "max_completion_length": config.sampling.max_completion_length,
+    }
+
+
+def updater(function: Any, arguments: tuple, static: dict[str, Any]) -> Callable[[], Any]:
+    """A function that does one update after another, for each donates its state."""
+    state, *rest = arguments
+
+    def once():
+        nonlocal state
+        state, metrics = function(state, *rest, **static)
+        return state, metrics
+
+    return once
+
+
+@dataclasses.dataclass(frozen=True)
+class Cost:
+    """What the compiler says that a program costs, in flops and bytes."""
+
+    flops: float
+    product_flops: float
+    peak_bytes: float
+    argument_bytes: float
+    temporary_bytes: float
+
+
+def cost_of(function: Any, arguments: tuple, static: dict[str, Any]) -> Cost:
+    """A jitted function's flops and its peak memory: arguments + temporaries + results not donated.
+
+    The compiler counts the body of a scan once; the matrix products of the further trips, counted
+    in the jaxpr, are added. `product_flops` has the products alone, all trips.
+    """
+    traced = function.trace(*arguments, **static)
+    lowered = traced.lower()
+    compiled = lowered.compile()
+    once, all_trips = (products(traced.jaxpr, trips) for trips in (False, True))
+    memory = compiled.memory_analysis()
+    kept = memory.output_size_in_bytes - memory.alias_size_in_bytes
+    return Cost(
+        flops=lowered.cost_analysis()["flops"] + all_trips - once,
+        product_flops=all_trips,
+        peak_bytes=memory.argument_size_in_bytes + memory.temp_size_in_bytes + kept,
+        argument_bytes=memory.argument_size_in_bytes,
+        temporary_bytes=memory.temp_size_in_bytes,
+    )
+
+
+def joint_update_cost(shape: Shape, architecture: str, remat: str, microbatches: int) -> Cost:
+    """The joint update's cost from shapes alone: nothing is allocated or run."""
+    model = model_of(shape, architecture, remat)
+    config = config_of(shape, microbatches=microbatches)
+    params = jax.eval_shape(model.init, jax.random.key(0))
+    state = TrainState(params, jax.eval_shape(make_optimizer(config.optim).init, params))
+    array = lambda dtype, *sizes: jax.ShapeDtypeStruct(sizes, dtype)
+    rows, completion = shape.rows, shape.completion_length
+    batch = UpdateBatch(
+        tokens=array("int32", rows, shape.slots),
+        mask=array("bool", rows, shape.slots),
+        completion_ids=array("int32", rows, completion),
+        completion_mask=array("bool", rows, completion),
+        advantages=array("float32", rows),
+        ref_per_token_logps=array("float32", rows, completion),
+    )
+    scalars = array("float32"), array("float32")
+    return cost_of(update, (state, {}, batch, None, *scalars), static_of(model, config))
+
+
+def products(jaxpr: Any, trips: bool = True) -> float:
+    """Flops of a jaxpr's matrix products, 2 M N K each; a scan's body times its `trips`, or once.
+
+    A `while_loop`'s body counts once: its trips are not known.
+    """
+    total = 0.0
+    for equation in jaxpr.eqns:
+        if equation.primitive.name == "dot_general":
+            (contracted, _), _ = equation.params["dimension_numbers"]
+            sizes = equation.invars[0].aval.shape
+            inner = math.prod(sizes[axis] for axis in contracted)
+            total += 2.0 * inner * math.prod(equation.outvars[0].aval.shape)
+        times = equation.params["length"] if trips and equation.primitive.name == "scan" else 1
+        total += times * sum(
+            products(inner, trips) for inner in jax.core.jaxprs_in_params(equation.params)
+        )
+    return total

@@ -1,0 +1,199 @@
+"""`jaxdyn evaluate`: a run's checkpoint or a model on held-out prompts, by temperature.
+
+Prints a table and writes the same as JSON, with every completion. The prompts and the key are those
+of the run's own evaluations: at the run's settings the numbers are the logged ones.
+"""
+
+import dataclasses
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import tyro
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from jaxdyn.config import ModelSource, RunConfig, load_config, to_dict
+from jaxdyn.presets import RL, preset
+from jaxdyn.train.analyze import open_run
+from jaxdyn.train.evaluate import at_temperature, sample_held_out
+from jaxdyn.train.progress import Progress
+from jaxdyn.train.rl import begin_or_resume, plan_of
+from jaxdyn.train.task import Task, make_metrics, open_task
+from jaxdyn.types import JaxdynError, Params
+
+
+@dataclasses.dataclass(frozen=True)
+class EvaluateOptions:
+    """Reward, task metrics, pass@k and best-of-N on held-out prompts, with 95 % intervals.
+
+    Attributes:
+      run: a directory of `jaxdyn rl`.
+      step: with RUN, which checkpoint; the newest when not given.
+      model: instead of RUN, a Hugging Face directory, or a hub name.
+      untie: with --model, give a tied one a classifier of its own (a copy of the embedding).
+      config: with --model, the prompts, reward and sampling of a run's config.json …
+      preset: … or of a preset of `jaxdyn rl`.
+      temperatures: to sample at, 0 being greedy; the configuration's own when not given.
+      num_prompts: held-out prompts, the first of the test split (this and what follows: the
+        configuration's own when not given).
+      num_generations: completions a prompt.
+      metrics: task metrics, named like reward functions; the first decides what is correct.
+      pass_at: the k of pass@k and the N of best-of-N; else powers of two.
+      success_threshold: the metric, or without metrics the reward, from which one is correct.
+      seed: of the sampling.
+      output: the JSON file to write; by default evaluation.json in RUN, with the step's number if
+        one was given, or runs/evaluation.json for a --model.
+    """
+
+    run: Annotated[str | None, tyro.conf.Positional, tyro.conf.arg(metavar="[RUN]")] = None
+    step: int | None = None
+    model: str | None = None
+    untie: bool = False
+    config: str | None = None
+    preset: str | None = None
+    temperatures: tuple[float, ...] = ()
+    num_prompts: int | None = None
+    num_generations: int | None = None
+    metrics: tuple[str, ...] | None = None
+    pass_at: tuple[int, ...] | None = None
+    success_threshold: float | None = None
+    seed: int | None = None
+    output: str | None = None
+
+    def __post_init__(self):
+        if (self.run is None) == (self.model is None):
+            raise JaxdynError("give a RUN or --model, " + ("not both" if self.run else "got none"))
+        if self.model is None:
+            given = [name for name in ("untie", "config", "preset") if getattr(self, name)]
+            if given:
+                raise JaxdynError(f"--{given[0]} goes with --model: a run has its own")
+            return
+        if self.step is not None:
+            raise JaxdynError("--step is of a run: give RUN, not --model")
+        if (self.config is None) == (self.preset is None):
+            raise JaxdynError(
+                "--model needs --config or --preset, for the prompts and the reward, "
+                + ("not both" if self.config else "got none")
+            )
+
+    @property
+    def destination(self) -> Path:
+        """Where the JSON goes."""
+        if self.output is not None:
+            return Path(self.output)
+        name = "evaluation" if self.step is None else f"evaluation-{self.step}"
+        return Path(self.run or "runs") / f"{name}.json"
+
+
+def run_evaluate(options: EvaluateOptions, progress: Progress | None = None) -> Path:
+    """Sample, measure, print and write; returns the file's path.
+
+    Raises:
+      JaxdynError: naming what does not fit: the file, the run, the step, the options.
+    """
+    path = options.destination
+    if path.exists():
+        raise JaxdynError(f"{path} already exists; choose another --output")
+    progress = progress or Progress()
+    config, task, view, step = open_policy(options)
+    own = config.sampling.temperature
+    temperatures = tuple(sorted({*(options.temperatures or (own,))}))
+    lines = []
+    name = Path(options.run or str(options.model)).resolve().name
+    with progress.start(f"evaluate {name}", len(temperatures)):
+        for temperature in temperatures:
+            experience, metrics = sample_held_out(task, view, at_temperature(config, temperature))
+            rows = [{k: v for k, v in r.items() if k != "step"} for r in experience.records(0)]
+            lines.append({"temperature": temperature, **metrics, "samples": rows})
+            progress.advance(temperature=temperature, reward=metrics["reward"])
+    about = {"run": options.run, "model": options.model, "step": step, "config": to_dict(config)}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_suffix(".partial")
+    partial.write_text(json.dumps({**about, "temperatures": lines}, ensure_ascii=False) + "\n")
+    partial.replace(path)
+    print_table(name if step is None else f"{name}, step {step}", config, lines)
+    print(f"evaluation: {path}")
+    return path
+
+
+def open_policy(options: EvaluateOptions) -> tuple[RunConfig, Task, Params, int | None]:
+    """The configuration with the options in it, what it works on, the policy and its step."""
+    if options.run is None:
+        config = preset(RL, options.preset) if options.preset else from_file(options)
+        config = dataclasses.replace(config, model=ModelSource(str(options.model), options.untie))
+        config = chosen(config, options)
+        task = open_task(config, config.train.max_prompt_length)
+        return config, task, task.model.view(task.params), None
+    run = Path(options.run)
+    trained, task, checkpoints = open_run(run)
+    config = chosen(trained, options)
+    task = dataclasses.replace(task, metrics=make_metrics(config))
+    saved = checkpoints.steps()
+    step = saved[-1] if options.step is None else options.step
+    if step not in saved:
+        raise JaxdynError(f"{run} has checkpoints at steps {saved}, not at {step}")
+    state, _ = begin_or_resume(task, trained, plan_of(trained), checkpoints, step)
+    checkpoints.close()
+    return config, task, task.model.view(state.params), step
+
+
+def from_file(options: EvaluateOptions) -> RunConfig:
+    """The configuration that --config names: a file, or a run's directory."""
+    path = Path(str(options.config))
+    return load_config(RunConfig, path / "config.json" if path.is_dir() else path)
+
+
+def chosen(config: RunConfig, options: EvaluateOptions) -> RunConfig:
+    """The configuration with what the options say of the evaluation."""
+    names = ("num_prompts", "num_generations", "metrics", "pass_at", "success_threshold")
+    given: dict[str, Any] = {n: v for n in names if (v := getattr(options, n)) is not None}
+    if "num_generations" in given:  # the run's own sizes may not fit
+        given.setdefault("pass_at", ())
+    evaluation = dataclasses.replace(config.evaluation, temperatures=options.temperatures, **given)
+    seed = config.seed if options.seed is None else options.seed
+    return dataclasses.replace(config, evaluation=evaluation, seed=seed)
+
+
+def print_table(name: str, config: RunConfig, lines: Sequence[dict[str, Any]]) -> None:
+    """A row a measure, a column a temperature."""
+    evaluation = config.evaluation
+    each = evaluation.num_generations
+    prompts = len(lines[0]["samples"]) // each
+    judge = evaluation.metrics[0] if evaluation.metrics else "reward"
+    table = Table(box=box.SIMPLE_HEAD)
+    table.add_column("")
+    for line in lines:
+        greedy = line["temperature"] == 0
+        heading = "greedy" if greedy else f"temperature {line['temperature']:g}"
+        table.add_column(heading, justify="right")
+    shown = {"reward": "reward"}
+    kinds = (("metrics/", "{}"), ("pass@", "pass@{}"), ("best_of@", "best of {}"))
+    for prefix, words in kinds:
+        for key in lines[0]:
+            if key.startswith(prefix) and "_ci_" not in key:
+                shown[key] = words.format(key.removeprefix(prefix))
+    shown |= {
+        "diversity/unique": "unique completions",
+        "diversity/ead": "diversity (EAD)",
+        "entropy": "entropy (nats)",
+        "completions/mean_length": "mean length (tokens)",
+    }
+    for key, words in shown.items():
+        table.add_row(words, *(cell(line, key) for line in lines))
+    console = Console()
+    say = lambda text: console.print(text, soft_wrap=True, highlight=False, markup=False)
+    say(f"{name}: {prompts} held-out prompts, {each} completions each")
+    console.print(table)
+    say(f"correct: {judge} at least {evaluation.success_threshold:g}; 95 % intervals over prompts")
+
+
+def cell(line: dict[str, Any], key: str) -> str:
+    """A value with its interval, if it has one."""
+    if key not in line or (key == "entropy" and line["temperature"] == 0):
+        return "–"
+    low, high = line.get(f"{key}_ci_low"), line.get(f"{key}_ci_high")
+    interval = "" if low is None else f"  [{low:.3f}, {high:.3f}]"
+    return f"{line[key]:.3f}{interval}"
