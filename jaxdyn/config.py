@@ -34,15 +34,15 @@ class ModelSource:
       path: a Hugging Face directory, or a hub name.
       untie: give a tied model a classifier of its own (a copy of the embedding).
       dtype: compute dtype; parameters are float32.
-      remat: what an update keeps of the forward pass: all but attention's weights (none), each
-        layer's input and dense outputs (dots), or its input alone (full); the backward pass
-        computes the rest again. Numbers stay the same.
+      remat: what an update keeps of the forward pass: each layer's input and dense outputs (dots),
+        its input alone (full, the least memory), or all but attention's weights (none); the
+        backward pass computes the rest again. Numbers stay the same.
     """
 
     path: str = ""
     untie: bool = False
     dtype: Literal["float32", "bfloat16"] = "float32"
-    remat: Literal["none", "dots", "full"] = "none"
+    remat: Literal["none", "dots", "full"] = "dots"
 
 
 def _positive(config: Any, prefix: str, *names: str) -> None:

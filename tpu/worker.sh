@@ -129,7 +129,7 @@ run() {
 
   local failures=0 began log last
   while [[ -z $STOPPED ]]; do
-    log=$ROOT/logs/worker-$WORKER-$(date -u +%Y%m%dT%H%M%S).$failures.log
+    log=$ROOT/logs/worker-$WORKER-$(date -u +%Y%m%dT%H%M%S.%3N).log
     : >"$log"
     ln -sfn "$log" "$ROOT/logs/current.log"
     report "running, log $log"
@@ -171,7 +171,7 @@ boot() {
   local self=${BASH_SOURCE[0]}
   [[ ! -e $ROOT/job.sh ]] || self=$ROOT/job.sh # the disk survived: the job that was given last
   if [[ $self == "$ROOT/job.sh" || ${#COMMAND[@]} -gt 0 ]]; then
-    grep -qs ': done' "$ROOT/status" || exec bash "$self" start
+    grep -qs '^worker [^:]*: done' "$ROOT/status" || exec bash "$self" start
     return
   fi
   report "setting-up"

@@ -93,7 +93,11 @@ def run(directory: Path, name: str) -> dict:
             ended.append(time.time())
             compiled.append(0)
 
+    def discount(event: str, **_) -> None:
+        compiled[-1] -= event == "/jax/compilation_cache/cache_hits"
+
     jax.monitoring.register_event_duration_secs_listener(count)
+    jax.monitoring.register_event_listener(discount)
     run_rl(config, Noting())
     plan, every = plan_of(config), (config.probe.every, config.evaluation.every)
     kinds = [(stage_at(plan, i).name, *(i % e == e - 1 for e in every)) for i in range(len(ended))]

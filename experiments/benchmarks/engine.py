@@ -15,6 +15,7 @@ from jaxdyn.config import RunConfig, TrainConfig
 from jaxdyn.data import Tokenizer
 from jaxdyn.dynamics import ProbeConfig
 from jaxdyn.models import LanguageModel, config_from_hf, gpt_neox
+from jaxdyn.models.decoder import Remat
 from jaxdyn.optim import OptimConfig, Stage, make_optimizer, trainable
 from jaxdyn.optim.stages import StageName
 from jaxdyn.rewards import RewardConfig, make_reward
@@ -24,10 +25,11 @@ from jaxdyn.train.step import make_batch, prompts_of_step, take_step
 from jaxdyn.train.task import Task, gather_experience
 from jaxdyn.train.update import TrainState, UpdateBatch, update
 
+REWARD = RewardConfig(functions=(f"{even_words.__module__}:even_words",))
 PROBE = ProbeConfig(every=10, num_prompts=32, sites_per_completion=1)  # 64 sites
 
 
-def model_of(shape: Shape, architecture: str, remat: str = "none") -> LanguageModel:
+def model_of(shape: Shape, architecture: str, remat: Remat = "dots") -> LanguageModel:
     """The decoder that the peers build, untied."""
     positions = max(512, shape.slots)
     if architecture == "gpt_neox":
@@ -48,7 +50,7 @@ def model_of(shape: Shape, architecture: str, remat: str = "none") -> LanguageMo
                 "tie_word_embeddings": False,
             }
         )
-    return LanguageModel(config, jnp.dtype(shape.dtype).type)  # TEMPORARY remat=remat
+    return LanguageModel(config, jnp.dtype(shape.dtype).type, remat)
 
 
 def tokenizer_of(shape: Shape) -> Tokenizer:
@@ -61,19 +63,19 @@ def tokenizer_of(shape: Shape) -> Tokenizer:
     return Tokenizer(backend, PAD, (END,), BEGIN)
 
 
-def task_of(shape: Shape, architecture: str, remat: str = "none") -> Task:
+def task_of(shape: Shape, architecture: str, remat: Remat = "dots") -> Task:
     """Random parameters, prompts of random words, and the peers' reward."""
     model = model_of(shape, architecture, remat)
     params = jax.jit(model.init)(jax.random.key(0))
     examples = [{"prompt": prompt} for prompt in random_prompts(shape, 2048)]
-    reward = make_reward(RewardConfig(functions=(f"{even_words.__module__}:even_words",)))
     held_out = examples[: PROBE.num_prompts]
-    return Task(model, params, tokenizer_of(shape), examples, held_out, reward)
+    return Task(model, params, tokenizer_of(shape), examples, held_out, make_reward(REWARD))
 
 
 def config_of(shape: Shape, **train: Any) -> RunConfig:
     """GRPO with a reference, AdamW: what the peers are told too."""
     return RunConfig(
+        reward=REWARD,
         sampling=SamplingConfig(max_completion_length=shape.completion_length),
         loss=LossConfig(beta=0.04),
         optim=OptimConfig(learning_rate=1e-6),
@@ -97,7 +99,7 @@ def fresh_state(task: Task, config: RunConfig, stage: str) -> TrainState:
 class Problem:
     """A task, a rollout batch of it with harvested features, and what either stage does with it."""
 
-    def __init__(self, shape: Shape, architecture: str, remat: str, microbatches: int):
+    def __init__(self, shape: Shape, architecture: str, remat: Remat, microbatches: int):
         self.task = task_of(shape, architecture, remat)
         self.config = config_of(shape, microbatches=microbatches)
         self.reference = jax.tree.map(jnp.copy, self.task.model.view(self.task.params))
@@ -196,7 +198,7 @@ def cost_of(function: Any, arguments: tuple, static: dict[str, Any]) -> Cost:
     )
 
 
-def joint_update_cost(shape: Shape, architecture: str, remat: str, microbatches: int) -> Cost:
+def joint_update_cost(shape: Shape, architecture: str, remat: Remat, microbatches: int) -> Cost:
     """The joint update's cost from shapes alone: nothing is allocated or run."""
     model = model_of(shape, architecture, remat)
     config = config_of(shape, microbatches=microbatches)

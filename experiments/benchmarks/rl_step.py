@@ -231,7 +231,7 @@ def main():
     )
     parser.add_argument("suites", nargs="*", help=", ".join(SUITES))
     parser.add_argument("--architecture", default="llama", choices=interleave.ARCHITECTURES)
-    parser.add_argument("--remat", default="none", choices=("none", "dots", "full"))
+    parser.add_argument("--remat", default="dots", choices=("none", "dots", "full"))
     parser.add_argument("--microbatches", type=int, default=1)
     add_shape_arguments(parser)
     interleave.add_peer_arguments(parser)

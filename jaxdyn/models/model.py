@@ -36,7 +36,7 @@ class LanguageModel:
 
     config: ModelConfig
     dtype: Any = jnp.float32
-    remat: Remat = "none"
+    remat: Remat = "dots"
 
     # -- parameters ---------------------------------------------------------------------------
 

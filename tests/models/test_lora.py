@@ -99,8 +99,9 @@ def test_decoding_takes_the_adapters_too(x64):
     wanted = after.features(far["backbone"], tokens, mask)
     _, prompt = after.prefill(far["backbone"], tokens[:, :3], mask[:, :3])
     empty = jax.tree.map(lambda x: jnp.zeros_like(x[..., :1, :]), prompt)
+    position = jnp.asarray([3], jnp.int32)
     got, _ = after.decode(
-        far["backbone"], tokens[:, 3], jnp.array([3]), prompt, empty, mask, jnp.asarray(0)
+        far["backbone"], tokens[:, 3], position, prompt, empty, mask, jnp.int32(0)
     )
     np.testing.assert_allclose(got, wanted[:, 3], rtol=0, atol=1e-12)
 

@@ -146,6 +146,7 @@ def test_harvested_features_are_those_of_a_teacher_forced_pass(name, dtype, tole
         )
 
 
+@pytest.mark.slow
 def test_harvesting_changes_no_draw():
     plain, harvested = (
         sample(LLAMA, jax.random.key(6), harvest=harvest) for harvest in (False, True)

@@ -366,6 +366,14 @@ def test_one_worker_that_is_not_done_is_waited_for(box):
     assert box.verbs().count("ssh") == 3
 
 
+@pytest.mark.parametrize("word", ["failed to connect", "busy", "done"])
+def test_a_logs_last_line_is_not_a_state(word, box):
+    box.reports(f"worker 0: waiting to start again, log x: {word}", "worker 0: done")
+    assert box.tpu("babysit", "rl").returncode == 0
+    verbs = ["describe", "create", "describe", "ssh", "describe", "ssh", "rsync", "delete"]
+    assert box.verbs() == verbs
+
+
 def test_nothing_is_created_when_the_package_cannot_be_sent(box):
     """An upload that fails ends the command: the workers would find no package."""
     box.program("gcloud", (box.bin / "gcloud").read_text() + '[[ "$*" != "storage rsync "* ]]\n')

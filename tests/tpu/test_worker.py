@@ -253,7 +253,7 @@ def test_a_boot_resumes_the_last_job_unless_it_is_done(worker, write_job, wait_f
     assert worker.job(job=created_with).returncode == 0
     time.sleep(0.2)
     assert tries(worker) == 1 and not worker.runs()
-    (worker.root / "status").write_text("worker 0: running, log x\n")  # the power went
+    (worker.root / "status").write_text("worker 0: waiting, log x: done\n")  # the power went
     worker.job(job=created_with)
     worker.ends(wait_for, "done")
     assert worker.logs[1] == "try 2\nsft\n"

@@ -128,7 +128,7 @@ def test_metrics_are_logged_beside_the_reward_and_are_no_part_of_it(evaluated, r
         share = lambda passes, mine=mine: np.mean([passes(s) for s in mine])
         assert line["eval_metrics/finished"] == share(lambda s: s["finished"])
         assert line["eval_metrics/finished"] == pytest.approx(line["eval_pass@1"], rel=1e-12)
-        assert line["eval_reward"] == share(lambda s: set("ab") & set(s["completion"]))
+        assert line["eval_reward"] == share(lambda s: bool(set("ab") & set(s["completion"])))
         assert line["eval_best_of@1"] == pytest.approx(line["eval_reward"], rel=1e-12)
         length = share(lambda s: float(len(s["completion"]) >= 3))
         assert line["eval_metrics/length"] == pytest.approx(length, rel=1e-12)

@@ -1,0 +1,128 @@
+"""The full pass's attention: exact, finite, half computed, and not kept."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxdyn.models.attention import attention, cudnn_can, plain_attention
+
+B, HEADS, WIDTH = 3, 4, 8
+
+
+def draw(slots, kv_heads, dtype):
+    """Queries, keys, values, and the mask of rows padded on the left, on the right, not at all."""
+    rng = np.random.default_rng(0)
+    shapes = [(B, slots, heads, WIDTH) for heads in (HEADS, kv_heads, kv_heads)]
+    inputs = tuple(jnp.asarray(rng.standard_normal(shape), dtype) for shape in shapes)
+    tokens = np.ones((B, slots), bool)
+    tokens[0, : slots // 3], tokens[1, -slots // 3 :] = False, False
+    causal = np.tril(np.ones((slots, slots), bool))
+    return inputs, jnp.asarray(causal[None, None] & tokens[:, None, None, :])
+
+
+def in_numpy(query, key, value, mask):
+    groups = HEADS // key.shape[2]
+    key, value = (np.repeat(x, groups, axis=2) for x in (key, value))
+    scores = np.einsum("bthw,bkhw->bhtk", query, key) / np.sqrt(WIDTH)
+    weights = np.where(mask, np.exp(scores), 0)
+    total = weights.sum(-1, keepdims=True)
+    return np.einsum("bhtk,bkhw->bthw", weights / np.where(total, total, 1), value)
+
+
+def seen(mask):
+    """Queries that see a token; nobody reads the others' answers."""
+    return np.asarray(mask).any(-1)[:, 0, :, None, None]
+
+
+# One block of queries, two uneven ones, and four.
+@pytest.mark.parametrize("slots", [6, 131, 256])
+@pytest.mark.parametrize("kv_heads", [1, 2, 4])
+def test_attention_is_exact_in_float64(slots, kv_heads, x64):
+    """Values against numpy, gradients against those of one block that keeps its weights."""
+    inputs, mask = draw(slots, kv_heads, jnp.float64)
+    got = jax.jit(attention)(*inputs, mask)
+    assert got.dtype == jnp.float64
+    expected = in_numpy(*map(np.asarray, inputs), np.asarray(mask))
+    np.testing.assert_allclose(np.where(seen(mask), got, 0), expected, atol=1e-13)
+
+    cotangent = np.random.default_rng(1).standard_normal(got.shape) * seen(mask)
+    pull = lambda function: jax.jit(jax.grad(lambda x: jnp.sum(function(*x, mask) * cotangent)))(
+        inputs
+    )
+    for ours, plain in zip(pull(attention), pull(plain_attention), strict=True):
+        np.testing.assert_allclose(ours, plain, atol=1e-12)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_attention_rounds_no_more_than_its_dtype_must(dtype):
+    """In bfloat16 weights and result are rounded once each, to u = 2^-8, and the sums are float32.
+
+    An average of values below 5 then errs by at most 2 u · 5; in float32 the scores' own rounding
+    counts too: below 10 in size, of a few roundings each.
+    """
+    inputs, mask = draw(131, 2, dtype)
+    got = jax.jit(attention)(*inputs, mask)
+    assert got.dtype == dtype
+    exact = in_numpy(*(np.asarray(x, np.float64) for x in inputs), np.asarray(mask))
+    error = np.abs(np.asarray(got, np.float64) - exact) * seen(mask)
+    u = 2.0**-8 if dtype == jnp.bfloat16 else 2.0**-24
+    bound = 2 * u * 5 if dtype == jnp.bfloat16 else 5 * (2 * 4 * 10 * u)
+    assert u / 4 < error.max() < bound
+
+
+@pytest.mark.parametrize("slots", [6, 131])
+def test_queries_that_see_nothing_are_finite_and_so_are_their_gradients(slots):
+    inputs, mask = draw(slots, 2, jnp.float32)
+    assert not seen(mask).all()
+    loss = lambda x: jnp.sum(attention(*x, mask) ** 2)
+    value, gradient = jax.jit(jax.value_and_grad(loss))(inputs)
+    assert all(np.isfinite(x).all() for x in (value, *gradient))
+
+
+def test_what_the_mask_hides_is_mostly_not_computed():
+    """Four blocks of queries meet (1 + 2 + 3 + 4) / 16 of the keys."""
+    inputs, mask = draw(256, 4, jnp.float32)
+    flops = lambda f: jax.jit(f).lower(*inputs, mask).compile().cost_analysis()["flops"]
+    assert 0.6 < flops(attention) / flops(plain_attention) < 0.65
+
+
+def test_the_weights_are_not_kept_for_the_backward_pass():
+    inputs, mask = draw(256, 4, jnp.float32)
+    kept = lambda function: jax.eval_shape(
+        lambda x: jax.vjp(lambda x: function(*x, mask), x)[1], inputs
+    )
+    largest = lambda function: max(
+        x.size for x in jax.tree.leaves(kept(function)) if x.dtype == jnp.float32
+    )
+    assert largest(plain_attention) == B * HEADS * 256**2
+    assert largest(attention) <= B * 256 * HEADS * WIDTH
+
+
+@pytest.mark.parametrize(
+    ("dtype", "shape", "fits"),
+    [
+        (jnp.bfloat16, (2, 64, 4, 64), True),
+        (jnp.float16, (2, 64, 4, 128), True),
+        (jnp.float32, (2, 64, 4, 64), False),
+        (jnp.bfloat16, (2, 63, 4, 64), False),
+        (jnp.bfloat16, (2, 64, 4, 20), False),
+        (jnp.bfloat16, (2, 64, 4, 256), False),
+    ],
+)
+def test_cudnn_takes_half_precision_on_a_gpu(dtype, shape, fits, monkeypatch):
+    """Lowered for CUDA without a card: the program calls cuDNN's kernels, both ways, or none."""
+    assert cudnn_can(dtype, shape) == fits
+    cudnn = pytest.importorskip("jax._src.cudnn.fused_attention_stablehlo")
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    # What jax asks of the machine that traces.
+    monkeypatch.setattr(cudnn, "check_cudnn_version", lambda: 91000)
+    monkeypatch.setattr(cudnn, "check_compute_capability", lambda _: False, raising=False)
+    monkeypatch.setattr(cudnn, "is_cuda_compute_capability_equal", lambda _: False, raising=False)
+    x = jax.ShapeDtypeStruct(shape, dtype)
+    mask = jax.ShapeDtypeStruct((shape[0], 1, shape[1], shape[1]), bool)
+    loss = lambda q, k, v, mask: jnp.sum(attention(q, k, v, mask).astype(jnp.float32))
+    traced = jax.jit(jax.value_and_grad(loss)).trace(x, x, x, mask)
+    text = traced.lower(lowering_platforms=("cuda",)).as_text()
+    assert ("__cudnn$fmhaScaleBiasSoftmax" in text) == fits
+    assert ("__cudnn$fmhaScaleBiasSoftmaxBackward" in text) == fits
