@@ -13,7 +13,6 @@ from peers.protocol import BEGIN, END, PAD, WORDS, Shape, even_words, random_pro
 
 from jaxdyn.config import RunConfig, TrainConfig
 from jaxdyn.data import Tokenizer
-from jaxdyn.dynamics import ProbeConfig
 from jaxdyn.models import LanguageModel, config_from_hf, gpt_neox
 from jaxdyn.models.decoder import Remat
 from jaxdyn.optim import OptimConfig, Stage, make_optimizer, trainable
@@ -26,7 +25,6 @@ from jaxdyn.train.task import Task, gather_experience
 from jaxdyn.train.update import TrainState, UpdateBatch, update
 
 REWARD = RewardConfig(functions=(f"{even_words.__module__}:even_words",))
-PROBE = ProbeConfig(every=10, num_prompts=32, sites_per_completion=1)  # 64 sites
 
 
 def model_of(shape: Shape, architecture: str, remat: Remat = "dots") -> LanguageModel:
@@ -68,7 +66,7 @@ def task_of(shape: Shape, architecture: str, remat: Remat = "dots") -> Task:
     model = model_of(shape, architecture, remat)
     params = jax.jit(model.init)(jax.random.key(0))
     examples = [{"prompt": prompt} for prompt in random_prompts(shape, 2048)]
-    held_out = examples[: PROBE.num_prompts]
+    held_out = examples[:32]
     return Task(model, params, tokenizer_of(shape), examples, held_out, make_reward(REWARD))
 
 
@@ -79,7 +77,6 @@ def config_of(shape: Shape, **train: Any) -> RunConfig:
         sampling=SamplingConfig(max_completion_length=shape.completion_length),
         loss=LossConfig(beta=0.04),
         optim=OptimConfig(learning_rate=1e-6),
-        probe=PROBE,
         train=TrainConfig(
             num_prompts=shape.prompts,
             num_generations=shape.generations,

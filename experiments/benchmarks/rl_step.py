@@ -116,24 +116,42 @@ def harvest_agreement(problem: Any) -> dict[str, float]:
 
 
 def telemetry(shape: Shape, chosen: argparse.Namespace) -> dict:
-    """Steps as a run takes them, one in ten of them probed, files included."""
+    """Steps as a run takes them, one in ten of them probed at 64 sites, files included."""
     import engine
+
+    problem = engine.Problem(shape, chosen.architecture, chosen.remat, chosen.microbatches)
+    print(f"\ntelemetry: {json.dumps(dataclasses.asdict(shape))}")
+    print(f"{'prompts':>8}{'sites':>7}{'probe s':>10}{'step s':>9}{'of the run':>12}{'start s':>9}")
+    layouts = []
+    for num_prompts, inside in ((32, 1), (16, 3)):
+        found = probed_run(problem, num_prompts, inside, chosen.rounds, chosen.warm_up)
+        layouts.append(found)
+        print(
+            f"{num_prompts:>8}{found['sites']:>7}{found['median_probe_seconds']:>10.4f}"
+            f"{found['median_step_seconds']:>9.4f}{found['overhead']:>12.1%}"
+            f"{found['start_seconds']:>9.1f}"
+        )
+    return {"shape": dataclasses.asdict(shape), "layouts": layouts}
+
+
+def probed_run(problem: Any, num_prompts: int, inside: int, rounds: int, warm_up: int) -> dict:
+    """Seconds of steps and of probes at a completion's first site and `inside` it."""
     import jax
 
+    from jaxdyn.dynamics import ProbeConfig
     from jaxdyn.train.probe import Probe
     from jaxdyn.train.run_directory import RunDirectory
 
-    problem = engine.Problem(shape, chosen.architecture, chosen.remat, chosen.microbatches)
+    every = 10
+    layout = ProbeConfig(every=every, num_prompts=num_prompts, sites_per_completion=inside)
+    config = dataclasses.replace(problem.config, probe=layout)
     step = problem.steps("joint")
-    began = time.perf_counter()
-    probe = Probe(problem.task, problem.config, problem.reference)
-    start_seconds = time.perf_counter() - began
+    start_seconds, probe = harness.timed(lambda: Probe(problem.task, config, problem.reference))
     steps, probes = [], []
     with tempfile.TemporaryDirectory() as directory:
-        run = RunDirectory(Path(directory) / "run", problem.config)
+        run = RunDirectory(Path(directory) / "run", config)
         state, _ = step()
-        every = problem.config.probe.every
-        for number in range((chosen.warm_up + chosen.rounds) * every):
+        for number in range((warm_up + rounds) * every):
             due = probe.due(number)
             began = time.perf_counter()
             before = jax.block_until_ready(probe.remember(state)) if due else None
@@ -145,22 +163,21 @@ def telemetry(shape: Shape, chosen: argparse.Namespace) -> dict:
                 run.log("dynamics.jsonl", {"step": number, "cfrl/stage": 2, **scalars})
                 run.save_arrays(number, arrays)
             ended = time.perf_counter()
-            if number >= chosen.warm_up * every:
+            if number >= warm_up * every:
                 steps.append(stepped - remembered)
                 probes += [remembered - began + ended - stepped] if due else []
         run.close()
-    sites = len(probe.sites.targets)
-    middle = statistics.median(steps), statistics.median(probes)
-    share = middle[1] / (every * middle[0])
-    print(f"\ntelemetry: {sites} sites every {every} steps: {middle[1]:.4f} s a probe, a step")
-    print(f"{middle[0]:.4f} s: {share:.1%} of the run; start {start_seconds:.1f} s with compiling")
+    step_seconds, probe_seconds = statistics.median(steps), statistics.median(probes)
     return {
-        "shape": dataclasses.asdict(shape),
-        "sites": sites,
+        "prompts": num_prompts,
+        "sites": len(probe.sites.targets),
         "every": every,
+        "start_seconds": start_seconds,
+        "median_step_seconds": step_seconds,
+        "median_probe_seconds": probe_seconds,
+        "overhead": probe_seconds / (every * step_seconds),
         "step_seconds": steps,
         "probe_seconds": probes,
-        "overhead": share,
         "gflops": harness.thermometer(),
     }
 

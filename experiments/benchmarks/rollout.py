@@ -13,7 +13,8 @@ A call has P prompts and G generations of each: sequences that share a prompt sh
 us and in the floor, while the peers' samplers take P G prompts. The bandwidth floor of a decoding
 step is the time in which the device moves, at the rate of a copy, the weights in the compute dtype
 (without the embedding, of which a few rows are read) and the keys and values written so far. The
-call's whole time counts, prefill and sampling included.
+call's whole time counts, prefill and sampling included. Of a small shape on a CPU the share exceeds
+1: its weights stay in the processor's cache.
 """
 
 import argparse

@@ -12,6 +12,9 @@ from jaxdyn.types import JaxdynError, Rollout, Sites
 class ProbeConfig:
     """Where and how often the dynamics are measured.
 
+    A measurement costs about four passes over the probe's sequences: sites that share a sequence
+    are cheap, further prompts are not.
+
     Attributes:
       every: measure the update of every `every`-th step (0: never).
       num_prompts: probe prompts; the last token of each is one site.
@@ -20,8 +23,8 @@ class ProbeConfig:
     """
 
     every: int = 10
-    num_prompts: int = 32
-    sites_per_completion: int = 1
+    num_prompts: int = 16
+    sites_per_completion: int = 3
 
     def __post_init__(self):
         if self.every < 0:

@@ -13,6 +13,9 @@ from jaxdyn.rollout.sampling import sample_token
 from jaxdyn.types import JaxdynError, Params, PromptBatch, Rollout
 
 
+SMALLEST_CACHE = 64
+
+
 @dataclasses.dataclass(frozen=True)
 class SamplingConfig:
     """How completions are drawn.
@@ -111,12 +114,12 @@ def _generate(
     prompt_length = prompt_mask.sum(axis=1, dtype=jnp.int32)
     rows = len(prompt_ids)
 
-    # The prompts' cache is read by all their generations; each has one for its own tokens.
+    # The prompts' cache is read by all their generations; each has one for its own tokens, which
+    # grows with them, since a step reads all of it.
     prompt_features, prompt_cache = model.prefill(
         view["backbone"], prompts.prompt_ids, prompts.prompt_mask
     )
-    own = lambda x: jnp.zeros((x.shape[0], rows, x.shape[2], length, x.shape[4]), x.dtype)
-    cache = jax.tree.map(own, prompt_cache)
+    own = lambda x: jnp.zeros((x.shape[0], rows, x.shape[2], 0, x.shape[4]), x.dtype)
 
     def draw(state, features):
         """Sample token t of every completion from the features that predict it, and record it."""
@@ -133,14 +136,15 @@ def _generate(
         return t + 1, cache, token, alive & ~stopped, ids, mask, logps, kept
 
     def unfinished(state):
-        t, _, _, alive, *_ = state
-        return (t < length) & alive.any()
+        """Whether another token is wanted, and the cache has a slot for the one before it."""
+        t, cache, _, alive, *_ = state
+        return (t < length) & (t <= cache.keys.shape[3]) & alive.any()
 
     def advance(state):
         """Write token t - 1 to its cache slot, then draw token t from its features."""
         t, cache, token, *rest = state
-        slot = t - 1
-        written = jnp.broadcast_to(jnp.arange(length) <= slot, (rows, length))
+        slot, slots = t - 1, cache.keys.shape[3]
+        written = jnp.broadcast_to(jnp.arange(slots) <= slot, (rows, slots))
         features, cache = model.decode(
             view["backbone"],
             token,
@@ -156,7 +160,7 @@ def _generate(
     wide = jnp.promote_types(first.dtype, jnp.float32)
     empty = (
         jnp.int32(0),
-        cache,
+        jax.tree.map(own, prompt_cache),
         jnp.zeros(rows, jnp.int32),
         jnp.ones(rows, bool),
         jnp.full((rows, length), pad_id),
@@ -164,5 +168,22 @@ def _generate(
         jnp.zeros((rows, length), wide),
         jnp.zeros((rows, length, first.shape[1]), first.dtype) if harvest else None,
     )
-    *_, ids, mask, logps, kept = jax.lax.while_loop(unfinished, advance, draw(empty, first))
+    state = draw(empty, first)
+    for slots in cache_sizes(length):
+        t, cache, *rest = state
+        spare = [
+            (0, slots - size if axis == 3 else 0) for axis, size in enumerate(cache.keys.shape)
+        ]
+        cache = jax.tree.map(lambda x, spare=spare: jnp.pad(x, spare), cache)
+        state = jax.lax.while_loop(unfinished, advance, (t, cache, *rest))
+    *_, ids, mask, logps, kept = state
     return Rollout(prompt_ids, prompt_mask, ids, mask, logps, kept)
+
+
+def cache_sizes(length: int) -> list[int]:
+    """The slots that a completion's cache has one after another: up to four steps of 64 or more.
+
+    Each is a loop of its own in the compiled program. The last token needs no slot.
+    """
+    step = max(SMALLEST_CACHE, -(-length // 4))
+    return [*range(step, length, step), length]

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import sys
 from typing import ClassVar
 
 import jax
@@ -13,6 +14,7 @@ import pytest
 from jaxdyn.models import LanguageModel
 from jaxdyn.rl import token_statistics
 from jaxdyn.rollout import SamplingConfig, generate, step_key, trim
+from jaxdyn.rollout.generate import cache_sizes
 from jaxdyn.types import JaxdynError, KVCache, PromptBatch, Rollout
 
 VOCAB = 31
@@ -154,6 +156,28 @@ def test_harvesting_changes_no_draw():
     assert plain.features is None and harvested.features.shape == (12, 9, 16)
     np.testing.assert_array_equal(plain.completion_ids, harvested.completion_ids)
     np.testing.assert_allclose(plain.per_token_logps, harvested.per_token_logps, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "length, sizes",
+    [(1, [1]), (64, [64]), (65, [64, 65]), (200, [64, 128, 192, 200]), (512, [128, 256, 384, 512])],
+)
+def test_a_cache_grows_in_up_to_four_steps(length, sizes):
+    assert cache_sizes(length) == sizes
+
+
+@pytest.mark.slow
+def test_how_the_cache_grows_changes_no_draw(monkeypatch):
+    """Nine tokens from caches of 3, 6 and 9 slots, as from one of 9."""
+    whole = sample(LLAMA, jax.random.key(6), harvest=True)
+    # The module's name is also the function's.
+    monkeypatch.setattr(sys.modules[generate.__module__], "SMALLEST_CACHE", 3)
+    jax.clear_caches()
+    grown = sample(LLAMA, jax.random.key(6), harvest=True)
+    np.testing.assert_array_equal(grown.completion_ids, whole.completion_ids)
+    np.testing.assert_array_equal(grown.completion_mask, whole.completion_mask)
+    # Float32 features of unit size, whose sums over slots are taken in another order.
+    np.testing.assert_allclose(grown.features, whole.features, rtol=0, atol=1e-5)
 
 
 def rollout_of(lengths, slots):
