@@ -1,6 +1,8 @@
-"""`jaxdyn quickstart | sft | rl | evaluate | analyze | kernel | report | export`: a thin shell.
+"""`jaxdyn quickstart | sft | rl | evaluate | analyze | kernel | plan | report | export`.
 
-Anything the user can mend ends in one line on standard error and exit code 2.
+Anything the user can mend ends in one line on standard error and exit code 2. A training run that
+gets SIGTERM saves and ends with exit code 75; the same command goes on from there, as it does after
+Ctrl-C (exit code 130), from the newest checkpoint.
 """
 
 import contextlib
@@ -8,13 +10,14 @@ import dataclasses
 import io
 import os
 import sys
-from collections.abc import Sequence
+import traceback
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import tyro
 
-from jaxdyn.errors import JaxdynError
+from jaxdyn.errors import JaxdynError, Preempted
 
 COMMANDS = {
     "quickstart": "make a small model, train it, run RL and classifier-first RL, write the report",
@@ -23,9 +26,13 @@ COMMANDS = {
     "evaluate": "reward, pass@k and best-of-N of a run or a model on held-out prompts",
     "analyze": "what the updates of a finished run did, recomputed from its checkpoints",
     "kernel": "the empirical NTK of a model between your prompts, by component: a file, a picture",
+    "plan": "memory, time and limits of a run on a TPU slice that need not be there",
     "report": "one HTML page of figures and tables about one or more runs",
     "export": "write a run's model as a Hugging Face directory",
 }
+
+ALONE = ("report", "plan")
+"""What one process does of many that are given the command."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,25 +82,34 @@ class Export:
     Attributes:
       run: the run's directory.
       output: the directory to write.
-      step: which checkpoint; the newest when not given.
+      step: which checkpoint, or "best" (train.keep_best); the newest when not given.
     """
 
     run: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
     output: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="OUTPUT")]
-    step: int | None = None
+    step: int | Literal["best"] | None = None
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """The console script's entry point."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     keep_compiled_programs()
+    with failing_at_once():
+        run_or_fail(arguments)
+
+
+def run_or_fail(arguments: list[str]) -> None:
+    """Run a command; what went wrong becomes a line and an exit code."""
     try:
         run_command(arguments)
     except JaxdynError as error:
-        fail(str(error))
+        fail(str(error), error.exit_code)
     except OSError as error:
         where = f" ({error.filename})" if error.filename else ""
         fail(f"{error.strerror or error}{where}")
+    except Preempted as stop:
+        print(f"jaxdyn: {stop}; the same command goes on from there", file=sys.stderr)
+        sys.exit(stop.exit_code)
     except KeyboardInterrupt:
         print("jaxdyn: interrupted; the same command goes on from there", file=sys.stderr)
         sys.exit(130)
@@ -110,10 +126,59 @@ def keep_compiled_programs() -> None:
     os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
 
 
-def fail(message: str) -> None:
-    """One line on standard error, exit code 2."""
+def fail(message: str, code: int = 2) -> None:
+    """One line on standard error, and the exit code."""
     print(f"jaxdyn: {' '.join(message.split())}", file=sys.stderr)
-    sys.exit(2)
+    sys.exit(code)
+
+
+@contextlib.contextmanager
+def failing_at_once() -> Iterator[None]:
+    """A process of many that fails must not wait at its end, as JAX would, for those that wait for
+    it: it goes, and the others end because it is gone."""
+    try:
+        yield
+    except BaseException as error:
+        code = error.code if isinstance(error, SystemExit) else 1
+        if not of_many() or code in (None, 0, Preempted.exit_code):
+            raise
+        if not isinstance(error, SystemExit):
+            traceback.print_exc()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code if isinstance(code, int) else 1)
+
+
+def of_many() -> bool:
+    """Whether this process has joined others."""
+    if "jaxdyn.distributed.processes" not in sys.modules:
+        return False
+    import jax
+
+    return jax.distributed.is_initialized()
+
+
+def join_others(command: str, arguments: list[str]) -> bool:
+    """Start JAX on many processes if the environment says so; whether this one has work.
+
+    Only the first prints. What needs no device it does alone.
+    """
+    if not os.environ.get("JAXDYN_DISTRIBUTED") or {"-h", "--help"} & set(arguments):
+        return True
+    from jaxdyn.distributed.processes import find_cluster, join
+
+    cluster = find_cluster()
+    if cluster is None or command in ALONE:
+        return cluster is None or cluster.index == 0
+    if command == "quickstart":
+        raise JaxdynError(
+            f"jaxdyn quickstart is for one process, got {cluster.processes}; of many, jaxdyn sft "
+            "and jaxdyn rl make use"
+        )
+    join(cluster)
+    if cluster.index > 0:
+        sys.stdout = io.StringIO()
+    return True
 
 
 def run_command(arguments: list[str]) -> None:
@@ -128,6 +193,8 @@ def run_command(arguments: list[str]) -> None:
         from jaxdyn.config import nearest
 
         raise JaxdynError(f"unknown command {command!r}{nearest(command, COMMANDS)}")
+    if not join_others(command, rest):
+        return
     {
         "quickstart": quickstart_command,
         "sft": sft_command,
@@ -135,6 +202,7 @@ def run_command(arguments: list[str]) -> None:
         "evaluate": evaluate_command,
         "analyze": analyze_command,
         "kernel": kernel_command,
+        "plan": plan_command,
         "report": report_command,
         "export": export_command,
     }[command](rest)
@@ -176,10 +244,11 @@ def evaluate_command(arguments: list[str]) -> None:
 
 def analyze_command(arguments: list[str]) -> None:
     chosen = parse(Analyze, "jaxdyn analyze", arguments)
+    from jaxdyn.paths import open_path
     from jaxdyn.train import analyze
 
-    run = Path(chosen.run)
-    print(f"analysis: {analyze(run, Path(chosen.output or run / 'analysis'))}")
+    run = open_path(chosen.run)
+    print(f"analysis: {analyze(run, open_path(chosen.output or run / 'analysis'))}")
 
 
 def kernel_command(arguments: list[str]) -> None:
@@ -189,6 +258,12 @@ def kernel_command(arguments: list[str]) -> None:
     from jaxdyn.kernel_command import run_kernel
 
     run_kernel(config)
+
+
+def plan_command(arguments: list[str]) -> None:
+    from jaxdyn.plan_command import PlanConfig, run_plan
+
+    run_plan(parse(PlanConfig, "jaxdyn plan", arguments))
 
 
 def report_command(arguments: list[str]) -> None:
@@ -202,9 +277,10 @@ def report_command(arguments: list[str]) -> None:
 
 def export_command(arguments: list[str]) -> None:
     chosen = parse(Export, "jaxdyn export", arguments)
+    from jaxdyn.paths import open_path
     from jaxdyn.train import export
 
-    print(f"model: {export(Path(chosen.run), Path(chosen.output), chosen.step)}")
+    print(f"model: {export(open_path(chosen.run), open_path(chosen.output), chosen.step)}")
 
 
 def configure(kind: type, presets: dict[str, Any], program: str, arguments: list[str]) -> Any:

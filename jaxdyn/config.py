@@ -15,9 +15,11 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 from jaxdyn.data import DataConfig
+from jaxdyn.distributed import MeshConfig
 from jaxdyn.dynamics import ProbeConfig
 from jaxdyn.models import LoraConfig
 from jaxdyn.optim import OptimConfig
+from jaxdyn.paths import AnyPath
 from jaxdyn.rewards import RewardConfig
 from jaxdyn.rl import AdvantageConfig, LossConfig, advantage_kind, check_combination
 from jaxdyn.rollout import SamplingConfig
@@ -70,7 +72,11 @@ class TrainConfig:
       max_prompt_length: longest prompt, in tokens.
       checkpoint_every: steps between checkpoints (the end always has one).
       keep_checkpoints: how many of the newest to keep; 0 keeps all, for `jaxdyn analyze`.
+      keep_best: a metric of the evaluations, like eval_reward: the checkpoint in which it was
+        largest is kept beside the newest (`jaxdyn export RUN OUTPUT --step best`).
       save_completions: training completions written a step.
+      update: how the update is compiled for several devices: by jit, over any mesh, or by pmap,
+        which copies the parameters to each.
     """
 
     steps: int = 200
@@ -81,12 +87,19 @@ class TrainConfig:
     max_prompt_length: int = 256
     checkpoint_every: int = 50
     keep_checkpoints: int = 2
+    keep_best: str = ""
     save_completions: int = 2
+    update: Literal["jit", "pmap"] = "jit"
 
     def __post_init__(self):
         _positive(self, "train", "num_prompts", "num_generations", "num_iterations")
         _positive(self, "train", "microbatches", "max_prompt_length", "checkpoint_every")
         _not_negative(self, "train", "steps", "keep_checkpoints", "save_completions")
+        if self.keep_best and not self.keep_best.startswith("eval_"):
+            raise JaxdynError(
+                "train.keep_best names a metric of the evaluations, such as eval_reward; got "
+                f"{self.keep_best!r}"
+            )
         if self.num_prompts * self.num_generations % self.microbatches:
             raise JaxdynError(
                 f"train.microbatches ({self.microbatches}) must divide num_prompts * "
@@ -165,6 +178,7 @@ class RunConfig:
     train: TrainConfig = TrainConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     probe: ProbeConfig = ProbeConfig()
+    mesh: MeshConfig = MeshConfig()
 
     def __post_init__(self):
         _not_negative(self, "run", "seed")
@@ -202,6 +216,7 @@ class SFTConfig:
     reward: RewardConfig = RewardConfig()
     sampling: SamplingConfig = SamplingConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
+    mesh: MeshConfig = MeshConfig()
     steps: int = 300
     batch_size: int = 64
     learning_rate: float = 1e-3
@@ -231,7 +246,7 @@ def save_config(config: Any, path: Path) -> None:
     path.write_text(json.dumps(to_dict(config), indent=2) + "\n")
 
 
-def load_config(kind: type[Config], path: Path) -> Config:
+def load_config(kind: type[Config], path: AnyPath) -> Config:
     """Read a configuration back; JaxdynError for a file that is not one, naming the field."""
     try:
         data = json.loads(path.read_text())

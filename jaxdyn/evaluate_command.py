@@ -7,15 +7,16 @@ of the run's own evaluations: at the run's settings the numbers are the logged o
 import dataclasses
 import json
 from collections.abc import Sequence
-from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
+import jax
 import tyro
 from rich import box
 from rich.console import Console
 from rich.table import Table
 
 from jaxdyn.config import ModelSource, RunConfig, load_config, to_dict
+from jaxdyn.paths import AnyPath, open_path, write_whole
 from jaxdyn.presets import RL, preset
 from jaxdyn.train.analyze import open_run
 from jaxdyn.train.evaluate import at_temperature, sample_held_out
@@ -31,7 +32,7 @@ class EvaluateOptions:
 
     Attributes:
       run: a directory of `jaxdyn rl`.
-      step: with RUN, which checkpoint; the newest when not given.
+      step: with RUN, which checkpoint, or "best" (train.keep_best); the newest when not given.
       model: instead of RUN, a Hugging Face directory, or a hub name.
       untie: with --model, give a tied one a classifier of its own (a copy of the embedding).
       config: with --model, the prompts, reward and sampling of a run's config.json …
@@ -49,7 +50,7 @@ class EvaluateOptions:
     """
 
     run: Annotated[str | None, tyro.conf.Positional, tyro.conf.arg(metavar="[RUN]")] = None
-    step: int | None = None
+    step: int | Literal["best"] | None = None
     model: str | None = None
     untie: bool = False
     config: str | None = None
@@ -80,15 +81,15 @@ class EvaluateOptions:
             )
 
     @property
-    def destination(self) -> Path:
+    def destination(self) -> AnyPath:
         """Where the JSON goes."""
         if self.output is not None:
-            return Path(self.output)
+            return open_path(self.output)
         name = "evaluation" if self.step is None else f"evaluation-{self.step}"
-        return Path(self.run or "runs") / f"{name}.json"
+        return open_path(self.run or "runs") / f"{name}.json"
 
 
-def run_evaluate(options: EvaluateOptions, progress: Progress | None = None) -> Path:
+def run_evaluate(options: EvaluateOptions, progress: Progress | None = None) -> AnyPath:
     """Sample, measure, print and write; returns the file's path.
 
     Raises:
@@ -102,7 +103,7 @@ def run_evaluate(options: EvaluateOptions, progress: Progress | None = None) -> 
     own = config.sampling.temperature
     temperatures = tuple(sorted({*(options.temperatures or (own,))}))
     lines = []
-    name = Path(options.run or str(options.model)).resolve().name
+    name = open_path(options.run or str(options.model)).resolve().name
     with progress.start(f"evaluate {name}", len(temperatures)):
         for temperature in temperatures:
             experience, metrics = sample_held_out(task, view, at_temperature(config, temperature))
@@ -110,10 +111,8 @@ def run_evaluate(options: EvaluateOptions, progress: Progress | None = None) -> 
             lines.append({"temperature": temperature, **metrics, "samples": rows})
             progress.advance(temperature=temperature, reward=metrics["reward"])
     about = {"run": options.run, "model": options.model, "step": step, "config": to_dict(config)}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps({**about, "temperatures": lines}, ensure_ascii=False) + "\n")
-    partial.replace(path)
+    if jax.process_index() == 0:
+        write_whole(path, json.dumps({**about, "temperatures": lines}, ensure_ascii=False) + "\n")
     print_table(name if step is None else f"{name}, step {step}", config, lines)
     print(f"evaluation: {path}")
     return path
@@ -127,14 +126,11 @@ def open_policy(options: EvaluateOptions) -> tuple[RunConfig, Task, Params, int 
         config = chosen(config, options)
         task = open_task(config, config.train.max_prompt_length)
         return config, task, task.model.view(task.params), None
-    run = Path(options.run)
+    run = open_path(options.run)
     trained, task, checkpoints = open_run(run)
     config = chosen(trained, options)
     task = dataclasses.replace(task, metrics=make_metrics(config))
-    saved = checkpoints.steps()
-    step = saved[-1] if options.step is None else options.step
-    if step not in saved:
-        raise JaxdynError(f"{run} has checkpoints at steps {saved}, not at {step}")
+    step = checkpoints.find(options.step)
     state, _ = begin_or_resume(task, trained, plan_of(trained), checkpoints, step)
     checkpoints.close()
     return config, task, task.model.view(state.params), step
@@ -142,7 +138,7 @@ def open_policy(options: EvaluateOptions) -> tuple[RunConfig, Task, Params, int 
 
 def from_file(options: EvaluateOptions) -> RunConfig:
     """The configuration that --config names: a file, or a run's directory."""
-    path = Path(str(options.config))
+    path = open_path(str(options.config))
     return load_config(RunConfig, path / "config.json" if path.is_dir() else path)
 
 

@@ -25,9 +25,11 @@ from jaxdyn import kernels
 from jaxdyn.config import ModelSource
 from jaxdyn.data import Tokenizer
 from jaxdyn.data.jsonl import JsonlFile, read_jsonl
+from jaxdyn.distributed import Layout, MeshConfig, make_mesh, require_divisible, shard_model
 from jaxdyn.kernel_config import KernelConfig, bytes_of
 from jaxdyn.kernel_places import Places, Texts, completion_places, prompt_places
 from jaxdyn.models import LanguageModel, merge_adapters
+from jaxdyn.paths import open_path
 from jaxdyn.report.kernel_figure import draw_kernel
 from jaxdyn.report.kernel_file import COMPONENTS, SavedKernel
 from jaxdyn.train.analyze import open_run
@@ -111,14 +113,16 @@ def open_subject(config: KernelConfig) -> Subject:
     preconditioner, step = None, None
     if config.run is None:
         model, params, tokenizer = open_model(ModelSource(str(config.model), config.untie))
+        if config.fsdp * config.tensor > 1:
+            size = config.fsdp * config.tensor
+            mesh = make_mesh(MeshConfig(1, config.fsdp, config.tensor, devices=size))
+            require_divisible(mesh, model.config, config.fsdp, "rows")
+            model, params = shard_model(model, mesh), Layout(mesh).place(params)
         name = Path(str(config.model)).resolve().name
     else:
-        run = Path(config.run)
+        run = open_path(config.run)
         settings, task, checkpoints = open_run(run)
-        saved = checkpoints.steps()
-        step = saved[-1] if config.step is None else config.step
-        if step not in saved:
-            raise JaxdynError(f"{run} has checkpoints at steps {saved}, not at {step}")
+        step = checkpoints.find(config.step)
         state, _ = begin_or_resume(task, settings, plan_of(settings), checkpoints, step)
         checkpoints.close()
         model, params, tokenizer = task.model, state.params, task.tokenizer

@@ -23,7 +23,7 @@ class KernelConfig:
       prompts: the texts, one JSON object a line.
       model: a Hugging Face directory, or a hub name.
       run: instead, a directory of `jaxdyn rl`.
-      step: with `run`, which checkpoint; the newest when not given.
+      step: with `run`, which checkpoint, or "best" (train.keep_best); the newest when not given.
       untie: with `model`, give a tied one a classifier of its own (a copy of the embedding).
       preconditioned: with `run`, measure in the metric of its Adam state: Θ_P = D P Dᵀ.
       output: the directory to write.
@@ -41,7 +41,9 @@ class KernelConfig:
         A prompt's token is its completion's first or, without completions, the model's most likely.
       method: plain holds every gradient, gram holds none, auto is plain where they are tiny.
       memory_budget: beside the parameters and the result, on each device: 8GB, 512MiB or bytes.
-      devices: how many of this host's devices to use (0: all).
+      devices: how many of this host's devices to use (0: all); each holds a copy of the model.
+      fsdp: instead, divide the model, and the kernel's rows, among so many devices.
+      tensor: and its heads and vocabulary among so many. A run's model lies on the run's own mesh.
       dtype: compute dtype; with float64 the parameters are float64 too.
       seed: of the places inside completions, and of the probes.
     """
@@ -49,7 +51,7 @@ class KernelConfig:
     prompts: str
     model: str | None = None
     run: str | None = None
-    step: int | None = None
+    step: int | Literal["best"] | None = None
     untie: bool = False
     preconditioned: bool = False
     output: str = "runs/kernel"
@@ -66,6 +68,8 @@ class KernelConfig:
     method: Literal["auto", "plain", "gram"] = "auto"
     memory_budget: str = "4GiB"
     devices: int = 1
+    fsdp: int = 1
+    tensor: int = 1
     dtype: Literal["float32", "bfloat16", "float64"] = "float32"
     seed: int = 0
 
@@ -73,11 +77,14 @@ class KernelConfig:
         for name in ("limit", "sites_per_completion", "devices", "seed"):
             if getattr(self, name) < 0:
                 raise JaxdynError(f"{name} must not be negative, got {getattr(self, name)}")
-        for name in ("max_prompt_length", "max_completion_length"):
+        for name in ("max_prompt_length", "max_completion_length", "fsdp", "tensor"):
             if getattr(self, name) < 1:
                 raise JaxdynError(f"{name} must be at least 1, got {getattr(self, name)}")
         if (self.model is None) == (self.run is None):
             raise JaxdynError("give --model or --run, " + ("not both" if self.run else "got none"))
+        if self.fsdp * self.tensor > 1 and (self.run is not None or self.devices != 1):
+            other = "--run" if self.run is not None else f"--devices {self.devices}"
+            raise JaxdynError(f"--fsdp and --tensor go with --model and without {other}")
         if self.run is None and (self.preconditioned or self.step is not None):
             name = "preconditioned" if self.preconditioned else "step"
             raise JaxdynError(f"--{name} is of a run: give --run, not --model")

@@ -4,22 +4,37 @@ The warnings' filters are in setup.cfg.
 """
 
 import os
+import shutil
+import tempfile
 import typing
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+# Programs that run once on a few numbers: what takes time is to compile them, so plainly, here and
+# in processes that tests start. The memory and flops that XLA counts hardly change (below 0.1 %).
+os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
 os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + (
     " --xla_force_host_platform_device_count=8"
+    " --xla_cpu_use_fusion_emitters=false"
+    " --xla_cpu_parallel_codegen_split_count=1"
 )
+# A process keeps what it compiles, for the files and the processes that compile the same.
+os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="jaxdyn-compiled-")
+os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
 
 import jax
 import pytest
 from flax.linen import linear
 from jaxtyping import install_import_hook
 
+COMPILED = os.environ["JAX_COMPILATION_CACHE_DIR"]
 jax.config.update("jax_numpy_rank_promotion", "raise")
 # Flax types a field of its layers by a protocol, which beartype can check only if told so.
 typing.runtime_checkable(linear.PromoteDtypeFn)
 install_import_hook("jaxdyn", "beartype.beartype")
+
+
+def pytest_unconfigure():
+    shutil.rmtree(COMPILED, ignore_errors=True)
 
 
 @pytest.fixture

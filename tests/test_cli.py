@@ -235,14 +235,14 @@ def infinite(prompts, completions, **columns):
         ("raises", "reward 'raises' failed for example 0"),
         ("short", "reward 'short' returned 1 values for 3 completions"),
         ("infinite", "reward 'infinite' returned inf for example 0"),
-        ("absent", "cannot import the reward 'my_rewards:absent'"),
+        ("absent", "cannot import the reward 'failing_rewards:absent'"),
     ],
 )
 def test_rewards_that_fail(name, words, config_file, tmp_path, refused, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(str(tmp_path))
-    Path("my_rewards.py").write_text(REWARDS)
-    arguments = ["--reward.functions", f"my_rewards:{name}"]
+    Path("failing_rewards.py").write_text(REWARDS)
+    arguments = ["--reward.functions", f"failing_rewards:{name}"]
     assert words in refused("rl", "--config", config_file, *arguments)
 
 
@@ -275,6 +275,7 @@ def test_a_checkpoint_that_does_not_fit_the_disk_leaves_the_earlier_ones(tmp_pat
     try:
         with pytest.raises(JaxdynError, match=f"cannot save step 2 in {tmp_path}") as caught:
             checkpoints.save(2, {"x": rng.standard_normal(100_000)}, {"step": 2})
+            checkpoints.close()
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert "\n" not in str(caught.value)

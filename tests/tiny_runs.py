@@ -8,6 +8,7 @@ import json
 from pathlib import Path
 
 import jax
+import numpy as np
 
 from jaxdyn.config import (
     EvaluationConfig,
@@ -124,3 +125,15 @@ def without_times(records: list[dict]) -> list[str]:
     """Records as text, which compares nan with nan, less the fields that hold seconds."""
     timed = lambda key: key.startswith("time/") or key == "step_time"
     return [json.dumps({k: v for k, v in r.items() if not timed(k)}) for r in records]
+
+
+def assert_same_run(run: Path, other: Path) -> None:
+    """Two runs' logs, times apart, and arrays are the same to the bit."""
+    for name in ("metrics.jsonl", "dynamics.jsonl", "samples.jsonl", "completions.jsonl"):
+        got, expected = (lines(r, name) for r in (run, other))
+        assert without_times(got) == without_times(expected), name
+    arrays = sorted(p.name for p in (other / "dynamics").iterdir())
+    assert sorted(p.name for p in (run / "dynamics").glob("*.npz")) == arrays
+    for name in arrays:
+        got, expected = (np.load(r / "dynamics" / name, allow_pickle=False) for r in (run, other))
+        assert all(np.array_equal(got[k], expected[k], equal_nan=True) for k in expected)

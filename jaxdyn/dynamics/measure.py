@@ -15,6 +15,7 @@ from flax import struct
 from jaxtyping import Array, Float
 
 from jaxdyn.dynamics.propagation import delta_logits, site_features, to_log_probs
+from jaxdyn.hosts import fetch
 from jaxdyn.types import Params, Sites
 
 
@@ -36,10 +37,11 @@ def site_state(model: Any, view: Params, sites: Sites) -> SiteState:
 @jax.jit
 def _state_arrays(state, weight, sites, start, reference):
     """Per-site figures, and feature cosines and inner products [N, N]."""
-    log_probs, phi = state.log_probs, state.features.astype(jnp.float32)
+    wide = lambda x: x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    log_probs, phi = state.log_probs, wide(state.features)
     probs = jnp.exp(log_probs)
     norms = jnp.linalg.norm(phi, axis=1)
-    before = start.features.astype(jnp.float32)
+    before = wide(start.features)
     inner = phi @ phi.T
     pick = lambda x: jnp.take_along_axis(x, sites.targets[:, None], axis=1)[:, 0]
     return {
@@ -111,11 +113,11 @@ def measure_state(
     if "lora_a" in classifier:
         weight += model.config.lora_scale * (classifier["lora_b"] @ classifier["lora_a"])
     figures = _state_arrays(state, weight, sites, start, reference)
-    arrays = jax.device_get(figures)
-    is_prompt = np.asarray(sites.is_prompt)
+    arrays = fetch(figures)
+    is_prompt, targets = fetch((sites.is_prompt, sites.targets))
     scalars = {"classifier/norm": float(arrays["classifier_norm"])}
     kept = {k: arrays[k] for k in ("entropy", "confidence", "sampled_logp", "kl", "drift_cosine")}
-    kept |= {"is_prompt": is_prompt, "targets": np.asarray(sites.targets)}
+    kept |= {"is_prompt": is_prompt, "targets": targets}
     for kind, rows in (
         ("prompt", np.flatnonzero(is_prompt)),
         ("completion", np.flatnonzero(~is_prompt)),
@@ -161,7 +163,7 @@ def measure_update(
     """
     state = site_state(model, after, sites) if state is None else state
     figures = _update_arrays(model, before, after, sites, head_share, state)
-    per_site, along = jax.device_get(figures)
+    per_site, along = fetch(figures)
     scalars = {f"delta/{k}/rms": float(np.sqrt(np.mean(v**2))) for k, v in per_site.items()}
     predicted, actual = per_site["predicted"], per_site["actual"]
     varies = predicted.std() > 0 and actual.std() > 0

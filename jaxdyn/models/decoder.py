@@ -58,7 +58,10 @@ class Embed(nn.Embed):
 
     def __call__(self, inputs):
         _sow_input(self, inputs)
-        return self.perturb("output", super().__call__(inputs))
+        return self.perturb("output", self.look_up(inputs))
+
+    def look_up(self, ids):
+        return super().__call__(ids)
 
 
 class LayerNorm(nn.LayerNorm):

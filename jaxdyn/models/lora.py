@@ -119,7 +119,8 @@ def merge_adapters(model: LanguageModel, params: Params) -> tuple[LanguageModel,
         if path[-1] == "lora_a":
             b = leaves[(*path[:-1], "lora_b")]
             name, product = ("weight", b @ a) if path[0] == "classifier" else ("kernel", a @ b)
-            merged[(*path[:-1], name)] += model.config.lora_scale * product
+            place = (*path[:-1], name)
+            merged[place] = merged[place] + model.config.lora_scale * product
     return _with_scale(model, 1.0), unflatten_dict(merged)
 
 

@@ -38,6 +38,11 @@ class LanguageModel:
     dtype: Any = jnp.float32
     remat: Remat = "dots"
 
+    @property
+    def shards(self) -> int:
+        """Between how many devices the logits are divided."""
+        return 1
+
     # -- parameters ---------------------------------------------------------------------------
 
     def init(self, key: PRNGKeyArray) -> Params:

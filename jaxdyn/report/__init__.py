@@ -1,17 +1,16 @@
 """From run directories to figures, tables and one HTML page; reads files and never touches JAX."""
 
-import os
 from collections.abc import Sequence
-from pathlib import Path
 
+from jaxdyn.paths import AnyPath, absolute, common_parent, open_path
 from jaxdyn.report.load import Run, load_run, load_runs
 
 __all__ = ["Run", "load_run", "load_runs", "write_report"]
 
 
 def write_report(
-    run_directories: Sequence[str | Path], output_directory: str | Path | None = None
-) -> Path:
+    run_directories: Sequence[str | AnyPath], output_directory: str | AnyPath | None = None
+) -> AnyPath:
     """Write `report.html`, `figures/*.png` and `tables/*.csv` about all the runs together.
 
     `output_directory` is by default `report/` in the run's directory, or in the common parent of
@@ -22,10 +21,7 @@ def write_report(
     """
     from jaxdyn.report.page import write_page  # here, so that importing the room stays light
 
-    directories = [Path(directory) for directory in run_directories]
+    directories = [absolute(open_path(directory)) for directory in run_directories]
     runs = load_runs(directories)
-    return write_page(runs, Path(output_directory) if output_directory else _default(directories))
-
-
-def _default(directories: list[Path]) -> Path:
-    return Path(os.path.commonpath([directory.resolve() for directory in directories])) / "report"
+    output = open_path(output_directory or common_parent(directories) / "report")
+    return write_page(runs, output)

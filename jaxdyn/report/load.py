@@ -2,17 +2,16 @@
 
 import json
 import math
-import os
 import re
 import zipfile
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from jaxdyn.errors import JaxdynError
+from jaxdyn.paths import AnyPath, absolute, common_parent, open_path
 
 Record = dict[str, Any]
 
@@ -23,14 +22,14 @@ CLASSIFIER_STAGE = 1  # the value of "cfrl/stage" while only the classifier is t
 class Run:
     """One training run: its settings, its logged numbers by step, its samples and probe files."""
 
-    directory: Path
+    directory: AnyPath
     name: str
     config: Record
     metrics: list[Record]
     dynamics: list[Record]
     samples: list[Record]
     temperatures: list[Record]
-    probe_files: dict[int, Path]
+    probe_files: dict[int, AnyPath]
 
     @property
     def schedule(self) -> str:
@@ -78,29 +77,29 @@ class Run:
         """The arrays over probe sites saved at a step."""
         path = self.probe_files[step]
         try:
-            with np.load(path, allow_pickle=False) as arrays:
+            with path.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
                 return {key: arrays[key] for key in arrays.files}
         except (ValueError, OSError, EOFError, zipfile.BadZipFile) as error:
             raise JaxdynError(f"{path} is not a readable file of arrays: {error}") from error
 
 
-def load_runs(directories: Sequence[Path]) -> list[Run]:
+def load_runs(directories: Sequence[AnyPath]) -> list[Run]:
     """Runs sorted by schedule and seed, named by their paths below the common parent."""
-    paths = list(dict.fromkeys(Path(directory).resolve() for directory in directories))
+    paths = list(dict.fromkeys(absolute(directory) for directory in directories))
     if not paths:
         raise JaxdynError("a report needs at least one run directory, got none")
-    parent = Path(os.path.commonpath(paths)) if len(paths) > 1 else paths[0].parent
+    parent = common_parent(paths) if len(paths) > 1 else paths[0].parent
     runs = [load_run(path, path.relative_to(parent).as_posix()) for path in paths]
     return sorted(runs, key=lambda run: (run.schedule, run.seed or 0, run.name))
 
 
-def load_run(directory: Path, name: str | None = None) -> Run:
+def load_run(directory: AnyPath, name: str | None = None) -> Run:
     """Read a run directory; raises JaxdynError if it is not one or a line in it is malformed.
 
     Missing files count as empty. A last line or probe file cut short by a kill is ignored; a step
     that was logged twice, before and after a restart, counts as logged last.
     """
-    directory = Path(directory)
+    directory = open_path(directory)
     if not directory.is_dir():
         raise JaxdynError(f"{directory} is not a directory; a report needs a run's directory")
     path = directory / "config.json"
@@ -124,11 +123,11 @@ def load_run(directory: Path, name: str | None = None) -> Run:
     )
 
 
-def _read_lines(path: Path) -> list[Record]:
+def _read_lines(path: AnyPath) -> list[Record]:
     """The objects of a JSONL file, each with an integer "step"."""
     if not path.is_file():
         return []
-    lines = path.read_text(encoding="utf-8", errors="replace").split("\n")
+    lines = path.read_bytes().decode("utf-8", errors="replace").split("\n")
     while lines and not lines[-1].strip():
         lines.pop()
     records = []
@@ -152,11 +151,14 @@ def _by_step(records: list[Record]) -> list[Record]:
     return [last[step] for step in sorted(last)]
 
 
-def _find_probes(directory: Path) -> dict[int, Path]:
+def _find_probes(directory: AnyPath) -> dict[int, AnyPath]:
     matches = [(re.fullmatch(r"step_(-?\d+)\.npz", p.name), p) for p in directory.glob("*.npz")]
     files = dict(sorted((int(match[1]), path) for match, path in matches if match))
-    if files and not zipfile.is_zipfile(files[max(files)]):
-        files.pop(max(files))  # cut short by a kill
+    if files:
+        with files[max(files)].open("rb") as newest:
+            whole = zipfile.is_zipfile(newest)
+        if not whole:
+            files.pop(max(files))  # cut short by a kill
     return files
 
 

@@ -4,11 +4,11 @@ import base64
 import io
 from collections.abc import Sequence
 from html import escape
-from pathlib import Path
 
 import matplotlib
 
 from jaxdyn.errors import JaxdynError
+from jaxdyn.paths import AnyPath
 from jaxdyn.report import figures, sampling_figures, summary, update_figures
 from jaxdyn.report.load import Run
 from jaxdyn.report.plotting import STYLE, Exhibit, Table
@@ -76,7 +76,7 @@ only the classifier; “extra steps” gives standard RL as many steps as CF-RL 
 """
 
 
-def write_page(runs: Sequence[Run], directory: Path) -> Path:
+def write_page(runs: Sequence[Run], directory: AnyPath) -> AnyPath:
     """Write `report.html`, `figures/*.png` and `tables/*.csv`; raises JaxdynError if it cannot."""
     tables = {"summary": summary.by_group(runs), "summary_by_run": summary.by_run(runs)}
     sections, images = [_summary_section(runs)], {}
@@ -104,7 +104,9 @@ def write_page(runs: Sequence[Run], directory: Path) -> Path:
         raise JaxdynError(f"cannot write the report to {directory}: {reason}") from error
 
 
-def _write(directory: Path, page: str, images: dict[str, bytes], tables: dict[str, Table]) -> Path:
+def _write(
+    directory: AnyPath, page: str, images: dict[str, bytes], tables: dict[str, Table]
+) -> AnyPath:
     for folder in ("figures", "tables"):
         (directory / folder).mkdir(parents=True, exist_ok=True)
     for name, image in images.items():
@@ -112,7 +114,7 @@ def _write(directory: Path, page: str, images: dict[str, bytes], tables: dict[st
     for name, table in tables.items():
         table.write(directory / "tables" / f"{name}.csv")
     path = directory / "report.html"
-    path.write_text(page, encoding="utf-8", errors="replace")
+    path.write_bytes(page.encode("utf-8", errors="replace"))
     return path
 
 

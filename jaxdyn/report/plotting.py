@@ -5,9 +5,9 @@ of a schedule. Drawing returns the rows of the table behind it, so the two canno
 """
 
 import csv
+import io
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,6 +17,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 
+from jaxdyn.paths import AnyPath
 from jaxdyn.report.load import Run
 
 Rows = list[tuple[Any, ...]]
@@ -74,11 +75,12 @@ class Table:
     columns: tuple[str, ...]
     rows: Rows
 
-    def write(self, path: Path) -> None:
-        with path.open("w", newline="", encoding="utf-8", errors="replace") as file:
-            writer = csv.writer(file)
-            writer.writerow(self.columns)
-            writer.writerows(self.rows)
+    def write(self, path: AnyPath) -> None:
+        text = io.StringIO()
+        writer = csv.writer(text)
+        writer.writerow(self.columns)
+        writer.writerows(self.rows)
+        path.write_bytes(text.getvalue().encode("utf-8", errors="replace"))
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,8 @@
 """Per-token statistics in vocabulary chunks: exact, never B x T x V numbers at once.
 
-The vocabulary is cut into chunks c of K columns. Chunk c has the policy's mass q_c and, within
-it, an entropy H_c; with ℓ_c = log Σ_{v in c} exp z_v of the scaled logits z = f / temperature,
+The vocabulary is cut into n chunks c of every n-th column. Chunk c has the policy's mass q_c and,
+within it, an entropy H_c; with ℓ_c = log Σ_{v in c} exp z_v of the scaled logits
+z = f / temperature,
 
     ℓ = log Σ_c exp ℓ_c        log q_c = ℓ_c - ℓ        H = Σ_c q_c (H_c - log q_c)
 
@@ -49,65 +50,83 @@ def feature_statistics(
     temperature: ArrayLike = 1.0,
     *,
     chunk: int | None = None,
+    shards: int = 1,
 ) -> TokenStatistics:
     """`token_statistics` of f = `logits_fn(classifier, features)`, in chunks of the vocabulary.
 
     Gradients are exact for the classifier and the features; the temperature gets none. A
     vocabulary of one chunk (`chunk` columns; by default `vocabulary_chunk`) keeps its logits for
-    the backward pass; else they are computed twice, and reverse mode is the only one.
+    the backward pass; else they are computed twice, and reverse mode is the only one. `shards` is
+    the number of devices between which the logits are divided.
 
     Every leaf of `classifier` has the vocabulary as its leading axis, and `logits_fn` of some of
     its rows gives their logits; but leaves named "lora_a" belong to all rows.
     """
     vocab = jax.eval_shape(logits_fn, classifier, features).shape[-1]
-    chunk = vocabulary_chunk(ids.size, vocab) if chunk is None else chunk
+    chunk = vocabulary_chunk(-(-ids.size // shards), vocab) if chunk is None else chunk
     wide = jnp.promote_types(features.dtype, jnp.float32)
     temperature = jax.lax.stop_gradient(jnp.asarray(temperature, wide))
     if chunk >= vocab:
         return token_statistics(logits_fn(classifier, features), ids, temperature)
-    cut = Cut(logits_fn, vocab, chunk)
+    cut = Cut(logits_fn, vocab, number_of_chunks(vocab, chunk, shards))
+    classifier = jax.tree.map_with_path(cut.pad, classifier)
     return statistics_of(*chunked_log_probs(cut, classifier, features, ids, temperature))
 
 
 def vocabulary_chunk(rows: int, vocab: int) -> int:
     """Columns a chunk: all of them if `rows` rows' float32 logits fit `CHUNK_BYTES`.
 
-    Else the fewest even chunks that fit, in multiples of 128. Beyond 16 Ki rows a chunk keeps
-    1024 columns and exceeds it: thinner products would wait for their features rather than for
-    arithmetic, and the chunk is then about as large as the features themselves.
+    Else as many as fit. Beyond 16 Ki rows a chunk keeps 1024 columns and exceeds it: thinner
+    products would wait for their features rather than for arithmetic, and the chunk is then about
+    as large as the features themselves.
     """
-    fitting = CHUNK_BYTES // (4 * rows)
-    if vocab <= fitting:
-        return vocab
-    most = max(fitting // 128 * 128, 1024)
-    even = -(-vocab // -(-vocab // most))
-    return min(-(-even // 128) * 128, vocab)
+    return min(max(CHUNK_BYTES // (4 * rows), 1024), vocab)
+
+
+def number_of_chunks(vocab: int, most: int, shards: int) -> int:
+    """Chunks of `most` columns or fewer: if twice as many or fewer do, some that divide evenly.
+
+    Evenly: every one of `shards` equal parts of the vocabulary has as much of each chunk.
+    """
+    fewest = -(-vocab // most)
+    even = (n for n in range(fewest, 2 * fewest) if vocab % (n * shards) == 0)
+    return next(even, fewest)
 
 
 class Cut(NamedTuple):
-    """How the vocabulary is cut: the last chunk begins early enough to be whole."""
+    """How the vocabulary is cut: chunk c of n has the columns c, c + n, c + 2n, …
+
+    A part of the vocabulary on another device then has its part of every chunk.
+    """
 
     logits_fn: LogitsFn
     vocab: int
-    chunk: int
+    chunks: int
 
     @property
-    def begins(self) -> jax.Array:
-        """The first column of each chunk that no chunk before it has."""
-        return jnp.arange(0, self.vocab, self.chunk)
+    def columns_each(self) -> int:
+        return -(-self.vocab // self.chunks)
 
-    def start(self, begin: jax.Array) -> jax.Array:
-        """The first column of the chunk: for the last one, before its `begin`."""
-        return jnp.minimum(begin, self.vocab - self.chunk)
+    def pad(self, path: tuple, x: jax.Array) -> jax.Array:
+        """The classifier's leaf with as many rows as the chunks have columns."""
+        missing = self.chunks * self.columns_each - self.vocab
+        if shared(path) or not missing:
+            return x
+        return jnp.pad(x, [(0, missing), *[(0, 0)] * (x.ndim - 1)])
 
-    def rows(self, classifier: Params, begin: jax.Array) -> Params:
+    def by_chunk(self, x: jax.Array) -> jax.Array:
+        """[V, ...] as [V / n, n, ...]."""
+        return x.reshape(-1, self.chunks, *x.shape[1:])
+
+    def rows(self, classifier: Params, chunk: jax.Array) -> Params:
         """The chunk's rows of the classifier."""
-        take = lambda x: jax.lax.dynamic_slice_in_dim(x, self.start(begin), self.chunk)
+        take = lambda x: jax.lax.dynamic_index_in_dim(self.by_chunk(x), chunk, 1, keepdims=False)
         return jax.tree.map_with_path(lambda path, x: x if shared(path) else take(x), classifier)
 
-    def columns(self, begin: jax.Array, ndim: int) -> jax.Array:
+    def columns(self, chunk: jax.Array, ndim: int) -> jax.Array:
         """The chunk's columns, along the last of `ndim` axes."""
-        return (self.start(begin) + jnp.arange(self.chunk)).reshape((1,) * (ndim - 1) + (-1,))
+        places = chunk + self.chunks * jnp.arange(self.columns_each)
+        return places.reshape((1,) * (ndim - 1) + (-1,))
 
 
 def shared(path: tuple) -> bool:
@@ -128,17 +147,15 @@ def chunked_log_probs(
 
 
 def _forward(cut: Cut, classifier, features, ids, temperature):
-    def of_chunk(begin):
-        z = scaled(cut.logits_fn(cut.rows(classifier, begin), features), temperature)
-        columns = cut.columns(begin, z.ndim)
-        # A column met before weighs exp(-huge) = 0; finite, so that 0 times it is 0.
-        z = jnp.where(columns < begin, jnp.finfo(z.dtype).min / 2, z)
-        local = jnp.clip(ids - cut.start(begin), 0, cut.chunk - 1)
-        chosen = jnp.take_along_axis(z, local[..., None], axis=-1)[..., 0]
-        mine = (begin <= ids) & (ids < begin + cut.chunk)
-        return summarise(z, columns), jnp.where(mine, chosen, 0)
+    def of_chunk(chunk):
+        z = scaled(cut.logits_fn(cut.rows(classifier, chunk), features), temperature)
+        columns = cut.columns(chunk, z.ndim)
+        # A column of the padding weighs exp(-huge) = 0; finite, so that 0 times it is 0.
+        z = jnp.where(columns < cut.vocab, z, jnp.finfo(z.dtype).min / 2)
+        chosen = jnp.take_along_axis(z, (ids // cut.chunks)[..., None], axis=-1)[..., 0]
+        return summarise(z, columns), jnp.where(ids % cut.chunks == chunk, chosen, 0)
 
-    parts, chosen = jax.lax.map(of_chunk, cut.begins)
+    parts, chosen = jax.lax.map(of_chunk, jnp.arange(cut.chunks))
     whole = merge(parts)
     logps = jnp.sum(chosen, axis=0) - whole.peak - whole.log_total
     return (logps, whole.entropy, whole.top - whole.log_total[..., None]), whole
@@ -171,8 +188,8 @@ def _backward(cut: Cut, kept, cotangents):
     if d_top is not None:
         terms += [(whole.at[..., k], d_top[..., k]) for k in range(2)]
 
-    def cotangent_of(f, begin):
-        columns = cut.columns(begin, f.ndim)
+    def cotangent_of(f, chunk):
+        columns = cut.columns(chunk, f.ndim)
         # One after the other: their sum would round what large logits leave of log_total.
         shifted = scaled(f, temperature) - whole.peak[..., None]
         log_probs = shifted - whole.log_total[..., None]
@@ -180,27 +197,28 @@ def _backward(cut: Cut, kept, cotangents):
         weight = sum(a[..., None] for _, a in terms)
         if d_entropy is not None:
             weight += d_entropy[..., None] * (log_probs + whole.entropy[..., None])
-        dz = jnp.where(columns < begin, 0, dz - jnp.exp(log_probs) * weight)
+        dz = jnp.where(columns < cut.vocab, dz - jnp.exp(log_probs) * weight, 0)
         return scaled(dz, temperature).astype(f.dtype)
 
-    def add(begin, path, total, part):
-        if shared(path):
-            return total + part.astype(total.dtype)
-        return jax.lax.dynamic_update_slice_in_dim(total, part, cut.start(begin), axis=0)
+    def step(total, chunk):
+        f, pull = jax.vjp(cut.logits_fn, cut.rows(classifier, chunk), features)
+        d_rows, d_features = pull(cotangent_of(f, chunk))
 
-    def step(total, begin):
-        f, pull = jax.vjp(cut.logits_fn, cut.rows(classifier, begin), features)
-        d_rows, d_features = pull(cotangent_of(f, begin))
-        place = functools.partial(add, begin)
+        def place(path, total, part):
+            if shared(path):
+                return total + part.astype(total.dtype)
+            return jax.lax.dynamic_update_index_in_dim(total, part, chunk, axis=1)
+
         d_classifier = jax.tree.map_with_path(place, total[0], d_rows)
         return (d_classifier, total[1] + d_features.astype(wide)), None
 
-    zeros = lambda path, x: jnp.zeros(x.shape, wide if shared(path) else x.dtype)
+    def zeros(path, x):
+        return jnp.zeros_like(x, wide) if shared(path) else jnp.zeros_like(cut.by_chunk(x))
+
     total = jax.tree.map_with_path(zeros, classifier), jnp.zeros(features.shape, wide)
-    # From the last chunk to the first: each then overwrites the zeros of columns met before.
-    total = jax.lax.scan(step, total, cut.begins, reverse=True)[0]
-    cast = lambda d, x: d.astype(x.dtype)
-    return *jax.tree.map(cast, total, (classifier, features)), None, None
+    total = jax.lax.scan(step, total, jnp.arange(cut.chunks))[0]
+    as_given = lambda d, x: d.reshape(x.shape).astype(x.dtype)
+    return *jax.tree.map(as_given, total, (classifier, features)), None, None
 
 
 chunked_log_probs.defvjp(_forward_to_differentiate, _backward, symbolic_zeros=True)

@@ -12,7 +12,6 @@ from jaxtyping import PRNGKeyArray
 from jaxdyn.rollout.sampling import sample_token
 from jaxdyn.types import JaxdynError, Params, PromptBatch, Rollout
 
-
 SMALLEST_CACHE = 64
 
 

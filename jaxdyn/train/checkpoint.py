@@ -2,50 +2,127 @@
 
 A checkpoint holds the parameters, the optimizer's state, and as JSON the position: the next step
 (which is also the data's position and, with the seed, every random key), the CF-RL stage, and the
-running totals. Orbax writes under a temporary name and renames, so a killed save leaves no
-checkpoint, and the last good one stays.
+running totals. It is written while training goes on. Orbax writes under a temporary name and
+renames, in a bucket it writes a mark at last, and only then are older ones deleted: so a killed
+save leaves no checkpoint, and the last good one stays.
 """
 
-from pathlib import Path
-from typing import Any
+import contextlib
+import logging
+import math
+from typing import Any, Literal
 
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
+from jax.sharding import SingleDeviceSharding
+from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, BestN, LatestN
 
+from jaxdyn.paths import AnyPath, in_bucket, one_line
 from jaxdyn.types import JaxdynError
+
+# Orbax logs the traceback of every error that it raises; here they end as one line.
+logging.getLogger("absl").addFilter(lambda record: not record.exc_info)
 
 
 class Checkpoints:
-    """The checkpoints under one directory; the newest `keep` are kept (0: all)."""
+    """The checkpoints under one directory.
 
-    def __init__(self, directory: Path, keep: int = 0):
+    The newest `keep` are kept (0: all), and the one that was saved with the largest `metric`, the
+    earliest of equals, if one is named.
+    """
+
+    def __init__(self, directory: AnyPath, keep: int = 0, metric: str = ""):
         self.directory = directory
+        self._metric = metric
+        value_of = lambda metrics: metrics.get(metric, -math.inf)
+        policies: list[Any] = [LatestN(keep or None)]
+        if metric:
+            best = BestN(get_metric_fn=value_of, n=1, keep_checkpoints_without_metrics=False)
+            policies.append(best)
         options = ocp.CheckpointManagerOptions(
-            max_to_keep=keep or None, enable_async_checkpointing=False
+            best_fn=value_of if metric else None,
+            preservation_policy=AnyPreservationPolicy(policies),
         )
-        self._manager = ocp.CheckpointManager(directory.absolute(), options=options)
+        where = directory if in_bucket(directory) else directory.absolute()
+        self._manager = ocp.CheckpointManager(where, options=options)
+        self._saving: int | None = None
+        self._best: tuple[float, int | None] = (-math.inf, None)
+        if metric and (step := self._manager.best_step()) is not None:
+            measured = self._manager.metrics(step) or {}
+            if metric in measured:
+                self._best = (measured[metric], step)
 
     def steps(self) -> list[int]:
-        """The steps that have a whole checkpoint, ascending."""
+        """The steps that have a whole checkpoint, ascending; waits for a save in progress."""
+        self.wait()
         return sorted(self._manager.all_steps())
 
-    def save(self, step: int, state: Any, position: dict[str, Any]) -> None:
-        """Save the state with which `step` begins.
+    def best(self) -> int | None:
+        """The step whose checkpoint was saved with the largest metric."""
+        return self._best[1]
+
+    def find(self, step: int | Literal["best"] | None) -> int:
+        """The step that is meant by its number, "best", or None: the newest.
 
         Raises:
-          JaxdynError: if it cannot be written, to a full disk for one; earlier checkpoints stay.
+          JaxdynError: if it has no checkpoint.
         """
+        saved = self.steps()
+        found = self.best() if step == "best" else saved[-1] if step is None else step
+        if found is None:
+            raise JaxdynError(f"{self.directory} has no best checkpoint: set train.keep_best")
+        if found not in saved:
+            raise JaxdynError(f"{self.directory} has checkpoints at steps {saved}, not at {found}")
+        return found
+
+    def improves(self, metrics: dict[str, Any]) -> bool:
+        """Whether these metrics are better than those of every checkpoint so far."""
+        return metrics.get(self._metric, -math.inf) > self._best[0]
+
+    def save(
+        self,
+        step: int,
+        state: Any,
+        position: dict[str, Any],
+        metrics: dict[str, Any] | None = None,
+    ) -> None:
+        """Begin to save the state with which `step` begins, and what was measured of it.
+
+        On return its arrays have been copied to the host (on a CPU they are shared, and JAX does
+        not donate a shared array), so they may be donated; the rest goes on in the background.
+
+        Raises:
+          JaxdynError: if this or the save before it cannot be written, to a full disk for one;
+            earlier checkpoints stay.
+        """
+        self.wait()
         args = ocp.args.Composite(
-            state=ocp.args.StandardSave(state), position=ocp.args.JsonSave(position)
+            state=ocp.args.StandardSave(state), position=ocp.args.JsonSave(dict(position))
         )
+        measured = {}
+        if metrics and self.improves(metrics):
+            measured = {self._metric: metrics[self._metric]}
+            self._best = (metrics[self._metric], step)
+        self._saving = step
         try:
-            self._manager.save(step, args=args, force=True)
-            self._manager.wait_until_finished()
+            self._manager.save(step, args=args, metrics=measured, force=True)
         except Exception as error:  # its storage library raises many kinds
-            raise JaxdynError(
-                f"cannot save step {step} in {self.directory}: {_one_line(error)}"
-            ) from error
+            raise self._not_saved(error) from error
+
+    def wait(self) -> None:
+        """Wait for a save in progress; JaxdynError if it failed."""
+        try:
+            self._manager.wait_until_finished()
+        except Exception as error:
+            raise self._not_saved(error) from error
+
+    def _not_saved(self, error: Exception) -> JaxdynError:
+        with contextlib.suppress(Exception):  # the storage itself may be gone
+            self._manager.reload()  # what the save would have replaced is still there
+        return JaxdynError(
+            f"cannot save step {self._saving} in {self.directory}: {one_line(error)}"
+        )
 
     def position(self, step: int) -> dict[str, Any]:
         """The position saved with `step`."""
@@ -53,13 +130,21 @@ class Checkpoints:
         return self._restore(step, args)["position"]
 
     def state(self, step: int, like: Any) -> Any:
-        """The state saved with `step`, in the shapes and dtypes of `like`.
+        """The state saved with `step`, in the shapes and dtypes of `like` and where it lies.
+
+        The leaves of `like` are arrays, or shapes with shardings; those without one go to this
+        process's first device. The run that saved them may have had other devices.
 
         Raises:
           JaxdynError: for a checkpoint that cannot be read, or of another shape.
         """
-        shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), like)
-        args = ocp.args.Composite(state=ocp.args.StandardRestore(shapes))
+        here = SingleDeviceSharding(jax.local_devices()[0])
+
+        def shape(x):
+            sharding = getattr(x, "sharding", None) or here
+            return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
+
+        args = ocp.args.Composite(state=ocp.args.StandardRestore(jax.tree.map(shape, like)))
         return self._restore(step, args)["state"]
 
     def _restore(self, step: int, args: Any) -> Any:
@@ -67,11 +152,24 @@ class Checkpoints:
             return self._manager.restore(step, args=args)
         except Exception as error:
             raise JaxdynError(
-                f"cannot restore step {step} from {self.directory}: {_one_line(error)}"
+                f"cannot restore step {step} from {self.directory}: {one_line(error)}"
             ) from error
 
     def close(self) -> None:
+        """Wait for a save in progress; JaxdynError if it failed."""
+        self.wait()
         self._manager.close()
+
+    def __enter__(self) -> "Checkpoints":
+        return self
+
+    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
+        """Close; what went wrong before counts more than what goes wrong now."""
+        try:
+            self.close()
+        except JaxdynError:
+            if error is None:
+                raise
 
 
 def require_finite(metrics: dict[str, float], step: int, checkpoints: Checkpoints) -> None:
@@ -85,7 +183,3 @@ def require_finite(metrics: dict[str, float], step: int, checkpoints: Checkpoint
             f"step {step}: {', '.join(bad)} stopped being finite; {good} in "
             f"{checkpoints.directory}; a lower learning rate may help"
         )
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(f"{type(error).__name__}: {error}".split())[:200]

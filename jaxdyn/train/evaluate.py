@@ -7,7 +7,6 @@ are and not by their luck. Intervals are over prompts (`dynamics.sampling.mean_w
 import dataclasses
 from typing import Any
 
-import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float
 
@@ -20,9 +19,10 @@ from jaxdyn.dynamics.sampling import (
     powers_of_two,
     prompt_means,
 )
+from jaxdyn.hosts import fetch
 from jaxdyn.rollout import step_key
 from jaxdyn.train.run_directory import RunDirectory
-from jaxdyn.train.task import Experience, Task, experience_metrics, gather_experience
+from jaxdyn.train.task import Experience, Task, experience_metrics, gather_experience, score
 from jaxdyn.train.update import policy_certainty
 from jaxdyn.types import Params
 
@@ -75,12 +75,14 @@ def sample_held_out(
         evaluation.num_generations,
         shape.max_prompt_length,
     )
-    temperature = jnp.float32(config.sampling.temperature)
-    certainty = policy_certainty(task.model, view, experience.rollout, temperature)
+    temperature = np.float32(config.sampling.temperature)
+    rollout = task.layout.rows(experience.rollout)
+    certainty = fetch(policy_certainty(task.model, view, rollout, temperature))
     grouped = lambda values: values.reshape(count, -1).astype(np.float64)
     scores = {}
     if task.metrics is not None:
-        scored = task.metrics(experience.prompts, experience.completions, experience.columns)
+        texts = (experience.prompts, experience.completions, experience.columns)
+        scored = score(task.metrics, *texts)
         scores = {name: grouped(values) for name, values in scored.values.items()}
     metrics = utility(grouped(experience.rewards.total), scores, evaluation)
     metrics |= experience_metrics(experience, task.model.config.vocab_size)

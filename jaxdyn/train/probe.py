@@ -30,7 +30,8 @@ class Probe:
             config.train.max_prompt_length,
         )
         per_completion = config.probe.sites_per_completion
-        self.sites = sites_from_rollout(experience.rollout, per_completion, config.seed)
+        sites = sites_from_rollout(experience.rollout, per_completion, config.seed)
+        self.sites = task.layout.rows(sites)
         self.reference = reference
         self.start = site_state(self.model, reference, self.sites)
 

@@ -1,8 +1,12 @@
-"""A progress bar with the reward and the time left; plain lines where there is no terminal."""
+"""A progress bar with the reward and the time left; plain lines where there is no terminal.
+
+Of many processes the first shows it.
+"""
 
 import sys
 import time
 
+import jax
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as Bar
@@ -12,7 +16,7 @@ class Progress:
     """One bar at a time: `with progress.start(...)`, and `advance` with figures to show."""
 
     def __init__(self, seconds_between_lines: float = 10.0):
-        self.console = Console(file=sys.stderr)
+        self.console = Console(file=sys.stderr, quiet=jax.process_index() > 0)
         self._between = seconds_between_lines
         self._bar: Bar | None = None
 

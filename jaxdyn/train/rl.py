@@ -5,40 +5,59 @@ bit for bit (times apart): the state comes from the newest checkpoint, everythin
 step's number.
 """
 
-from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxdyn.config import RunConfig
+from jaxdyn.config import RunConfig, nearest
+from jaxdyn.errors import Preempted
 from jaxdyn.models import init_value_head
 from jaxdyn.optim import Stage, make_optimizer, stage_at, stages, trainable
+from jaxdyn.paths import AnyPath, open_path, require_writable
 from jaxdyn.train.checkpoint import Checkpoints, require_finite
 from jaxdyn.train.evaluate import evaluate
+from jaxdyn.train.preemption import Preemption
 from jaxdyn.train.probe import Probe
 from jaxdyn.train.progress import Progress
 from jaxdyn.train.run_directory import RunDirectory
 from jaxdyn.train.step import begin_stage, take_step
 from jaxdyn.train.task import Task, open_task
 from jaxdyn.train.update import TrainState
-from jaxdyn.types import JaxdynError
+from jaxdyn.types import JaxdynError, Params
 
 
-def run_rl(config: RunConfig, progress: Progress | None = None) -> Path:
+def run_rl(config: RunConfig, progress: Progress | None = None) -> AnyPath:
     """Run, or resume, the RL run that `config` describes; returns its directory.
 
     Raises:
       JaxdynError: for what the user can mend, before any work; and, naming the step and the last
         good checkpoint, when a metric stops being finite.
+      Preempted: after SIGTERM, once the step in progress is saved.
     """
-    progress = progress or Progress()
     plan = plan_of(config)
+    require_writable(open_path(config.output))
     task = open_task(config, config.train.max_prompt_length)
     require_untied(config, task, plan)
-    directory = RunDirectory(config.output, config)
-    checkpoints = Checkpoints(directory.checkpoints, config.train.keep_checkpoints)
+    keep, metric = config.train.keep_checkpoints, config.train.keep_best
+    with (
+        RunDirectory(config.output, config, writes=jax.process_index() == 0) as directory,
+        Checkpoints(directory.checkpoints, keep, metric) as checkpoints,
+    ):
+        train(task, config, plan, directory, checkpoints, progress or Progress())
+    return directory.path
+
+
+def train(
+    task: Task,
+    config: RunConfig,
+    plan: tuple[Stage, ...],
+    directory: RunDirectory,
+    checkpoints: Checkpoints,
+    progress: Progress,
+) -> None:
+    """The loop, from the newest checkpoint or the start."""
     state, position = begin_or_resume(task, config, plan, checkpoints)
     reference = jax.tree.map(jnp.copy, task.model.view(task.params))
     probe = Probe(task, config, reference)
@@ -46,15 +65,17 @@ def run_rl(config: RunConfig, progress: Progress | None = None) -> Path:
         directory.rewind(position["step"])
     else:
         directory.rewind(-1)
-        evaluate(task, reference, config, directory, step=-1, sweep=True)
+        baseline = evaluate(task, reference, config, directory, step=-1, sweep=True)
+        require_measured(config.train.keep_best, baseline)
         probe.record_start(directory)
 
     first, last = position["step"], plan[-1].end
-    with progress.start(f"{directory.path.name} · {config.optim.schedule}", last, first):
+    title = f"{directory.path.name} · {config.optim.schedule}"
+    with progress.start(title, last, first), Preemption() as preemption:
         for step in range(first, last):
             stage = stage_at(plan, step)
             if step == stage.start > 0:
-                state = begin_stage(config, stage, state)
+                state = begin_stage(task.layout, config, stage, state)
             before = probe.remember(state) if probe.due(step) else None
             state, experience, metrics = take_step(task, config, reference, state, stage, step)
             require_finite(metrics, step, checkpoints)
@@ -75,13 +96,16 @@ def run_rl(config: RunConfig, progress: Progress | None = None) -> Path:
             directory.log("metrics.jsonl", metrics)
             readable = experience.records(step, config.train.save_completions)
             directory.log("completions.jsonl", *readable)
-            if step + 1 == last or (step + 1) % config.train.checkpoint_every == 0:
+            preempted = step + 1 < last and preemption.reached()
+            due = step + 1 == last or (step + 1) % config.train.checkpoint_every == 0
+            if due or preempted or checkpoints.improves(metrics):
                 position |= {"step": step + 1, "stage": stage.name}
-                checkpoints.save(step + 1, state, position)
+                directory.publish()
+                checkpoints.save(step + 1, state, position, metrics)
             progress.advance(reward=metrics["reward"])
-    checkpoints.close()
-    directory.close()
-    return directory.path
+            if preempted:
+                checkpoints.wait()
+                raise Preempted(f"preempted; {step + 1} of {last} steps are in {directory.path}")
 
 
 def plan_of(config: RunConfig) -> tuple[Stage, ...]:
@@ -93,6 +117,14 @@ def plan_of(config: RunConfig) -> tuple[Stage, ...]:
             f"{config.optim.classifier_steps} under the schedule {config.optim.schedule}"
         )
     return plan
+
+
+def require_measured(metric: str, baseline: dict[str, float]) -> None:
+    """The metric that chooses the best checkpoint has to be one that evaluations measure."""
+    if metric and metric not in baseline:
+        raise JaxdynError(
+            f"train.keep_best is {metric}, which no evaluation measures{nearest(metric, baseline)}"
+        )
 
 
 def require_untied(config: RunConfig, task: Task, plan: tuple[Stage, ...]) -> None:
@@ -123,14 +155,19 @@ def begin_or_resume(
     if saved:
         step = saved[-1] if step is None else step
         position = checkpoints.position(step)
-    params = jax.tree.map(jnp.copy, task.params)
-    if config.loss.loss_type == "ppo":
-        params["value"] = init_value_head(task.model.config.width)
-    moving, _ = trainable(config.optim, position["stage"], params)
-    state = TrainState(params, make_optimizer(config.optim).init(moving))
-    if task.model.config.tied:
-        zeros = jnp.zeros_like(params["backbone"]["embed"]["embedding"])
-        state = state.replace(head_moment=zeros, head_share=jnp.copy(zeros))
+
+    def fresh(params: Params) -> TrainState:
+        params = jax.tree.map(jnp.copy, params)
+        if config.loss.loss_type == "ppo":
+            params["value"] = init_value_head(task.model.config.width)
+        moving, _ = trainable(config.optim, position["stage"], params)
+        state = TrainState(params, make_optimizer(config.optim).init(moving))
+        if task.model.config.tied:
+            zeros = jnp.zeros_like(params["backbone"]["embed"]["embedding"])
+            state = state.replace(head_moment=zeros, head_share=jnp.copy(zeros))
+        return state
+
     if saved:
-        state = checkpoints.state(position["step"], state)
-    return state, position
+        like = task.layout.shapes(jax.eval_shape(fresh, task.params))
+        return checkpoints.state(position["step"], like), position
+    return task.layout.place(fresh(task.params)), position

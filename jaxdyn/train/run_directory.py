@@ -8,6 +8,7 @@ interrupted.
 import dataclasses
 import json
 import os
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ import numpy as np
 from tensorboardX import SummaryWriter
 
 from jaxdyn.config import load_config, save_config
+from jaxdyn.paths import PROBE, AnyPath, in_bucket, one_line, open_path
 from jaxdyn.types import JaxdynError
 
 LOGS = (
@@ -29,38 +31,74 @@ LOGS = (
 class RunDirectory:
     """The directory of one run, opened with the run's configuration.
 
+    Files are written on disk. A bucket can neither append nor rename, so a run in one is written
+    in a scratch directory, of which `publish` uploads whole files; what a killed run had not
+    published, it computes again. Of many processes one writes, into the run; what the others
+    write is thrown away.
+
     Raises:
       JaxdynError: if the directory holds a run of another configuration, or other files.
     """
 
-    def __init__(self, path: str | Path, config: Any):
-        self.path = Path(path)
+    def __init__(self, path: str | AnyPath, config: Any, writes: bool = True):
+        self.path = open_path(path)
         self.checkpoints = self.path / "checkpoints"
-        self.dynamics = self.path / "dynamics"
-        saved = self.path / "config.json"
-        if saved.exists():
-            earlier = load_config(type(config), saved)
-            if earlier != config:
-                raise JaxdynError(
-                    f"{self.path} already holds another run ({differences(earlier, config)}); "
-                    "choose another output"
-                )
-        partial = saved.with_suffix(".partial")
-        if not saved.exists():
-            if self.path.is_dir() and set(self.path.iterdir()) - {partial}:
-                raise JaxdynError(
-                    f"{self.path} is not empty and holds no run; choose another output"
-                )
-            self.path.mkdir(parents=True, exist_ok=True)
-            save_config(config, partial)
-            partial.replace(saved)
-        self.dynamics.mkdir(exist_ok=True)
         self._board: SummaryWriter | None = None
+        saved = self.path / "config.json"
+        begun = saved.exists()
+        if begun:
+            self._require_same(config, saved)
+        elif writes:
+            self._require_empty()
+
+        self._bucket = self.path if writes and in_bucket(self.path) else None
+        self._published: dict[Path, tuple[int, int]] = {}
+        self._scratch = None
+        if writes and self._bucket is None:
+            self.local = Path(self.path)
+        else:
+            self._scratch = tempfile.TemporaryDirectory(prefix="jaxdyn-")
+            self.local = Path(self._scratch.name)
+        self.local.mkdir(parents=True, exist_ok=True)
+        if not begun:
+            partial = self.local / "config.partial"
+            save_config(config, partial)
+            partial.replace(self.local / "config.json")
+            self.publish()
+        self.dynamics = self.local / "dynamics"
+        self.dynamics.mkdir(exist_ok=True)
+
+    def _require_same(self, config: Any, saved: AnyPath) -> None:
+        # A run may go on elsewhere: where its arrays lie is no part of what it is.
+        earlier = dataclasses.replace(load_config(type(config), saved), mesh=config.mesh)
+        if earlier != config:
+            raise JaxdynError(
+                f"{self.path} already holds another run ({differences(earlier, config)}); "
+                "choose another output"
+            )
+
+    def _require_empty(self) -> None:
+        ours = {"config.partial", PROBE}
+        if self.path.is_dir() and {path.name for path in self.path.iterdir()} - ours:
+            raise JaxdynError(f"{self.path} is not empty and holds no run; choose another output")
+
+    def __enter__(self) -> "RunDirectory":
+        return self
+
+    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
+        """Close; what went wrong before counts more than what goes wrong now."""
+        try:
+            self.close()
+        except JaxdynError:
+            if error is None:
+                raise
 
     def rewind(self, step: int) -> None:
         """Forget everything logged at `step` or later."""
         for name in LOGS:
-            path = self.path / name
+            path = self.local / name
+            if self._bucket is not None and (self._bucket / name).exists():
+                path.write_bytes((self._bucket / name).read_bytes())
             if path.exists():
                 # A text may hold other line separators, and a killed run half a character.
                 lines = path.read_text(encoding="utf-8", errors="replace").split("\n")
@@ -68,14 +106,15 @@ class RunDirectory:
                 partial = path.with_suffix(".partial")
                 partial.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
                 partial.replace(path)
-        for path in self.dynamics.glob("step_*.npz"):
-            if int(path.stem.removeprefix("step_")) >= step:
-                path.unlink()
-        self._board = SummaryWriter(str(self.path / "tensorboard"), purge_step=max(step, 0))
+        arrays = (self._bucket or self.local) / "dynamics"
+        for array in arrays.glob("step_*.npz"):
+            if int(array.stem.removeprefix("step_")) >= step:
+                array.unlink()
+        self._board = SummaryWriter(str(self.local / "tensorboard"), purge_step=max(step, 0))
 
     def log(self, name: str, *records: dict[str, Any]) -> None:
         """Append records to a log, all on disk at return; scalars also go to TensorBoard."""
-        with open(self.path / name, "a", encoding="utf-8") as file:
+        with open(self.local / name, "a", encoding="utf-8") as file:
             file.writelines(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
             file.flush()
             os.fsync(file.fileno())
@@ -93,9 +132,40 @@ class RunDirectory:
             np.savez_compressed(file, allow_pickle=False, **arrays)
         partial.replace(path)
 
+    def publish(self) -> None:
+        """Upload what has changed to the run's bucket, if it is in one.
+
+        To be called before a checkpoint is saved: so that, whatever checkpoint a run goes on from,
+        the bucket has all that was logged before it.
+
+        Raises:
+          JaxdynError: if the bucket refuses.
+        """
+        if self._bucket is None:
+            return
+        for path in sorted(p for p in self.local.rglob("*") if p.is_file()):
+            stat = path.stat()
+            version = (stat.st_mtime_ns, stat.st_size)
+            if self._published.get(path) == version:
+                continue
+            target = self._bucket / path.relative_to(self.local).as_posix()
+            try:
+                target.parent.mkdir(parents=True, exist_ok=True)
+                target.write_bytes(path.read_bytes())
+            except Exception as error:  # its client raises many kinds
+                raise JaxdynError(f"cannot write {target}: {one_line(error)}") from error
+            self._published[path] = version
+
     def close(self) -> None:
+        """Publish the last lines; a scratch directory is removed."""
         if self._board is not None:
             self._board.close()
+            self._board = None
+        try:
+            self.publish()
+        finally:
+            if self._scratch is not None:
+                self._scratch.cleanup()
 
 
 def _before(line: str, step: int) -> bool:

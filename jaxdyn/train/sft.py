@@ -6,7 +6,6 @@ loss = − mean over completion tokens of log π(y_t | prompt, y_<t),   the stop
 import functools
 import time
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -15,15 +14,19 @@ import optax
 
 from jaxdyn.config import SFTConfig
 from jaxdyn.data import batch_indices, encode_supervised
+from jaxdyn.errors import Preempted
+from jaxdyn.hosts import fetch
 from jaxdyn.models import save_pretrained
+from jaxdyn.paths import AnyPath, open_path, require_writable
 from jaxdyn.rl import feature_statistics
 from jaxdyn.train.checkpoint import Checkpoints, require_finite
 from jaxdyn.train.evaluate import sample_held_out
+from jaxdyn.train.preemption import Preemption
 from jaxdyn.train.progress import Progress
 from jaxdyn.train.run_directory import RunDirectory
-from jaxdyn.train.task import open_task
+from jaxdyn.train.task import Task, open_task
 from jaxdyn.train.update import TrainState
-from jaxdyn.types import JaxdynError
+from jaxdyn.types import JaxdynError, Params
 
 
 def make_optimizer(config: SFTConfig) -> optax.GradientTransformation:
@@ -51,7 +54,9 @@ def sft_update(
         view = model.view(params)
         features = model.features(view["backbone"], tokens, mask)[:, :-1]
         classifier = view["classifier"]
-        statistics = feature_statistics(model.logits, classifier, features, tokens[:, 1:])
+        statistics = feature_statistics(
+            model.logits, classifier, features, tokens[:, 1:], shards=model.shards
+        )
         wanted = completion_mask[:, 1:]
         return -jnp.sum(jnp.where(wanted, statistics.logps, 0)) / jnp.sum(wanted)
 
@@ -62,19 +67,38 @@ def sft_update(
     return TrainState(params, opt_state), metrics
 
 
-def run_sft(config: SFTConfig, progress: Progress | None = None) -> Path:
+def run_sft(config: SFTConfig, progress: Progress | None = None) -> AnyPath:
     """Run, or resume, supervised training; leave the model in `OUTPUT/model` and return that.
 
     Raises:
       JaxdynError: for what the user can mend, and when the loss stops being finite.
+      Preempted: after SIGTERM, once the step in progress is saved.
     """
-    progress = progress or Progress()
+    require_writable(open_path(config.output))
     task = open_task(config, config.max_prompt_length)
     completions_of(task.train[:1])
-    directory = RunDirectory(config.output, config)
-    checkpoints = Checkpoints(directory.checkpoints, keep=2)
+    with (
+        RunDirectory(config.output, config, writes=jax.process_index() == 0) as directory,
+        Checkpoints(directory.checkpoints, keep=2) as checkpoints,
+    ):
+        params = fetch(train(task, config, directory, checkpoints, progress or Progress()))
+        if jax.process_index() == 0:
+            model = directory.local / "model"
+            save_pretrained(model, task.model, params, stop_ids=task.tokenizer.stop_ids)
+            task.tokenizer.save(model)
+    return directory.path / "model"
+
+
+def train(
+    task: Task,
+    config: SFTConfig,
+    directory: RunDirectory,
+    checkpoints: Checkpoints,
+    progress: Progress,
+) -> Params:
+    """The loop, from the newest checkpoint or the start; returns the trained parameters."""
     params = jax.tree.map(jnp.copy, task.params)
-    state = TrainState(params, make_optimizer(config).init(params))
+    state = task.layout.place(TrainState(params, make_optimizer(config).init(params)))
     position: dict[str, Any] = {"step": 0, "wall": 0.0, "reached": False}
     if saved := checkpoints.steps():
         position = checkpoints.position(saved[-1])
@@ -83,8 +107,9 @@ def run_sft(config: SFTConfig, progress: Progress | None = None) -> Path:
 
     reward = float("nan")
     title = f"{directory.path.name} · supervised"
-    with progress.start(title, config.steps, position["step"]):
-        for step in range(position["step"], config.steps):
+    begin = position["step"]
+    with progress.start(title, config.steps, begin), Preemption() as preemption:
+        for step in range(begin, config.steps):
             if position["reached"]:
                 break
             began = time.perf_counter()
@@ -96,8 +121,9 @@ def run_sft(config: SFTConfig, progress: Progress | None = None) -> Path:
                 completions_of(examples),
                 task.model.config.max_positions,
             )
-            state, metrics = sft_update(state, *arrays, model=task.model, config=config)
-            metrics = {k: float(v) for k, v in jax.device_get(metrics).items()}
+            rows = task.layout.rows(arrays)
+            state, metrics = sft_update(state, *rows, model=task.model, config=config)
+            metrics = {k: float(v) for k, v in fetch(metrics).items()}
             require_finite(metrics, step, checkpoints)
             position["wall"] += time.perf_counter() - began
             last = step + 1 == config.steps
@@ -108,16 +134,17 @@ def run_sft(config: SFTConfig, progress: Progress | None = None) -> Path:
                 position["reached"] = bool(config.target_reward and reward >= config.target_reward)
             line = {"step": step, **metrics, "time/wall": position["wall"]}
             directory.log("metrics.jsonl", line)
-            if last or position["reached"] or (step + 1) % config.checkpoint_every == 0:
+            ends = last or position["reached"]
+            preempted = not ends and preemption.reached()
+            if ends or preempted or (step + 1) % config.checkpoint_every == 0:
                 position["step"] = step + 1
+                directory.publish()
                 checkpoints.save(step + 1, state, position)
             progress.advance(loss=metrics["loss"], reward=reward)
-    checkpoints.close()
-    directory.close()
-    model_directory = directory.path / "model"
-    save_pretrained(model_directory, task.model, state.params, stop_ids=task.tokenizer.stop_ids)
-    task.tokenizer.save(model_directory)
-    return model_directory
+            if preempted:
+                checkpoints.wait()
+                raise Preempted(f"preempted; {step + 1} steps are in {directory.path}")
+    return state.params
 
 
 def completions_of(examples: Sequence[dict[str, Any]]) -> list[str]:

@@ -6,17 +6,22 @@ Every random draw is a function of (seed, step) and every batch too. So the trai
 run and a later analysis of a checkpoint all take exactly the same step.
 """
 
+import functools
 import time
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jaxdyn.config import RunConfig
 from jaxdyn.data import batch_indices
+from jaxdyn.distributed import Layout
+from jaxdyn.hosts import fetch, whole
 from jaxdyn.optim import Stage, enter_stage, learning_rate, make_optimizer, merge, trainable
 from jaxdyn.rl import drop_truncated, estimate_advantages
 from jaxdyn.rollout import step_key, trim
+from jaxdyn.train.pmap import pmap_update
 from jaxdyn.train.task import Experience, Task, experience_metrics, gather_experience
 from jaxdyn.train.update import (
     TrainState,
@@ -61,7 +66,7 @@ def take_step(
     prepared = time.perf_counter()
     rate = learning_rate(config.optim, stage.name, step - stage.start, stage.end - stage.start)
     state, measured = run_epochs(task, config, state, stage, batch, features, rate)
-    metrics = {name: float(value) for name, value in jax.device_get(measured).items()}
+    metrics = {name: float(value) for name, value in fetch(measured).items()}
     updated = time.perf_counter()
     metrics = {
         **experience_metrics(experience, task.model.config.vocab_size),
@@ -84,12 +89,12 @@ def prompts_of_step(task: Task, config: RunConfig, step: int) -> list[dict[str, 
     return [task.train[int(i)] for i in indices]
 
 
-def begin_stage(config: RunConfig, stage: Stage, state: TrainState) -> TrainState:
+def begin_stage(layout: Layout, config: RunConfig, stage: Stage, state: TrainState) -> TrainState:
     """Give the parts that begin to move an optimizer state."""
     moving, _ = trainable(config.optim, stage.name, state.params)
     reset = config.optim.reset_classifier_state
     opt_state = enter_stage(make_optimizer(config.optim), moving, state.opt_state, reset)
-    return state.replace(opt_state=opt_state)
+    return layout.place(state.replace(opt_state=opt_state))
 
 
 def make_batch(
@@ -105,7 +110,7 @@ def make_batch(
     Completions are cut to the bucket of the longest, so that an update pays for what was sampled.
     """
     loss, rollout = config.loss, trim(experience.rollout)
-    temperature = jnp.float32(config.sampling.temperature)
+    temperature = np.float32(config.sampling.temperature)
     finished = jnp.asarray(experience.finished)
     mask = rollout.completion_mask
     batch = UpdateBatch(
@@ -115,16 +120,19 @@ def make_batch(
         completion_mask=drop_truncated(mask, finished) if loss.mask_truncated else mask,
         advantages=jnp.zeros(len(rollout.tokens)),
     )
+    batch = task.layout.rows(batch)
+    ids = batch.completion_ids
     view = task.model.view(state.params)
     features = rollout.features
-    if features is None and loss.loss_type == "ppo":
+    if features is not None:
+        features = task.layout.rows(features)
+    elif loss.loss_type == "ppo":
         features = batch_features(task.model, view["backbone"], batch)
 
     def logps(policy: Params) -> jax.Array:
         if features is None or (policy is reference and stage.name == "joint"):
             return policy_logps(task.model, policy, batch, temperature)
         # While only the classifier has moved, the reference has the policy's features.
-        ids = rollout.completion_ids
         return classifier_logps(task.model, policy["classifier"], features, ids, temperature)
 
     values = None
@@ -133,23 +141,25 @@ def make_batch(
     in_reward = loss.kl_placement == "reward"
     old = logps(view) if config.train.num_iterations > 1 or in_reward else None
     ref = logps(reference) if loss.beta else None
+    old_here, ref_here, values_here = whole((old, ref, values))
     advantages, returns = estimate_advantages(
         config.advantage,
         loss,
         jnp.asarray(experience.rewards.total, jnp.float32),
         config.train.num_generations,
         mask,
-        old,
-        ref,
-        values,
+        old_here,
+        ref_here,
+        values_here,
         finished,
         config.sampling.max_completion_length,
     )
+    targets = None if values is None else ValueTargets(values, task.layout.rows(returns))
     batch = batch.replace(
-        advantages=advantages,
+        advantages=task.layout.rows(advantages),
         old_per_token_logps=old,
         ref_per_token_logps=ref,
-        values=None if values is None else ValueTargets(values, returns),
+        values=targets,
     )
     return batch, features if stage.name == "classifier" else None
 
@@ -170,14 +180,17 @@ def run_epochs(
     if state.head_share is not None:
         state = state.replace(head_share=jnp.zeros_like(state.head_share))
     state = state.replace(params=moving)
+    take = update
+    if config.train.update == "pmap":
+        take = functools.partial(pmap_update, task.layout)
     for _ in range(config.train.num_iterations):
-        state, metrics = update(
+        state, metrics = take(
             state,
             needed,
             batch,
             features,
-            jnp.float32(rate),
-            jnp.float32(config.sampling.temperature),
+            np.float32(rate),
+            np.float32(config.sampling.temperature),
             model=task.model,
             loss=config.loss,
             optim=config.optim.rule,

@@ -19,16 +19,22 @@ from jaxdyn.data import (
     load_tokenizer,
     require_prompts_fit,
 )
+from jaxdyn.distributed import Layout, make_mesh, one_device, require_divisible, shard_model
 from jaxdyn.dynamics.diversity import diversity_metrics
+from jaxdyn.hosts import gather, share_of, whole
 from jaxdyn.models import LanguageModel, add_adapters, load_pretrained, local_directory
 from jaxdyn.rewards import RewardOutput, make_reward
 from jaxdyn.rollout import generate, step_key
+from jaxdyn.train.pmap import require_copies
 from jaxdyn.types import JaxdynError, Params, Rollout
 
 
 @dataclasses.dataclass(frozen=True)
 class Task:
-    """A model as loaded, its tokenizer, training and held-out prompts, the reward and metrics."""
+    """A model as loaded, its tokenizer, training and held-out prompts, the reward and metrics.
+
+    `layout` says where its arrays lie; the model is one that runs there.
+    """
 
     model: LanguageModel
     params: Params
@@ -37,6 +43,7 @@ class Task:
     test: Sequence[dict[str, Any]]
     reward: Callable[..., RewardOutput]
     metrics: Callable[..., RewardOutput] | None = None
+    layout: Layout = dataclasses.field(default_factory=one_device)
 
 
 def open_model(source: ModelSource) -> tuple[LanguageModel, Params, Tokenizer]:
@@ -93,9 +100,15 @@ def open_task(config: RunConfig | SFTConfig, max_prompt_length: int) -> Task:
     Raises:
       JaxdynError: naming what does not: the model, its vocabulary, its context, the prompts.
     """
+    layout = Layout(make_mesh(config.mesh))
     model, params, tokenizer = open_model(config.model)
+    require_divisible(layout.mesh, model.config, *batch_of(config))
     if isinstance(config, RunConfig):
         model, params = with_adapters(model, params, config)
+        if config.train.update == "pmap":
+            require_copies(layout.mesh)
+    if layout.mesh.size > 1:
+        model = shard_model(model, layout.mesh)
     longest = max_prompt_length + config.sampling.max_completion_length
     if longest > model.config.max_positions:
         raise JaxdynError(
@@ -107,7 +120,15 @@ def open_task(config: RunConfig | SFTConfig, max_prompt_length: int) -> Task:
     for split in (train, test):
         require_prompts_fit(tokenizer, split, max_prompt_length)
     metrics = make_metrics(config)
-    return Task(model, params, tokenizer, train, test, make_reward(config.reward), metrics)
+    reward, params = make_reward(config.reward), layout.place(params)
+    return Task(model, params, tokenizer, train, test, reward, metrics, layout)
+
+
+def batch_of(config: RunConfig | SFTConfig) -> tuple[int, str]:
+    """How many rows of a step the mesh divides, and what they are called."""
+    if isinstance(config, RunConfig):
+        return config.train.num_prompts, "train.num_prompts"
+    return config.batch_size, "batch_size"
 
 
 def make_metrics(config: RunConfig | SFTConfig) -> Callable[..., RewardOutput] | None:
@@ -175,8 +196,8 @@ def gather_experience(
     rollout = generate(
         task.model,
         view,
-        prompts,
-        key,
+        task.layout.rows(prompts),
+        task.layout.everywhere(key),
         num_generations=num_generations,
         max_completion_length=sampling.max_completion_length,
         temperature=sampling.temperature,
@@ -186,6 +207,8 @@ def gather_experience(
         pad_id=tokenizer.pad_id,
         harvest=harvest,
     )
+    here = whole(dataclasses.replace(rollout, features=None))
+    rollout = dataclasses.replace(here, features=rollout.features)
     texts, finished, ids = decode_completions(
         tokenizer, rollout.completion_ids, rollout.completion_mask
     )
@@ -195,11 +218,27 @@ def gather_experience(
     table.pop("completion", None)
     table |= {"finished": finished, "completion_ids": ids}
     began = time.perf_counter()
-    rewards = task.reward(asked, texts, table)
+    rewards = score(task.reward, asked, texts, table)
     seconds = time.perf_counter() - began
     return Experience(
         rollout, asked, texts, finished, ids, table, rewards, num_generations, seconds
     )
+
+
+def score(
+    reward: Callable[..., RewardOutput],
+    prompts: list[str],
+    completions: list[str],
+    columns: dict[str, list],
+) -> RewardOutput:
+    """The rewards of all completions, of which each process scores its share."""
+    if jax.process_count() == 1:
+        return reward(prompts, completions, columns)
+    mine = share_of(len(completions))
+    part = {name: column[mine] for name, column in columns.items()}
+    scored = reward(prompts[mine], completions[mine], part)
+    values = {name: gather(value, len(completions)) for name, value in scored.values.items()}
+    return RewardOutput(gather(scored.total, len(completions)), values)
 
 
 def experience_metrics(experience: Experience, vocab_size: int) -> dict[str, float]:

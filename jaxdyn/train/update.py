@@ -81,12 +81,21 @@ batch_values = jax.jit(state_values)
 """The value head's estimates from features, before an update."""
 
 
+def completion_statistics(
+    model: Any, classifier: Params, features: jax.Array, ids: jax.Array, temperature: jax.Array
+) -> TokenStatistics:
+    """`feature_statistics` of the model's policy."""
+    return feature_statistics(
+        model.logits, classifier, features, ids, temperature, shards=model.shards
+    )
+
+
 @functools.partial(jax.jit, static_argnames="model")
 def classifier_logps(
     model: Any, classifier: Params, features: jax.Array, ids: jax.Array, temperature: jax.Array
 ) -> Float[Array, "B C"]:
     """Per-token log-probs of `ids` from features."""
-    return feature_statistics(model.logits, classifier, features, ids, temperature).logps
+    return completion_statistics(model, classifier, features, ids, temperature).logps
 
 
 @functools.partial(jax.jit, static_argnames="model")
@@ -104,8 +113,8 @@ def policy_certainty(
 ) -> dict[str, jax.Array]:
     """Means over a rollout's completion tokens: entropy, confidence, sampled log-prob."""
     features = completion_features(model, view["backbone"], rollout)
-    statistics = feature_statistics(
-        model.logits, view["classifier"], features, rollout.completion_ids, temperature
+    statistics = completion_statistics(
+        model, view["classifier"], features, rollout.completion_ids, temperature
     )
     return certainty(statistics, rollout.completion_mask, normalizer_of(rollout.completion_mask))
 
@@ -133,8 +142,8 @@ def objective(
     normalizer: Normalizer,
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
     """The RL loss of classifier (and value head) on features, with its metrics, as sums."""
-    statistics = feature_statistics(
-        model.logits, view["classifier"], features, batch.completion_ids, temperature
+    statistics = completion_statistics(
+        model, view["classifier"], features, batch.completion_ids, temperature
     )
     value, metrics = policy_loss(
         loss,
@@ -159,11 +168,14 @@ def objective(
 
 
 def accumulate(function: Callable[[Any], Any], batch: Any, microbatches: int) -> Any:
-    """Σ `function(part)` over `microbatches` equal parts of the batch, one part in memory."""
+    """Σ `function(part)` over `microbatches` equal parts of the batch, one part in memory.
+
+    A part has every so-manieth row, and so an equal share of every device's.
+    """
     if microbatches == 1:
         return function(batch)
     leaves, structure = jax.tree.flatten(batch)
-    parts = [x.reshape(microbatches, -1, *x.shape[1:]) for x in leaves]
+    parts = [x.reshape(-1, microbatches, *x.shape[1:]).swapaxes(0, 1) for x in leaves]
     of_part = lambda part: function(jax.tree.unflatten(structure, part))
     shapes = jax.eval_shape(of_part, [x[0] for x in parts])
     zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
@@ -171,12 +183,7 @@ def accumulate(function: Callable[[Any], Any], batch: Any, microbatches: int) ->
     return jax.lax.scan(add, zeros, parts)[0]
 
 
-@functools.partial(
-    jax.jit,
-    static_argnames=("model", "loss", "optim", "microbatches", "max_completion_length"),
-    donate_argnames="state",
-)
-def update(
+def take_update(
     state: TrainState,
     frozen: Params,
     batch: UpdateBatch,
@@ -189,8 +196,9 @@ def update(
     optim: OptimConfig,
     microbatches: int = 1,
     max_completion_length: int | None = None,
+    axis: str | None = None,
 ) -> tuple[TrainState, dict[str, jax.Array]]:
-    """One update of the parameters in `state`: θ ← θ − η (P m + λ θ). Donates `state`.
+    """One update of the parameters in `state`: θ ← θ − η (P m + λ θ).
 
     Args:
       state: the parameters that move, with their optimizer's state.
@@ -204,8 +212,10 @@ def update(
       optim: the direction P m + λ θ.
       microbatches: parts in which the gradient is accumulated.
       max_completion_length: the sampler's limit, by which some losses divide; C when not given.
+      axis: under `jax.pmap`, its axis, over whose devices the batch is divided.
     """
-    normalizer = normalizer_of(batch.completion_mask, max_completion_length)
+    rows = lambda x: x if axis is None else jax.lax.all_gather(x, axis, tiled=True)
+    normalizer = normalizer_of(rows(batch.completion_mask), max_completion_length)
     moving = state.params
     # A shared matrix that moves is differentiated by path, the head's apart from the embedding's.
     shared = model.config.tied and "embedding" in moving.get("backbone", {}).get("embed", {})
@@ -224,6 +234,8 @@ def update(
         return jax.grad(value, has_aux=True)(model.view(moving) if shared else moving)
 
     by_path, metrics = accumulate(gradient_of, (batch, features), microbatches)
+    if axis is not None:
+        by_path, metrics = jax.lax.psum((by_path, metrics), axis)
     gradient = model.fold(by_path) if shared else by_path
     direction, opt_state = make_optimizer(optim).update(gradient, state.opt_state, moving)
     new = state.replace(params=descend(moving, direction, learning_rate), opt_state=opt_state)
@@ -235,9 +247,17 @@ def update(
         new = new.replace(head_moment=moment, head_share=head_share)
     if batch.values is not None:
         old, returns = batch.values.old, batch.values.returns
-        foreseen = explained_variance(old, returns, batch.completion_mask)
+        foreseen = explained_variance(rows(old), rows(returns), rows(batch.completion_mask))
         metrics["value/explained_variance"] = foreseen
     return new, {**metrics, **norms(gradient, direction, learning_rate)}
+
+
+update = jax.jit(
+    take_update,
+    static_argnames=("model", "loss", "optim", "microbatches", "max_completion_length"),
+    donate_argnames="state",
+)
+"""`take_update`, jitted, for arguments on one device or on a mesh. Donates `state`."""
 
 
 def norms(gradient: Params, direction: Params, learning_rate: jax.Array) -> dict[str, jax.Array]:

@@ -18,8 +18,6 @@ from jaxdyn.kernels.sites import Rows
 from jaxdyn.models import LanguageModel
 from jaxdyn.types import JaxdynError
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 # -- the grid -------------------------------------------------------------------------------------
 
 

@@ -39,7 +39,6 @@ FOUR = ("gpt_neox-untied", "llama-tied", "qwen2-untied", "gpt2-tied")
 ALL = slow_but(NAMES, *FOUR)
 EACH = slow_but(NAMES, "gpt_neox-untied", "gpt2-tied")
 CHOSEN = [7, 2]
-pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 
 def update(name, method, dtype=jnp.float64, function=kernels.update_kernel):

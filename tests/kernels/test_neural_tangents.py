@@ -166,7 +166,6 @@ def test_linearize_is_the_first_order_expansion(nt, x64):
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("quick_compilation")
 @pytest.mark.parametrize("name", ["gpt_neox-untied", "qwen2-tied"])
 def test_our_kernels_answer_to_its_signature(name, x64):
     model, params = oracles.tiny_model(name)
@@ -182,7 +181,6 @@ def test_our_kernels_answer_to_its_signature(name, x64):
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("quick_compilation")
 @pytest.mark.parametrize("name", ["gpt_neox-untied", "gpt2-tied"])
 def test_the_sums_of_our_components_are_its_kernel(name, nt, x64):
     """Five sites in three sequences, padded on either side; no oracle of ours in between."""

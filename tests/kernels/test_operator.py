@@ -32,14 +32,6 @@ TWO = [pytest.param(n, marks=[] if n in QUICK else [pytest.mark.slow]) for n in 
 V = oracles.VOCAB
 
 
-@pytest.fixture(autouse=True)
-def quick_compilation():
-    """The arrays are tiny: what takes time here is compiling, not running."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
-
-
 def random_metric(model, params, dtype=jnp.float64):
     """P between 0 and 2 as stored; some of it exactly zero, as of parameters that do not move."""
     rng = np.random.default_rng(9)

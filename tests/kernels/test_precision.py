@@ -25,7 +25,6 @@ from kernel_oracles import (
 
 from jaxdyn import kernels
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
 CHOSEN = [7, 2]
 # Every architecture, half of them tied.
 QUICK = ("gpt_neox-untied", "llama-tied")

@@ -39,7 +39,6 @@ TWO = ["gpt2-tied", BIASED]
 SLOW = ["llama-tied", "qwen2-untied"]
 FOUR = [*TWO, *(pytest.param(name, marks=pytest.mark.slow) for name in SLOW)]
 CHOSEN = [7, 2]
-pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 
 # -- kernels in a metric --------------------------------------------------------------------------

@@ -41,14 +41,6 @@ STATISTICAL = ["gpt2-tied", "gpt_neox-untied"] + [
 few = functools.partial(sketch_gradients, replicates=3, side=3)
 
 
-@pytest.fixture(autouse=True)
-def quick_compilation():
-    """The arrays are tiny: what takes time here is compiling, not running."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
-
-
 @functools.cache
 def draws(name, preconditioned=False):
     """Of many keys: sketches (head, body) [keys, 8, R, p²], parts [keys, 8, 8] and the error."""

@@ -22,14 +22,6 @@ V = oracles.VOCAB
 U = 2  # the site where the token is pushed down, among the eight that are observed
 
 
-@pytest.fixture(autouse=True)
-def quick_compilation():
-    """The arrays are tiny: what takes time here is compiling, not running."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
-
-
 @pytest.fixture
 def policy(x64):
     """A model and its parameters, with a classifier `sharpness` times as large."""

@@ -22,7 +22,6 @@ from jaxdyn import kernels
 from jaxdyn.kernels import trace
 from jaxdyn.types import JaxdynError
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
 V = oracles.VOCAB
 TWO = ["gpt2-tied", BIASED]
 

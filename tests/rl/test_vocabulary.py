@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from jaxdyn.rl import feature_statistics, vocabulary_chunk
+from jaxdyn.rl.vocabulary import number_of_chunks
 
 V, D = 37, 5
 
@@ -258,23 +259,25 @@ def test_memory_is_a_few_chunks_and_never_the_whole_logits():
 def test_what_does_not_move_costs_no_product(moving, through_features, products):
     """The compiler counts a loop's body once: products of one chunk, with some slack beside."""
     flops = compiled(CHUNK, moving, through_features).cost_analysis()["flops"]
-    assert products <= flops / (2 * ROWS * WIDTH * CHUNK) < products + 0.5
+    columns = VOCAB / number_of_chunks(VOCAB, CHUNK, 1)
+    assert products <= flops / (2 * ROWS * WIDTH * columns) < products + 0.5
 
 
+@pytest.mark.parametrize("shards", [1, 8])
 @pytest.mark.parametrize("rows", [1, 100, 1024, 4096, 16384])
-@pytest.mark.parametrize("vocab", [17, 2048, 50257, 151936])
-def test_chunks_fit_their_target_are_even_and_few(rows, vocab):
-    chunk = vocabulary_chunk(rows, vocab)
+@pytest.mark.parametrize("vocab", [17, 2048, 50257, 50304, 151936])
+def test_chunks_fit_their_target_are_even_and_few(rows, vocab, shards):
+    most = vocabulary_chunk(rows, vocab)
     target = 64 * 2**20
-    assert 4 * rows * chunk <= target
+    assert 4 * rows * most <= target
     if 4 * rows * vocab <= target:
-        assert chunk == vocab
-    else:
-        count = math.ceil(vocab / chunk)
-        assert chunk % 128 == 0
-        # No more chunks than the target's own, in multiples of 128, and little overlap.
-        assert count == math.ceil(vocab / (target // (4 * rows) // 128 * 128))
-        assert count * chunk - vocab < 128 * count
+        assert most == vocab
+        return
+    chunks = number_of_chunks(vocab, most, shards)
+    fewest = math.ceil(vocab / (target // (4 * rows)))
+    assert fewest <= chunks < 2 * fewest
+    even = [n for n in range(fewest, 2 * fewest) if vocab % n == 0 and vocab // n % shards == 0]
+    assert chunks == (even[0] if even else fewest)
 
 
 def test_chunks_never_get_thin():

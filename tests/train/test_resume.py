@@ -10,28 +10,16 @@ import numpy as np
 import orbax.checkpoint._src.path.atomicity as atomicity
 import pytest
 import tiny_runs
+from tiny_runs import assert_same_run
 
 from jaxdyn.config import save_config
 from jaxdyn.train import rl, run_directory, run_rl, run_sft, sft
 from jaxdyn.train.run_directory import RunDirectory
 from jaxdyn.types import JaxdynError
 
-LOGS = ("metrics.jsonl", "dynamics.jsonl", "samples.jsonl", "completions.jsonl")
-
 
 class Killed(BaseException):
     """Stands for the process's end: nothing in the package may catch it."""
-
-
-def assert_same_run(run, other):
-    for name in LOGS:
-        got, expected = (tiny_runs.lines(r, name) for r in (run, other))
-        assert tiny_runs.without_times(got) == tiny_runs.without_times(expected), name
-    arrays = sorted(p.name for p in (other / "dynamics").iterdir())
-    assert sorted(p.name for p in (run / "dynamics").glob("*.npz")) == arrays
-    for name in arrays:
-        got, expected = (np.load(r / "dynamics" / name, allow_pickle=False) for r in (run, other))
-        assert all(np.array_equal(got[k], expected[k], equal_nan=True) for k in expected)
 
 
 def at_call(number, original, before=True):
@@ -56,7 +44,7 @@ def half_a_line(monkeypatch):
 
     def log(self, name, *records):
         if name == "metrics.jsonl" and records[0]["step"] == 4:
-            with open(self.path / name, "ab") as file:
+            with open(self.local / name, "ab") as file:
                 file.write('{"step": 4, "reward": "é'.encode()[:-1])
             raise Killed
         original(self, name, *records)

@@ -1,0 +1,17 @@
+"""Meshes of devices, and where arrays lie on them."""
+
+from jaxdyn.distributed.layout import Layout, one_device
+from jaxdyn.distributed.mesh import MeshConfig, make_mesh, require_divisible
+from jaxdyn.distributed.rules import shardings
+from jaxdyn.distributed.sharded import ShardedModel, shard_model
+
+__all__ = [
+    "Layout",
+    "MeshConfig",
+    "ShardedModel",
+    "make_mesh",
+    "one_device",
+    "require_divisible",
+    "shard_model",
+    "shardings",
+]

@@ -1,0 +1,123 @@
+"""What a program would need and take on a chip, from its compilation alone.
+
+A roofline: a program takes at least as long as each of its three demands at the chip's full rate,
+
+    max( flops / peak,  bytes / memory bandwidth,  bytes sent / interconnect )
+
+and no program reaches it. Nothing is run, and no array is made.
+"""
+
+import dataclasses
+import functools
+import re
+from collections import Counter
+from collections.abc import Callable
+from typing import Any
+
+import jax
+
+from jaxdyn.distributed.chips import Chip
+from jaxdyn.distributed.hlo import Cost, cost_of
+from jaxdyn.distributed.hlo_text import Number
+
+UNITS = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+    """Something to compile.
+
+    Attributes:
+      name: what it is called in a table.
+      lower: traces it, for the devices where its arguments lie.
+      roles: its arguments by what they are for: trees of arrays' shapes with their shardings.
+      held: what else lies on the devices while it runs, by the same names.
+      trips: how often its loops run that end by what they compute.
+    """
+
+    name: str
+    lower: Callable[[], jax.stages.Lowered]
+    roles: dict[str, Any]
+    held: dict[str, Any] = dataclasses.field(default_factory=dict)
+    trips: int = 1
+
+
+@dataclasses.dataclass(frozen=True)
+class Demand:
+    """What a program asks of each device; without `cost` it was refused for its memory.
+
+    Attributes:
+      roles: bytes of its arguments, and of what is held beside them, by role.
+      temporary: bytes beside the arguments and results.
+      own: bytes of arguments, results that do not take an argument's place, temporaries.
+      peak: those, and what is held beside them.
+      cost: flops, bytes and collectives.
+    """
+
+    name: str
+    roles: dict[str, Number]
+    temporary: Number
+    own: Number
+    peak: Number
+    cost: Cost | None = None
+
+    def fits(self, chip: Chip | None) -> bool:
+        """Whether the memory suffices, as far as that is known."""
+        return self.cost is not None and (chip is None or self.peak <= chip.hbm)
+
+    def seconds(self, chip: Chip) -> dict[str, Number]:
+        """The time at the chip's full rates, by what is asked of it."""
+        cost = self.cost or Cost()
+        return {
+            "compute": cost.flops / chip.flops,
+            "memory": cost.bytes / chip.bandwidth,
+            "links": cost.collective_bytes / chip.interconnect,
+        }
+
+
+def demand_of(program: Program) -> Demand:
+    """Compile a program and account for it.
+
+    Conditionals count their cheaper branch: ours are of filters that are mostly off.
+    """
+    by_role = lambda trees: Counter({name: bytes_of(tree) for name, tree in trees.items()})
+    arguments, held = by_role(program.roles), by_role(program.held)
+    beside = sum(held.values())
+    demand = functools.partial(Demand, program.name, dict(arguments + held))
+    try:
+        compiled = program.lower().compile()
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        own = exhausted(str(error), sum(arguments.values()))
+        return demand(own - sum(arguments.values()), own, own + beside)
+    memory = compiled.memory_analysis()
+    results = memory.output_size_in_bytes - memory.alias_size_in_bytes
+    temporary = memory.temp_size_in_bytes
+    own = memory.argument_size_in_bytes + results + temporary
+    cost = cost_of(compiled.as_text(), program.trips, min)
+    return demand(temporary, own, own + beside, cost)
+
+
+def exhausted(message: str, arguments: Number) -> Number:
+    """The bytes that a compiler says a program needs, of which it had too few."""
+    whole = re.search(r"Used ([\d.]+)([KMGT]) of", message)
+    temporary = re.search(r"temporaries \(([\d.]+)([KMGT])\)", message)
+    if whole:
+        return float(whole[1]) * UNITS[whole[2]]
+    if temporary:
+        return arguments + float(temporary[1]) * UNITS[temporary[2]]
+    return float("inf")
+
+
+def bytes_of(tree: Any) -> Number:
+    """Bytes on one device of a tree of shapes with shardings."""
+    return sum(share_of(x) for x in jax.tree.leaves(tree))
+
+
+def share_of(x: jax.ShapeDtypeStruct) -> Number:
+    """Bytes of an array that one device holds."""
+    count = 1
+    for size in x.sharding.shard_shape(x.shape):
+        count *= size
+    return count * (8 if jax.dtypes.issubdtype(x.dtype, jax.dtypes.extended) else x.dtype.itemsize)

@@ -1,0 +1,112 @@
+"""The language model on a mesh: the same functions, told where rows and columns lie.
+
+Every consumer of a `LanguageModel` (losses, sampler, kernels, probes) takes this one instead. XLA
+derives the rest of a program from what enters and leaves the two functions:
+
+    tokens, features    [B, ...]       B over ("data", "fsdp")
+    logits              [B, ..., V]    B over "data", V over ("tensor", "fsdp"), as W is
+
+so that the features of a few rows travel and W does not. Inside the body the opposite holds where
+there are many slots: a layer's weights are gathered over "fsdp" and no activation is. A decoding
+step has one slot a row, and there the activations travel and the weights stay.
+"""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from jaxdyn.distributed.mesh import ROWS
+from jaxdyn.distributed.rules import fitting
+from jaxdyn.models import LanguageModel
+from jaxdyn.models.decoder import Dense, Embed, LayerNorm, RMSNorm
+
+SLOTS = P(ROWS)
+LAYERS = (Dense, Embed, LayerNorm, RMSNorm)
+DIVIDED = ("query", "key", "value", "up", "gate")
+"""The layers of which each device computes its own columns of the output."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ShardedModel(LanguageModel):
+    """A `LanguageModel` whose programs run on `mesh`."""
+
+    mesh: Mesh
+
+    @property
+    def shards(self) -> int:
+        return self.mesh.size
+
+    def features(self, backbone, tokens, mask):
+        with self._placed():
+            return super().features(backbone, self._rows(tokens), self._rows(mask))
+
+    def logits(self, classifier, features):
+        features = self._constrain(features, P("data"))
+        if "weight" in classifier:  # a shared matrix lies as the embedding does
+            weight = self._constrain(classifier["weight"], P(("tensor", "fsdp")))
+            classifier = {**classifier, "weight": weight}
+        logits = super().logits(classifier, features)
+        columns = [None] * (logits.ndim - 2)
+        return self._constrain(logits, P("data", *columns, ("tensor", "fsdp")))
+
+    def opened(self, backbone, tokens, mask):
+        with self._placed():
+            return super().opened(backbone, self._rows(tokens), self._rows(mask))
+
+    def prefill(self, backbone, tokens, mask):
+        with self._placed():
+            features, cache = super().prefill(backbone, self._rows(tokens), self._rows(mask))
+        return features, jax.tree.map(self._cached, cache)
+
+    def decode(self, backbone, token, position, prompt, cache, mask, slot):
+        with self._placed(P("data"), P("data", None, "fsdp")):
+            features, cache = super().decode(backbone, token, position, prompt, cache, mask, slot)
+        return self._rows(features), jax.tree.map(self._cached, cache)
+
+    def _placed(self, rows: P = SLOTS, stream: P = SLOTS):
+        """Layers traced inside leave their outputs [B, T, ...] where this mesh wants them."""
+
+        def place(call, args, options, context):
+            layer = context.module
+            if isinstance(layer, Embed) and context.method_name == "look_up":
+                parts = self._look_up(layer.variables["params"]["embedding"], *args)
+                # One axis after another; in the other order XLA copies everything everywhere.
+                return self._constrain(parts.astype(layer.dtype), P(*rows, None, "tensor"))
+            output = call(*args, **options)
+            if not isinstance(layer, LAYERS) or context.method_name != "__call__":
+                return output
+            divided = layer.name in DIVIDED
+            return self._constrain(output, P(*rows, None, "tensor") if divided else stream)
+
+        return nn.intercept_methods(place)
+
+    def _look_up(self, table, ids):
+        """Rows [B, T, D] of a table: each device looks up its part of them."""
+        of_table = fitting(P(None, ("tensor", "fsdp")), table.shape, self.mesh)
+        of_ids = fitting(P("data"), ids.shape, self.mesh)
+        of_parts = P(*of_ids or (None,), None, *of_table[1:])
+        take = lambda table, ids: jnp.take(table, ids, axis=0)
+        specs = {"in_specs": (of_table, of_ids), "out_specs": of_parts}
+        return jax.shard_map(take, mesh=self.mesh, **specs)(table, ids)
+
+    def _cached(self, x):
+        """Keys or values [L, B, heads, K, width]."""
+        return self._constrain(x, P(None, ROWS, "tensor"))
+
+    def _rows(self, x):
+        return self._constrain(x, P(ROWS))
+
+    def _constrain(self, x: Any, axes: P) -> Any:
+        spec = fitting(axes, x.shape, self.mesh)
+        return jax.lax.with_sharding_constraint(x, NamedSharding(self.mesh, spec))
+
+
+def shard_model(model: LanguageModel, mesh: Mesh) -> ShardedModel:
+    """The same model on a mesh."""
+    fields = {f.name: getattr(model, f.name) for f in dataclasses.fields(LanguageModel)}
+    return ShardedModel(**fields, mesh=mesh)

@@ -1,0 +1,105 @@
+"""SIGKILL at twenty random moments of one run's life, in saves too."""
+
+import multiprocessing
+import os
+import random
+import signal
+import time
+
+import pytest
+import tiny_runs
+from tiny_runs import assert_same_run
+
+from jaxdyn.train.checkpoint import Checkpoints
+
+CONTEXT = multiprocessing.get_context("forkserver")
+CONTEXT.set_forkserver_preload(["jaxdyn.train"])  # imported once, not at each restart
+
+
+def attempt(config, cache):
+    """The run, or the rest of it, in a process of its own with the others' compiled programs."""
+    import jax
+
+    from jaxdyn.train import run_rl
+
+    jax.config.update("jax_compilation_cache_dir", cache)
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+    run_rl(config)
+
+
+def start(config, tmp_path):
+    process = CONTEXT.Process(target=attempt, args=(config, str(tmp_path / "cache")))
+    process.start()
+    return process
+
+
+def unfinished(run):
+    """Saves that have begun: what Orbax writes before it gives the checkpoint its name."""
+    return {path for path in (run / "checkpoints").glob("*tmp*")}
+
+
+def logged(run):
+    """Which file the metrics are in, which an attempt begins by replacing, and how many."""
+    path = run / "metrics.jsonl"
+    try:
+        return path.stat().st_ino, path.read_bytes().count(b"\n")
+    except FileNotFoundError:
+        return None, 0
+
+
+def wait_for(process, condition):
+    """The condition's value, once it is true."""
+    while not (found := condition()):
+        assert process.is_alive(), "the run ended before it was killed often enough"
+        time.sleep(0.0005)
+    return found
+
+
+def kill_at(moment, process, run, draw, before, begun):
+    """Kill the process once it has logged a few steps, and in a save if that is the moment."""
+    if moment == "start":
+        process.join(draw.uniform(0, 1))
+    else:
+        first = wait_for(process, lambda: (now := logged(run))[0] != before[0] and now)[1]
+        new = draw.randint(1, 4)
+        wait_for(process, lambda: logged(run)[1] >= first + new)
+        if moment == "save":
+            wait_for(process, lambda: unfinished(run) - begun)
+        time.sleep(draw.uniform(0, 0.01))
+    os.kill(process.pid, signal.SIGKILL)
+    process.join()
+    assert process.exitcode == -signal.SIGKILL
+
+
+@pytest.mark.slow
+def test_a_run_killed_twenty_times_ends_like_one_never_killed(root, tmp_path):
+    """Eight times inside a save, eight between two, four before the first step of the attempt."""
+    changes = {"train__steps": 90, "probe__every": 7, "evaluation__every": 9}
+    changes |= {"train__keep_checkpoints": 2, "train__keep_best": "eval_reward"}
+    whole = tiny_runs.rl_config(
+        root, str(tmp_path / "whole"), **changes, train__checkpoint_every=90
+    )
+    start(whole, tmp_path).join()
+    config = tiny_runs.rl_config(root, str(tmp_path / "run"), **changes, train__checkpoint_every=2)
+    run, draw = tmp_path / "run", random.Random(5)
+    moments = ["save"] * 8 + ["step"] * 8 + ["start"] * 4
+    draw.shuffle(moments)
+    inside = 0
+    for moment in moments:
+        before, begun = logged(run), unfinished(run)
+        kill_at(moment, start(config, tmp_path), run, draw, before, begun)
+        inside += bool(unfinished(run) - begun)
+    process = start(config, tmp_path)
+    process.join()
+    assert process.exitcode == 0
+    assert inside >= 4
+    assert_same_run(run, tmp_path / "whole")
+
+    evaluated = {
+        x["step"]: x["eval_reward"]
+        for x in tiny_runs.lines(run, "metrics.jsonl")[1:]
+        if "eval_reward" in x
+    }
+    best = max(evaluated, key=evaluated.get) + 1
+    for directory in (run, tmp_path / "whole"):
+        assert Checkpoints(directory / "checkpoints", metric="eval_reward").find("best") == best
