@@ -4,6 +4,8 @@ With one process all of this is what it looks like. With many, a global array ha
 processes hold, and NumPy cannot read it.
 """
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -49,3 +51,27 @@ def gather(mine: np.ndarray, count: int) -> np.ndarray:
     # Bytes: JAX would round float64 to float32.
     gathered = multihost_utils.process_allgather(padded.view(np.uint8), tiled=True)
     return np.ascontiguousarray(gathered).view(mine.dtype)[:count]
+
+
+def from_first(tree: Any) -> Any:
+    """The first process's arrays, on every process; the others give some of the same shapes."""
+    if jax.process_count() == 1:
+        return tree
+
+    def of_leaf(x):
+        sent = multihost_utils.broadcast_one_to_all(np.ascontiguousarray(x).ravel().view(np.uint8))
+        return np.asarray(sent).view(x.dtype).reshape(x.shape)
+
+    return jax.tree.map(of_leaf, tree)
+
+
+@contextlib.contextmanager
+def host_memory() -> Iterator[None]:
+    """What is made inside stays in the host's memory: a model may not fit one accelerator."""
+    try:
+        device = jax.local_devices(backend="cpu")[0]
+    except RuntimeError:  # JAX_PLATFORMS leaves the host's own out
+        yield
+        return
+    with jax.default_device(device):
+        yield

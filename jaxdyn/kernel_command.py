@@ -26,6 +26,7 @@ from jaxdyn.config import ModelSource
 from jaxdyn.data import Tokenizer
 from jaxdyn.data.jsonl import JsonlFile, read_jsonl
 from jaxdyn.distributed import Layout, MeshConfig, make_mesh, require_divisible, shard_model
+from jaxdyn.hosts import fetch
 from jaxdyn.kernel_config import KernelConfig, bytes_of
 from jaxdyn.kernel_places import Places, Texts, completion_places, prompt_places
 from jaxdyn.models import LanguageModel, merge_adapters
@@ -59,6 +60,8 @@ def run_kernel(config: KernelConfig, progress: Progress | None = None) -> Path:
         kernel, parts = compute(config, subject, places, progress)
         saved = to_save(config, subject, texts, places, kernel, parts)
         path, partial = output / "kernel.npz", output / "kernel.partial"
+        if jax.process_index() > 0:
+            return path
         saved.write(partial)
         if count > 1:
             draw_kernel(partial, output / "kernel.png")
@@ -262,7 +265,8 @@ def to_save(
 
 def wide(x: jax.Array) -> np.ndarray:
     """A host array that NumPy can read again: bfloat16 as float32."""
-    return np.asarray(x, np.float32 if x.dtype == jnp.bfloat16 else x.dtype)
+    host = fetch(x)
+    return host.astype(np.float32) if x.dtype == jnp.bfloat16 else host
 
 
 def print_summary(saved: SavedKernel, path: Path) -> None:

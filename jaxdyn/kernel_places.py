@@ -10,6 +10,7 @@ import numpy as np
 
 from jaxdyn.data import Tokenizer, encode_prompts, encode_supervised
 from jaxdyn.dynamics import sites_from_rollout
+from jaxdyn.hosts import fetch
 from jaxdyn.models import LanguageModel
 from jaxdyn.types import JaxdynError, Params, PromptBatch, Rollout, Sites
 
@@ -51,8 +52,8 @@ def prompt_places(
     sites = last_tokens(encode_prompts(tokenizer, texts.prompts, max_prompt_length))
     require_context(model, sites)
     features = site_features(model, view["backbone"], sites)
-    likely = jnp.argmax(model.logits(view["classifier"], features), axis=1)
-    sites = dataclasses.replace(sites, targets=likely.astype(jnp.int32))
+    likely = fetch(jnp.argmax(model.logits(view["classifier"], features), axis=1))
+    sites = dataclasses.replace(sites, targets=jnp.asarray(likely, jnp.int32))
     likely_text = "the model's most likely next token"
     return Places(sites, None, features, *site_texts(tokenizer, sites), likely_text)
 

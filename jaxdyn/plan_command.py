@@ -268,7 +268,7 @@ def figures(
         ],
     }
     one, two = demands["stage 1"], demands["stage 2"]
-    shares = {"own": one.own / two.own, "peak": one.peak / two.peak}
+    shares: dict[str, Number | None] = {"own": one.own / two.own, "peak": one.peak / two.peak}
     if one.cost and two.cost:
         shares["flops"] = one.cost.flops / two.cost.flops
         shares["collective_bytes"] = ratio(one.cost.collective_bytes, two.cost.collective_bytes)

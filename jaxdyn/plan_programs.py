@@ -169,20 +169,27 @@ class Setting:
         return Program("prefill", lower, {"parameters": backbone}, held)
 
     def decode(self) -> Program:
-        @functools.partial(jax.jit, donate_argnums=2)
-        def step(view, prompt, cache, token, mask, slot, key):
-            caches = KVCache(*prompt), KVCache(*cache)
-            features, cache = self.model.decode(view["backbone"], token, token, *caches, mask, slot)
-            logits = self.model.logits(view["classifier"], features)
-            one, none = jnp.float32(1), jnp.int32(0)
-            return sample_token(key, logits, one, none, one), cache
+        """As in a rollout in a loop, before which the compiler converts weights once."""
+        steps = self.slots[1]
 
-        slot = self.lay(P(), jax.ShapeDtypeStruct((), jnp.int32))
+        @functools.partial(jax.jit, donate_argnums=2)
+        def loop(view, prompt, cache, token, mask, key):
+            def step(slot, state):
+                token, logps, cache = state
+                features, cache = self.model.decode(
+                    view["backbone"], token, token, KVCache(*prompt), cache, mask, slot
+                )
+                logits = self.model.logits(view["classifier"], features)
+                one, none = jnp.float32(1), jnp.int32(0)
+                token, logp = sample_token(jax.random.fold_in(key, slot), logits, one, none, one)
+                return token, logps + logp, cache
+
+            return jax.lax.fori_loop(0, steps, step, (token, jnp.zeros(self.rows), KVCache(*cache)))
+
         token, mask = self.by_rows(self.rows), self.batch["mask"]
-        lower = lambda: step.lower(self.view, *self.caches, token, mask, slot, self.key)
-        return Program(
-            "decode", lower, {"parameters": self.view, "cache": self.caches}, self.beside
-        )
+        lower = lambda: loop.lower(self.view, *self.caches, token, mask, self.key)
+        roles = {"parameters": self.view, "cache": self.caches}
+        return Program("decode", lower, roles, self.beside, steps=steps)
 
     def reference(self) -> Program:
         measure = jax.jit(

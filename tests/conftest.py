@@ -3,6 +3,7 @@
 The warnings' filters are in setup.cfg.
 """
 
+import importlib.metadata
 import os
 import shutil
 import tempfile
@@ -13,10 +14,10 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 # in processes that tests start. The memory and flops that XLA counts hardly change (below 0.1 %).
 os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
 os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + (
-    " --xla_force_host_platform_device_count=8"
-    " --xla_cpu_use_fusion_emitters=false"
-    " --xla_cpu_parallel_codegen_split_count=1"
+    " --xla_force_host_platform_device_count=8 --xla_cpu_parallel_codegen_split_count=1"
 )
+if importlib.metadata.version("jaxlib").startswith("0.10."):  # XLA aborts on what it does not know
+    os.environ["XLA_FLAGS"] += " --xla_cpu_use_fusion_emitters=false"
 # A process keeps what it compiles, for the files and the processes that compile the same.
 os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="jaxdyn-compiled-")
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"

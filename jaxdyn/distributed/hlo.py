@@ -227,13 +227,13 @@ class Program:
         written = sum(x.nbytes for x in results if x.main)
         if one.opcode == "fusion":
             inner = self.computations[called_by(one, "calls")[0]]
-            read = [
+            parts = [
                 min(size, self.used(inner, parameter)) if size else 0
                 for size, parameter in zip(sizes, parameters_of(inner), strict=True)
             ]
             new = self.made(inner, inner.root)
             pairs = zip(results, new, strict=True) if len(new) == len(results) else ()
-            return sum(read) + (sum(n for x, n in pairs if x.main) if pairs else written)
+            return sum(parts) + (sum(n for x, n in pairs if x.main) if pairs else written)
         if one.opcode in SLICES:
             whole = operands[0].arrays[0]
             read = sum(x.nbytes for x in results) if whole.main else 0

@@ -50,7 +50,8 @@ class Computation(NamedTuple):
 def parse(text: str) -> tuple[dict[str, Computation], str]:
     """The computations of a program by name, and the entry's name."""
     found: dict[str, Computation] = {}
-    name, entry, root, lines = "", "", "", {}
+    name, entry, root = "", "", ""
+    lines: dict[str, Instruction] = {}
     for line in text.splitlines():
         if line.startswith("}"):
             found[name] = Computation(lines, root or next(reversed(lines)))

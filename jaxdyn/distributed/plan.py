@@ -33,6 +33,7 @@ class Program:
       roles: its arguments by what they are for: trees of arrays' shapes with their shardings.
       held: what else lies on the devices while it runs, by the same names.
       trips: how often its loops run that end by what they compute.
+      steps: how many equal steps it takes; the cost is one's.
     """
 
     name: str
@@ -40,6 +41,7 @@ class Program:
     roles: dict[str, Any]
     held: dict[str, Any] = dataclasses.field(default_factory=dict)
     trips: int = 1
+    steps: int = 1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,11 +93,11 @@ def demand_of(program: Program) -> Demand:
             raise
         own = exhausted(str(error), sum(arguments.values()))
         return demand(own - sum(arguments.values()), own, own + beside)
-    memory = compiled.memory_analysis()
+    memory: Any = compiled.memory_analysis()
     results = memory.output_size_in_bytes - memory.alias_size_in_bytes
     temporary = memory.temp_size_in_bytes
     own = memory.argument_size_in_bytes + results + temporary
-    cost = cost_of(compiled.as_text(), program.trips, min)
+    cost = cost_of(str(compiled.as_text()), program.trips, min).times(1 / program.steps)
     return demand(temporary, own, own + beside, cost)
 
 

@@ -6,12 +6,12 @@ coordinator is to listen, by which every process learns who is missing.
 """
 
 import contextlib
+import dataclasses
 import os
 import socket
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
 
 import jax
 from jax._src.clusters import ClusterEnv  # no public name tells who one is before one joins
@@ -32,7 +32,8 @@ class NotJoined(JaxdynError):
     """EX_UNAVAILABLE of sysexits.h."""
 
 
-class Cluster(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class Cluster:
     """Who this process is: number `index` of `processes`, the first at `address`, "host:port".
 
     `local_devices` are the accelerators of its host that are its own; None for all.
@@ -95,7 +96,10 @@ def find_cluster() -> Cluster | None:
             f"{VARIABLE} must be auto, HOST:PORT or HOST:PORT,PROCESSES,INDEX with INDEX below "
             f"PROCESSES, got {asked!r}"
         )
-    cluster = Cluster(address, *map(int, numbers)) if numbers else detect(address)
+    if numbers:
+        cluster: Cluster | None = Cluster(address, int(numbers[0]), int(numbers[1]))
+    else:
+        cluster = detect(address)
     if cluster is None:
         print(
             f"jaxdyn: {VARIABLE}={asked}, but no cluster is found: it runs alone", file=sys.stderr
@@ -123,15 +127,15 @@ def detect(address: str) -> Cluster | None:
     if address and all(mpi):
         size, rank, local = map(int, mpi)  # type: ignore[arg-type]
         return Cluster(address, size, rank, [local])
-    seconds = round(join_seconds())
+    seconds = max(round(join_seconds()), 1)
     try:
-        found = ClusterEnv.auto_detect_unset_distributed_params(
+        found, processes, index, devices = ClusterEnv.auto_detect_unset_distributed_params(
             address or None, None, None, None, None, seconds
         )
     except Exception as error:  # of metadata servers and their clients
         raise NotJoined(f"{VARIABLE}: {type(error).__name__}: {error}") from error
-    if None not in found[:3]:
-        return Cluster(*found)
+    if found is not None and processes is not None and index is not None:
+        return Cluster(found, processes, index, devices)
     if all(mpi) and int(mpi[0] or 1) > 1:
         raise JaxdynError(
             f"this Open MPI does not say where its process 0 is: set {VARIABLE}=HOST:PORT"

@@ -91,8 +91,9 @@ class ShardedModel(LanguageModel):
         of_ids = fitting(P("data"), ids.shape, self.mesh)
         of_parts = P(*of_ids or (None,), None, *of_table[1:])
         take = lambda table, ids: jnp.take(table, ids, axis=0)
-        specs = {"in_specs": (of_table, of_ids), "out_specs": of_parts}
-        return jax.shard_map(take, mesh=self.mesh, **specs)(table, ids)
+        of_arguments = (of_table, of_ids)
+        look_up = jax.shard_map(take, mesh=self.mesh, in_specs=of_arguments, out_specs=of_parts)
+        return look_up(table, ids)
 
     def _cached(self, x):
         """Keys or values [L, B, heads, K, width]."""

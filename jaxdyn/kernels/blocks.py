@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxdyn.hosts import fetch, from_first, gather, is_local
 from jaxdyn.kernels.layers import SPARE
 from jaxdyn.kernels.result import Execution
 from jaxdyn.kernels.sites import Rows
@@ -124,7 +125,8 @@ class _Worker:
     """One device's operands and the tiles that it holds prepared: at most the two of a pair."""
 
     def __init__(self, device, operands, prepare, contract):
-        self.device, self.operands = device, jax.device_put(operands, device)
+        here = lambda x: jax.device_put(x, device) if is_local(x) else x
+        self.device, self.operands = device, jax.tree.map(here, operands)
         self.prepare, self.contract = prepare, contract
         self.held: dict[tuple, Any] = {}
 
@@ -159,21 +161,22 @@ def assemble(
     columns they are the rows: `contract` gets None for them on the diagonal, and the tiles above
     it are transposed to below. The operands are copied to every device; `kind` tells this kernel
     from others of the same rows where finished tiles are kept.
+
+    Of many processes each takes tiles of its own if it has the whole operands; if these are divided
+    among the processes, all do every tile together. All get all tiles; the first keeps them.
     """
     square = columns is None
     columns = rows if columns is None else columns
     n, m = len(rows.tokens), len(columns.tokens)
     devices = list(execution.get("devices") or [None])
-    size = min(size, -(-max(n, m) // len(devices)))  # a strip for every device
+    apart = all(map(is_local, jax.tree.leaves(operands)))
+    lanes = len(devices) * (jax.process_count() if apart else 1)
+    size = min(size, -(-max(n, m) // lanes))  # a strip for every device
     high, wide = min(size, n), min(size, m)
-    work = strips(-(-n // high), -(-m // wide), square, len(devices))
-    total, whole = sum(map(len, work)), {}
+    work = strips(-(-n // high), -(-m // wide), square, lanes)
+    total, done = sum(map(len, work)), 0
+    whole: dict[str, np.ndarray] = {}
     progress = execution.get("progress", lambda done, total: None)
-
-    store = None
-    if "blocks" in execution:
-        content = [kind, size, digest(operands), digest(rows), digest(None if square else columns)]
-        store = Store(execution["blocks"], content)
 
     def place(tile: Tile, result: dict[str, np.ndarray]) -> None:
         top, start = tile.row * high, tile.column * wide
@@ -185,34 +188,68 @@ def assemble(
             if square and tile.row != tile.column:
                 _place(whole[name], start, top, np.moveaxis(x, (-2, -1), (-4, -3)))
 
-    done = 0
-    for tiles in work:
-        for tile in list(tiles):
-            if store is not None and (saved := store.load(tile.row, tile.column)):
-                place(tile, saved)
-                tiles.remove(tile)
-                done += 1
+    def first_tile(given, left, right):
+        right = None if right is None else prepare(given, right)
+        return contract(given, prepare(given, left), right)
+
+    shapes: dict[str, Any] = {}  # what a process must know of a tile that another one has
+    if jax.process_count() > 1:
+        sides = rows.take(0, high), None if square else columns.take(0, wide)
+        shapes = jax.eval_shape(first_tile, operands, *sides)
+
+    store = None
+    if "blocks" in execution:
+        content = [kind, size, digest(operands), digest(rows), digest(None if square else columns)]
+        if jax.process_index() == 0:
+            store = Store(execution["blocks"], content)
+        for tiles in work:
+            for tile in list(tiles):
+                saved = None if store is None else store.load(tile.row, tile.column)
+                if from_first(np.array(saved is not None)):
+                    place(tile, from_first(saved or empty(shapes)))
+                    tiles.remove(tile)
+                    done += 1
     if done:
         progress(done, total)
 
     # Every device gets a tile before the first one's is waited for.
     workers = [_Worker(device, operands, prepare, contract) for device in devices]
+    first = len(devices) * (jax.process_index() if apart else 0)
     for at_once in itertools.zip_longest(*work):
-        begun = []
-        for worker, tile in zip(workers, at_once, strict=True):
-            if tile is not None:
-                right = (columns, tile.column * wide, wide)
-                diagonal = square and tile.row == tile.column
-                left = (rows, tile.row * high, high)
-                begun.append((tile, worker.start(left, None if diagonal else right)))
-        for tile, pending in begun:
-            result = {name: np.asarray(x) for name, x in pending.items()}
+        begun: list[Any] = []
+        for worker, tile in zip(workers, at_once[first:], strict=False):
+            if tile is None:
+                begun.append(None)
+                continue
+            right = (columns, tile.column * wide, wide)
+            diagonal = square and tile.row == tile.column
+            left = (rows, tile.row * high, high)
+            begun.append(worker.start(left, None if diagonal else right))
+        results = exchanged(shapes, begun) if apart else [fetch(x) for x in begun]
+        for tile, result in zip(at_once, results, strict=True):
+            if tile is None:
+                continue
             if store is not None:
                 store.save(tile.row, tile.column, result)
             place(tile, result)
             done += 1
             progress(done, total)
     return whole
+
+
+def exchanged(shapes: dict[str, Any], mine: list[Any]) -> list[Any]:
+    """Every process's results as host arrays, one's after another's; None where it had no tile."""
+    if jax.process_count() == 1:
+        return [fetch(x) for x in mine]
+    count = len(mine) * jax.process_count()
+    own = [empty(shapes) if x is None else fetch(x) for x in mine]
+    stacked = {name: gather(np.stack([x[name] for x in own]), count) for name in shapes}
+    return [{name: x[place] for name, x in stacked.items()} for place in range(count)]
+
+
+def empty(shapes: dict[str, Any]) -> dict[str, np.ndarray]:
+    """What stands for a tile that another process has."""
+    return {name: np.zeros(x.shape, x.dtype) for name, x in shapes.items()}
 
 
 def _place(whole, top, start, tile):

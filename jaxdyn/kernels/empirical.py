@@ -20,6 +20,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxdyn.hosts import fetch
 from jaxdyn.kernels.blocks import (
     assemble,
     attention_bytes,
@@ -228,7 +229,7 @@ def _kernels(
                 f"method 'plain' holds {gradients} bytes of gradients, and memory_budget is "
                 f"{budget}; method 'gram' holds none"
             )
-        return jax.tree.map(np.asarray, plain_kernels(model, view, roots, rows, columns))
+        return fetch(plain_kernels(model, view, roots, rows, columns))
     if method not in ("auto", "gram"):
         raise JaxdynError(f"method must be 'auto', 'plain' or 'gram', got {method!r}")
     require_merged(params)

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxdyn.hosts import fetch
 from jaxdyn.types import JaxdynError
 
 
@@ -81,5 +82,5 @@ def digest(tree: Any) -> str:
     found = hashlib.sha256(str(jax.tree.structure(tree)).encode())
     for x in jax.tree.leaves(tree):
         found.update(f"{x.shape} {x.dtype}".encode())
-        found.update(np.asarray(_sums(x)).tobytes() if isinstance(x, jax.Array) else x.tobytes())
+        found.update(fetch(_sums(x)).tobytes() if isinstance(x, jax.Array) else x.tobytes())
     return found.hexdigest()[:16]

@@ -27,6 +27,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import PRNGKeyArray
 
+from jaxdyn.hosts import fetch
 from jaxdyn.kernels.blocks import (
     assemble,
     attention_bytes,
@@ -127,9 +128,7 @@ def _plain(model, view, roots, rows, columns, budget):
             "method 'gram' holds none"
         )
     every = lambda r: None if r is None else with_chosen(r, np.arange(vocab), vocab)
-    kernels = jax.tree.map(
-        np.asarray, plain_kernels(model, view, roots, every(rows), every(columns))
-    )
+    kernels = fetch(plain_kernels(model, view, roots, every(rows), every(columns)))
     kernels["gradient"] = gradient_of(kernels)
     return {name: np.einsum("nkmk->nm", kernels[name]) for name in (*PATHS, "gradient")}
 

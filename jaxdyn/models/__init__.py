@@ -3,7 +3,12 @@
 from jaxdyn.models.config import ModelConfig, RotaryScaling, gpt_neox
 from jaxdyn.models.heads import init_value_head, state_values
 from jaxdyn.models.hf_config import config_from_hf, config_to_hf
-from jaxdyn.models.huggingface import load_pretrained, local_directory, save_pretrained
+from jaxdyn.models.huggingface import (
+    load_pretrained,
+    local_directory,
+    pretrained_config,
+    save_pretrained,
+)
 from jaxdyn.models.lora import LoraConfig, add_adapters, has_adapters, merge_adapters
 from jaxdyn.models.model import LanguageModel, positions_of
 
@@ -22,6 +27,7 @@ __all__ = [
     "local_directory",
     "merge_adapters",
     "positions_of",
+    "pretrained_config",
     "save_pretrained",
     "state_values",
 ]

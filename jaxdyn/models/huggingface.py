@@ -20,6 +20,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
+from jaxdyn.models.config import ModelConfig
 from jaxdyn.models.hf_config import config_from_hf, config_to_hf, token_ids
 from jaxdyn.models.hf_layout import StoredTensor, body_prefix, stored_tensors
 from jaxdyn.models.model import LanguageModel
@@ -68,10 +69,15 @@ def load_pretrained(
     support and for weights that are missing, cut short, of another shape or not floats.
     """
     directory = local_directory(name_or_path)
-    model = LanguageModel(config_from_hf(_read_json(directory / "config.json")), dtype)
+    model = LanguageModel(pretrained_config(directory), dtype)
     with contextlib.ExitStack() as stack:
         params = _read_weights(model, _open_tensors(directory, stack))
     return model.untie(params) if untie and model.config.tied else (model, params)
+
+
+def pretrained_config(directory: Path) -> ModelConfig:
+    """What a directory's config.json says; JaxdynError for a model we do not support."""
+    return config_from_hf(_read_json(directory / "config.json"))
 
 
 class _Tensor:

@@ -4,6 +4,7 @@ A checkpoint holds the state with which its step begins, and a step depends on n
 update of that step is taken again and measured, at any probe set.
 """
 
+import dataclasses
 import json
 from typing import Literal
 
@@ -12,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxdyn.config import RunConfig, load_config
+from jaxdyn.distributed import MeshConfig, make_mesh
 from jaxdyn.hosts import fetch
 from jaxdyn.models import merge_adapters, save_pretrained
 from jaxdyn.optim import stage_at
@@ -27,12 +29,18 @@ from jaxdyn.types import JaxdynError
 def open_run(run: AnyPath) -> tuple[RunConfig, Task, Checkpoints]:
     """A run's configuration, what it works on, and its checkpoints (at least one).
 
+    It is opened on the run's own mesh or, where that does not fit, on this machine's devices.
+
     Raises:
       JaxdynError: if the directory holds no run, or a run without a whole checkpoint.
     """
     if not (run / "config.json").exists():
         raise JaxdynError(f"{run} holds no run: it has no config.json")
     config = load_config(RunConfig, run / "config.json")
+    try:
+        make_mesh(config.mesh)
+    except JaxdynError:
+        config = dataclasses.replace(config, mesh=MeshConfig())
     checkpoints = Checkpoints(run / "checkpoints", metric=config.train.keep_best)
     if not checkpoints.steps():
         raise JaxdynError(f"{run} has no whole checkpoint yet; start the run again to go on")

@@ -34,9 +34,9 @@ def require_copies(mesh: Mesh) -> None:
 @functools.cache
 def _program(devices: tuple[jax.Device, ...], batch: Any, static: tuple[tuple[str, Any], ...]):
     def of_device(state, frozen, rows, learning_rate, temperature):
-        batch_and_features = jax.tree.unflatten(batch, rows)
-        numbers = (learning_rate, temperature)
-        return take_update(state, frozen, *batch_and_features, *numbers, **dict(static))
+        mine, features = jax.tree.unflatten(batch, rows)
+        numbers = {"learning_rate": learning_rate, "temperature": temperature}
+        return take_update(state, frozen, mine, features, **numbers, **dict(static))
 
     return jax.pmap(
         of_device,

@@ -180,7 +180,7 @@ def run_epochs(
     if state.head_share is not None:
         state = state.replace(head_share=jnp.zeros_like(state.head_share))
     state = state.replace(params=moving)
-    take = update
+    take: Any = update
     if config.train.update == "pmap":
         take = functools.partial(pmap_update, task.layout)
     for _ in range(config.train.num_iterations):

@@ -1,5 +1,6 @@
 """What a run works on: a model, prompts, and a reward; and one batch of experience of it."""
 
+import contextlib
 import dataclasses
 import time
 from collections.abc import Callable, Sequence
@@ -21,8 +22,14 @@ from jaxdyn.data import (
 )
 from jaxdyn.distributed import Layout, make_mesh, one_device, require_divisible, shard_model
 from jaxdyn.dynamics.diversity import diversity_metrics
-from jaxdyn.hosts import gather, share_of, whole
-from jaxdyn.models import LanguageModel, add_adapters, load_pretrained, local_directory
+from jaxdyn.hosts import gather, host_memory, share_of, whole
+from jaxdyn.models import (
+    LanguageModel,
+    add_adapters,
+    load_pretrained,
+    local_directory,
+    pretrained_config,
+)
 from jaxdyn.rewards import RewardOutput, make_reward
 from jaxdyn.rollout import generate, step_key
 from jaxdyn.train.pmap import require_copies
@@ -101,12 +108,14 @@ def open_task(config: RunConfig | SFTConfig, max_prompt_length: int) -> Task:
       JaxdynError: naming what does not: the model, its vocabulary, its context, the prompts.
     """
     layout = Layout(make_mesh(config.mesh))
-    model, params, tokenizer = open_model(config.model)
-    require_divisible(layout.mesh, model.config, *batch_of(config))
-    if isinstance(config, RunConfig):
-        model, params = with_adapters(model, params, config)
-        if config.train.update == "pmap":
-            require_copies(layout.mesh)
+    shape = pretrained_config(local_directory(config.model.path))
+    require_divisible(layout.mesh, shape, *batch_of(config))
+    if isinstance(config, RunConfig) and config.train.update == "pmap":
+        require_copies(layout.mesh)
+    with host_memory() if layout.mesh.size > 1 else contextlib.nullcontext():
+        model, params, tokenizer = open_model(config.model)
+        if isinstance(config, RunConfig):
+            model, params = with_adapters(model, params, config)
     if layout.mesh.size > 1:
         model = shard_model(model, layout.mesh)
     longest = max_prompt_length + config.sampling.max_completion_length

@@ -36,12 +36,7 @@ OPTIM = OptimConfig(learning_rate=1e-2, weight_decay=0.01)
 LOSS = LossConfig(beta=0.04)
 
 
-@pytest.fixture(autouse=True)
-def quick(x64):
-    """The arrays are tiny: what takes time here is compiling, not running."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
+pytestmark = pytest.mark.usefixtures("x64")
 
 
 def layout_of(sizes):
@@ -204,20 +199,18 @@ def test_adapters_on_a_mesh():
         np.testing.assert_allclose(np.asarray(x), np.asarray(y), rtol=1e-9, atol=1e-9)
 
 
+@pytest.mark.slow
 def test_kernels_on_a_mesh():
     results = []
     for sizes in (None, (2, 2, 2)):
         model, _, params = placed("untied", sizes)
         sites = sites_of(one_device(), 64)
         others = jax.tree.map(lambda x: x[:6], sites)
-        field = jnp.asarray(np.random.default_rng(3).normal(size=(8, 64)))
         call = {"num_probes": 2, "key": jax.random.key(0)}
         results.append(
             [
                 kernels.log_prob_kernel(model, params, sites, others, method="gram"),
-                kernels.log_prob_kernel(model, params, sites, method="plain"),
                 kernels.trace_kernel(model, params, sites, **call),
-                kernels.apply_kernel(model, params, sites, field),
             ]
         )
     for x, y in zip(*map(jax.tree.leaves, results), strict=True):

@@ -99,10 +99,10 @@ def box(tmp_path):
 
 @pytest.fixture
 def wait_for():
-    """Wait until a condition holds; it must within half a minute."""
+    """Wait until a condition holds; it must within half a minute, or `seconds`."""
 
-    def wait(condition, what: str):
-        end = time.monotonic() + 30
+    def wait(condition, what: str, seconds: float = 30):
+        end = time.monotonic() + seconds
         while not condition():
             assert time.monotonic() < end, what
             time.sleep(0.02)

@@ -1,13 +1,18 @@
-"""The worker script on this machine: two workers as two process trees, with a stub for jaxdyn."""
+"""The worker script on this machine: two workers as two process trees, mostly with a stub."""
 
 import json
 import os
 import signal
+import socket
 import subprocess
 import time
 from pathlib import Path
 
 import pytest
+import tiny_runs
+
+from jaxdyn.config import save_config
+from jaxdyn.models import load_pretrained
 
 SCRIPTS = Path(__file__).parents[2] / "tpu"
 WORDS = ("rl", "--preset", "anagrams", "--model.path", "it's $HOME; two words", "--steps=[1, 2]")
@@ -50,13 +55,13 @@ class Worker:
     def logs(self) -> list[str]:
         return [path.read_text() for path in sorted((self.root / "logs").glob("worker-*.log"))]
 
-    def ends(self, wait_for, *states: str) -> str:
+    def ends(self, wait_for, *states: str, seconds: float = 30) -> str:
         """Wait for one of the states, and for the process to be gone; the status."""
 
         def there():
             return any(f": {state}" in self.status for state in states) and not self.runs()
 
-        wait_for(there, f"{states}: {self.status} {self.logs}")
+        wait_for(there, f"{states}: {self.status} {self.logs}", seconds)
         return self.status
 
     def runs(self) -> bool:
@@ -125,6 +130,37 @@ def test_both_workers_run_the_same_command_at_once_each_with_its_log(box, write_
         assert worker.logs == ["".join(lines)]
         (log,) = (worker.root / "logs").glob("worker-*.log")
         assert ["storage", "cp", "--quiet", str(log), "gs://my-bucket/first/logs/"] in box.calls()
+
+
+@pytest.mark.slow
+def test_both_workers_train_one_model(box, write_job, wait_for):
+    """The command itself: the processes of the two workers find each other and are one run."""
+    config = tiny_runs.sft_config(box.root, "run", steps=1)
+    save_config(config, box.root / "config.json")
+    write_job("sft", "--config", str(box.root / "config.json"), "--output", config.output)
+    with socket.socket() as free:
+        free.bind(("", 0))
+        address = f"localhost:{free.getsockname()[1]}"
+    workers = [Worker(box, number) for number in range(2)]
+    for number, worker in enumerate(workers):
+        worker.stub("from jaxdyn.cli import main\nmain()\n").job(
+            JAXDYN_DISTRIBUTED=f"{address},2,{number}",
+            JAX_PLATFORMS="cpu",
+            JAX_DISABLE_MOST_OPTIMIZATIONS="1",
+        )
+    try:
+        for worker in workers:
+            assert ": done, log " in worker.ends(wait_for, "done", "failed", seconds=200)
+    finally:
+        for worker in workers:
+            worker.job("stop")
+    run = Path(config.output)
+    (line,) = tiny_runs.lines(run, "metrics.jsonl")
+    assert line["step"] == 0
+    assert f"model: {run / 'model'}\n" in workers[0].logs[0]
+    assert "1/1  loss" in workers[0].logs[0] and str(run) not in workers[1].logs[0]
+    model, _ = load_pretrained(run / "model")
+    assert model.config.width == 16
 
 
 # -- a command that fails -------------------------------------------------------------------------
