@@ -25,7 +25,7 @@ from tunix.rl.grpo import grpo_learner  # noqa: E402
 from tunix.rl.rollout import base_rollout  # noqa: E402
 
 shape = runner.shape
-CACHE = shape.slots + max(16, shape.prompt_length + 1)  # it pads a prompt to a power of two
+CACHE = shape.slots + max(16, shape.prompt_length + 1)  # it pads prompts to powers of two
 mesh = jax.sharding.Mesh(np.array(jax.devices()[:1]).reshape(1, 1), ("fsdp", "tp"))
 
 
