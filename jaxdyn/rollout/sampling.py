@@ -43,11 +43,25 @@ def categorical(uniforms: Float[Array, "2 B"], mass: Float[Array, "B V"]) -> Int
     a sum over the vocabulary. An index without mass is never drawn.
     """
     size = mass.shape[1]
-    width = 1 << ((size - 1).bit_length() + 1) // 2
+    width = block_width(size)
     blocks = jnp.pad(mass, ((0, 0), (0, -size % width))).reshape(len(mass), -1, width)
     block = _invert(uniforms[0], blocks.sum(axis=-1))
     chosen = jnp.take_along_axis(blocks, block[:, None, None], axis=1)[:, 0]
     return block * width + _invert(uniforms[1], chosen)
+
+
+def block_width(size: int) -> int:
+    """About √V: a power of two, or else what leaves no rest and the most even number of blocks.
+
+    A vocabulary that is divided among devices is then cut between blocks, and a padding does not
+    send it all to all. Of small vocabularies that is not worth a thought.
+    """
+    width = 1 << ((size - 1).bit_length() + 1) // 2
+    near = [w for w in range(width // 4 + 1, 2 * width) if size % w == 0]
+    if size % width == 0 or size < 1024 or not near:
+        return width
+    evenness = lambda w: (size // w) & -(size // w)  # the power of two in the number of blocks
+    return max(near, key=lambda w: (evenness(w), -abs(w - width)))
 
 
 def _invert(uniform: Float[Array, " B"], mass: Float[Array, "B K"]) -> Int[Array, " B"]:

@@ -7,7 +7,7 @@ import pytest
 from scipy import stats
 
 from jaxdyn.rollout import sample_token
-from jaxdyn.rollout.sampling import categorical, filtered
+from jaxdyn.rollout.sampling import block_width, categorical, filtered
 
 KEY = jax.random.key(0)
 
@@ -145,3 +145,29 @@ def test_rows_draw_independently():
     tokens, _ = draw(jnp.zeros((20_000, 4)))
     agree = np.mean(tokens[0::2] == tokens[1::2])
     assert abs(agree - 0.25) < 5 * np.sqrt(0.25 * 0.75 / 10_000)
+
+
+@pytest.mark.parametrize(
+    ("size", "width"),
+    [(20, 8), (512, 32), (4096, 64), (3144, 24), (50304, 131), (128256, 501), (50257, 256)],
+)
+def test_blocks_of_a_large_vocabulary_leave_no_rest_where_they_can(size, width):
+    assert block_width(size) == width
+    assert size % width == 0 or size < 1024 or size == 50257  # 50257 = 29 x 1733
+
+
+def test_a_block_and_then_a_place_in_it():
+    """By two inversions of the CDF in float64, for blocks whose width is no power of two."""
+    rng = np.random.default_rng(0)
+    mass = rng.exponential(size=(64, 3144)).astype(np.float32)
+    uniforms = rng.uniform(size=(2, 64)).astype(np.float32)
+    drawn = np.asarray(categorical(jnp.asarray(uniforms), jnp.asarray(mass)))
+    blocks = mass.astype(np.float64).reshape(64, -1, 24)
+    share = lambda x, v: np.cumsum(x)[[v - 1, v]] * [v > 0, 1] / x.sum()
+    for row, token in enumerate(drawn):
+        block, place = divmod(int(token), 24)
+        for u, (low, high) in (
+            (uniforms[0, row], share(blocks[row].sum(axis=1), block)),
+            (uniforms[1, row], share(blocks[row, block], place)),
+        ):
+            assert low - 1e-5 <= u <= high + 1e-5
