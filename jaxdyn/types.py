@@ -1,4 +1,4 @@
-"""The arrays that pass between rooms: frozen pytrees with documented shapes.
+"""What passes between rooms: a model's contract, and arrays as frozen pytrees of documented shapes.
 
 One alphabet throughout the package:
 
@@ -11,16 +11,117 @@ padded on the left up to S and on the right after the completion, so that a comp
 starts at slot S.
 """
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NewType, Protocol, runtime_checkable
 
 import jax
 from flax import struct
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from jaxdyn.errors import JaxdynError as JaxdynError
 
 Params = dict[str, Any]
-"""A parameter tree `{"backbone": ..., "classifier": ...}`."""
+"""Parameters as stored and trained, `{"backbone": ..., "classifier": ...}`, tied or not.
+
+Every public function takes these. The classifier of a tied model holds no weight of its own.
+"""
+
+View = NewType("View", dict[str, Any])
+"""Parameters with the classifier's weight in place, as the model's two functions take them.
+
+A function makes it at its door (`Model.view`), and it goes no further: a gradient with respect to a
+view keeps the two roles of a tied matrix apart, and `Model.fold` puts them together again.
+"""
+
+
+class Sizes(Protocol):
+    """What every room may ask of a model's configuration."""
+
+    @property
+    def vocab_size(self) -> int: ...
+    @property
+    def width(self) -> int: ...
+    @property
+    def num_layers(self) -> int: ...
+    @property
+    def num_heads(self) -> int: ...
+    @property
+    def max_positions(self) -> int: ...
+    @property
+    def tied(self) -> bool: ...
+    @property
+    def classifier_bias(self) -> bool: ...
+    @property
+    def lora_scale(self) -> float: ...
+
+
+@runtime_checkable
+class Model(Protocol):
+    """A language model as two pure functions of the two halves of its parameters' view.
+
+        features : view["backbone"],   tokens -> φ      [B, T, D]
+        logits   : view["classifier"], φ      -> f = Wφ [B, T, V]
+
+    Hashable, so that it can be a static argument. `jaxdyn.models.LanguageModel` is one, and
+    `jaxdyn.distributed.ShardedModel` another, on a mesh.
+    """
+
+    def __hash__(self) -> int: ...
+    @property
+    def config(self) -> Sizes: ...
+    @property
+    def dtype(self) -> Any: ...
+    @property
+    def shards(self) -> int:
+        """Between how many devices the logits are divided."""
+        ...
+
+    def init(self, key: PRNGKeyArray) -> Params:
+        """Random float32 parameters, as stored."""
+        ...
+
+    def view(self, params: Params) -> View:
+        """The parameters with the classifier's weight in place, tied or not."""
+        ...
+
+    def fold(self, gradient: View) -> Params:
+        """The stored parameters' gradient from a view's: a shared matrix gets both roles' sum."""
+        ...
+
+    def features(
+        self, backbone: Params, tokens: Int[Array, "B T"], mask: Bool[Array, "B T"]
+    ) -> Float[Array, "B T D"]:
+        """φ at every slot. Slots where `mask` is false hold no token."""
+        ...
+
+    def logits(self, classifier: Params, features: Float[Array, "*B D"]) -> Float[Array, "*B V"]:
+        """f = Wφ (+ b), in float32 or better."""
+        ...
+
+    def opened(
+        self, backbone: Params, tokens: Int[Array, "B T"], mask: Bool[Array, "B T"]
+    ) -> tuple[Float[Array, "B T D"], Params, Callable[[Array], Params]]:
+        """φ, every layer's input, and the way back from φ's cotangent to the outputs' ones."""
+        ...
+
+    def prefill(
+        self, backbone: Params, tokens: Int[Array, "B S"], mask: Bool[Array, "B S"]
+    ) -> tuple[Float[Array, "B S D"], "KVCache"]:
+        """Features of the prompts, and the cache of their S slots."""
+        ...
+
+    def decode(
+        self,
+        backbone: Params,
+        token: Int[Array, " B"],
+        position: Int[Array, " B"],
+        prompt: "KVCache",
+        cache: "KVCache",
+        mask: Bool[Array, "B K"],
+        slot: Int[Array, ""],
+    ) -> tuple[Float[Array, "B D"], "KVCache"]:
+        """Features of one more token a sequence, which is written to `slot` of `cache`."""
+        ...
 
 
 @struct.dataclass
@@ -85,6 +186,10 @@ class KVCache:
 
     keys: Float[Array, "L B heads K width"]
     values: Float[Array, "L B heads K width"]
+
+
+COMPONENTS = ("representation", "gradient", "cross")
+"""The components' names, as `Components` has them."""
 
 
 @struct.dataclass

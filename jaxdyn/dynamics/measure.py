@@ -6,7 +6,6 @@ so that a change is the policy's and not that of the states it visits.
 """
 
 import functools
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +15,7 @@ from jaxtyping import Array, Float
 
 from jaxdyn.dynamics.propagation import delta_logits, site_features, to_log_probs
 from jaxdyn.hosts import fetch
-from jaxdyn.types import Params, Sites
+from jaxdyn.types import Model, Params, Sites
 
 
 @struct.dataclass
@@ -28,8 +27,9 @@ class SiteState:
 
 
 @functools.partial(jax.jit, static_argnames="model")
-def site_state(model: Any, view: Params, sites: Sites) -> SiteState:
+def site_state(model: Model, params: Params, sites: Sites) -> SiteState:
     """Features and log-probs at the sites."""
+    view = model.view(params)
     phi = site_features(model, view["backbone"], sites)
     return SiteState(phi, jax.nn.log_softmax(model.logits(view["classifier"], phi)))
 
@@ -62,7 +62,7 @@ def _update_arrays(model, before, after, sites, head_share, state):
     """First-order and actual Δ log π of the targets [N], and sums over the vocabulary."""
     delta = jax.tree.map(jnp.subtract, after, before)
     phi, parts = delta_logits(model, before, delta, sites, head_share)
-    logits = model.logits(before["classifier"], phi)
+    logits = model.logits(model.view(before)["classifier"], phi)
     parts = jax.tree.map(lambda d: to_log_probs(logits, d), parts)
     predicted = parts.total
     actual = state.log_probs - jax.nn.log_softmax(logits)
@@ -85,8 +85,8 @@ def _pairs(matrix: np.ndarray, rows: np.ndarray) -> np.ndarray:
 
 
 def measure_state(
-    model: Any,
-    view: Params,
+    model: Model,
+    params: Params,
     sites: Sites,
     start: SiteState,
     reference: SiteState,
@@ -96,22 +96,23 @@ def measure_state(
 
     Args:
       model: a `LanguageModel`.
-      view: its parameters' view.
+      params: its parameters, as stored.
       sites: N probe sites.
       start: their state before training, for the features' drift.
       reference: their state under the reference policy, for the KL.
-      state: `site_state` of `view`, if it is known already.
+      state: `site_state` of `params`, if it is known already.
 
     Returns:
       Scalars keyed `probe/{entropy,confidence,sampled_logp,kl}/{kind}`, `features/{kind}/…`,
       `features/drift/…`, `classifier/norm`; and arrays over sites, with the feature cosines of
       each kind. A kind without two sites has no cosines.
     """
-    state = site_state(model, view, sites) if state is None else state
-    classifier = view["classifier"]
+    state = site_state(model, params, sites) if state is None else state
+    classifier = model.view(params)["classifier"]
     weight = classifier["weight"]
     if "lora_a" in classifier:
-        weight += model.config.lora_scale * (classifier["lora_b"] @ classifier["lora_a"])
+        adapter = classifier["lora_b"] @ classifier["lora_a"]
+        weight = weight + model.config.lora_scale * adapter
     figures = _state_arrays(state, weight, sites, start, reference)
     arrays = fetch(figures)
     is_prompt, targets = fetch((sites.is_prompt, sites.targets))
@@ -145,7 +146,7 @@ def measure_state(
 
 
 def measure_update(
-    model: Any,
+    model: Model,
     before: Params,
     after: Params,
     sites: Sites,

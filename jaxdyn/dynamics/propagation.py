@@ -10,16 +10,15 @@ the second one forward-mode product. With Δθ = η Σ_u ∇θ objective_u these
 the two components of the empirical NTK (Tomihari 2026, arXiv 2601.04670, the NTK decomposition;
 our derivation allows any optimizer, since only the applied Δθ enters).
 
-Tied embeddings. The shared matrix E is both classifier (head path) and input embedding. Its change
-is ΔE = ΔE_head + ΔE_emb, by the path the gradient came through. Then
+Tied embeddings. The shared matrix E is both classifier (head path) and input embedding. Where its
+change ΔE = ΔE_head + ΔE_emb is known by the path that the gradient came through (`head_share`),
 
     representation = D_head ΔE_head,   gradient = D_body(Δψ with ΔE_emb),
-    cross          = D_head ΔE_emb + D_emb ΔE_head,
+    cross          = D_head ΔE_emb + D_emb ΔE_head.
 
-and the three sum to the whole.
+Of any other change it is split by the matrix's role alone: representation = D_head ΔE, gradient =
+D_body(Δψ with ΔE), cross = 0. Either way the three sum to the whole.
 """
-
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -27,7 +26,7 @@ from jaxtyping import Array, Float
 
 from jaxdyn.kernels.operator import pushforward
 from jaxdyn.kernels.operator import site_features as site_features
-from jaxdyn.types import Components, Params, Sites
+from jaxdyn.types import Components, Model, Params, Sites, View
 
 
 def to_log_probs(
@@ -39,40 +38,39 @@ def to_log_probs(
 
 
 def delta_logits(
-    model: Any, view: Params, delta: Params, sites: Sites, head_share: jax.Array | None = None
+    model: Model, params: Params, delta: Params, sites: Sites, head_share: jax.Array | None = None
 ) -> tuple[Float[Array, "N D"], Components]:
     """Features at the sites and the first-order Δf [N, V] there, by component.
 
     Args:
       model: a `LanguageModel`.
-      view: its parameters before the update, `model.view(params)`.
-      delta: the update, shaped as `view`.
+      params: its parameters before the update, as stored.
+      delta: the update, shaped as `params`.
       sites: N probe sites.
       head_share: for a tied model, ΔE_head [V, D]: the part of the shared matrix's change that
-        came through the head path. Ignored, and cross zero, for an untied model.
+        came through the head path; without it the split is by role. Ignored for an untied model.
 
     Returns:
       φ [N, D] and `Components` of arrays [N, V] in the logits' dtype.
     """
-    if model.config.tied:
-        if head_share is None:
-            raise ValueError("a tied model needs head_share, the head path's part of the update")
-        classifier, backbone = delta["classifier"], delta["backbone"]
-        rest = backbone["embed"]["embedding"] - head_share
-        delta = {
-            "classifier": {**classifier, "weight": head_share},
-            "backbone": {**backbone, "embed": {"embedding": rest}},
-        }
-    return pushforward(model, view, delta, sites)
+    view, change = model.view(params), model.view(delta)
+    if not model.config.tied or head_share is None:
+        return pushforward(model, view, change, sites, by_path=False)
+    rest = change["backbone"]["embed"]["embedding"] - head_share
+    by_path = {
+        "classifier": {**change["classifier"], "weight": head_share},
+        "backbone": {**change["backbone"], "embed": {"embedding": rest}},
+    }
+    return pushforward(model, view, View(by_path), sites)
 
 
 def propagate(
-    model: Any, view: Params, delta: Params, sites: Sites, head_share: jax.Array | None = None
+    model: Model, params: Params, delta: Params, sites: Sites, head_share: jax.Array | None = None
 ) -> Components:
     """First-order Δ log π [N, V] of an applied update at the sites, by component.
 
     See `delta_logits` for the arguments. `.total` is the whole prediction.
     """
-    phi, parts = delta_logits(model, view, delta, sites, head_share)
-    logits = model.logits(view["classifier"], phi)
+    phi, parts = delta_logits(model, params, delta, sites, head_share)
+    logits = model.logits(model.view(params)["classifier"], phi)
     return jax.tree.map(lambda d: to_log_probs(logits, d), parts)

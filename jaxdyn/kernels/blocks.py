@@ -13,7 +13,7 @@ from jaxdyn.kernels.layers import SPARE
 from jaxdyn.kernels.result import Execution
 from jaxdyn.kernels.sites import Rows
 from jaxdyn.kernels.store import Store, digest
-from jaxdyn.types import JaxdynError
+from jaxdyn.types import JaxdynError, Model
 
 DEFAULT_BUDGET = 4 * 2**30
 """Bytes that a kernel may use beside the parameters and its result, where the caller names none."""
@@ -44,7 +44,7 @@ def nbytes(tree: Any) -> int:
     return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree))
 
 
-def attention_bytes(model: Any, slots: int) -> tuple[int, int]:
+def attention_bytes(model: Model, slots: int) -> tuple[int, int]:
     """What attention keeps of a row's forward pass, and what one backward pass needs beside it.
 
     In units of a layer's weights [heads, T, T], which are float32 or better: 2 a layer, and 4.

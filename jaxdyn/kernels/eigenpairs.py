@@ -15,7 +15,6 @@ come before the first that must repeat.
 """
 
 import functools
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -25,7 +24,7 @@ from scipy.sparse import linalg
 
 from jaxdyn.kernels.operator import Batches, apply, batches_of
 from jaxdyn.kernels.preconditioner import roots_of
-from jaxdyn.types import JaxdynError, Params, Sites
+from jaxdyn.types import JaxdynError, Model, Params, Sites, View
 
 COMPONENTS = ("total", "representation", "gradient")
 """The kernels that are positive semi-definite; the cross component is not."""
@@ -45,7 +44,7 @@ class Eigenpairs:
 
 
 def top_eigenpairs(
-    model: Any,
+    model: Model,
     params: Params,
     sites: Sites,
     k: int,
@@ -130,8 +129,8 @@ def top_eigenpairs(
 
 @functools.partial(jax.jit, static_argnames=("model", "component"))
 def _product(
-    model: Any,
-    view: Params,
+    model: Model,
+    view: View,
     roots: Params | None,
     rows: Batches,
     cotangents: jax.Array | None,

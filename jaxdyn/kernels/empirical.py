@@ -41,7 +41,7 @@ from jaxdyn.kernels.sites import (
     with_chosen,
     with_cotangents,
 )
-from jaxdyn.types import JaxdynError, Params, Rollout, Sites
+from jaxdyn.types import JaxdynError, Model, Params, Rollout, Sites
 
 PATHS = ("representation", "cross")
 """What is not of the gradient component among an engine's results."""
@@ -51,7 +51,7 @@ TINY = 16 * 2**20
 
 
 def log_prob_kernel(
-    model: Any,
+    model: Model,
     params: Params,
     sites_a: Sites,
     sites_b: Sites | None = None,
@@ -84,7 +84,7 @@ def log_prob_kernel(
 
 
 def update_kernel(
-    model: Any,
+    model: Model,
     params: Params,
     sites_a: Sites,
     sites_b: Sites | None = None,
@@ -109,7 +109,7 @@ def update_kernel(
 
 
 def update_kernel_by_part(
-    model: Any,
+    model: Model,
     params: Params,
     sites_a: Sites,
     sites_b: Sites | None = None,
@@ -137,7 +137,7 @@ def update_kernel_by_part(
 
 
 def token_block(
-    model: Any,
+    model: Model,
     params: Params,
     sites_a: Sites,
     sites_b: Sites | None = None,
@@ -160,7 +160,7 @@ def token_block(
 
 
 def sequence_kernel(
-    model: Any,
+    model: Model,
     params: Params,
     rollout_a: Rollout,
     rollout_b: Rollout | None = None,
@@ -211,7 +211,7 @@ def _both(model, sites_a, sites_b, cotangents_a=None, cotangents_b=None):
 
 def _kernels(
     kind: str,
-    model: Any,
+    model: Model,
     params: Params,
     rows: Rows,
     columns: Rows | None,
@@ -258,7 +258,7 @@ def _kernels(
 
 
 @functools.lru_cache
-def row_bytes(model: Any, slots: int, counted: int, outputs: int) -> tuple[int, int]:
+def row_bytes(model: Model, slots: int, counted: int, outputs: int) -> tuple[int, int]:
     """What the factors of a row hold, and what making them needs beside that.
 
     Args:

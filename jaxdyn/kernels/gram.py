@@ -21,7 +21,7 @@ from flax.traverse_util import flatten_dict
 from jaxdyn.kernels import layers
 from jaxdyn.kernels.parts import kind_of
 from jaxdyn.kernels.sites import Rows, logit_cotangents
-from jaxdyn.types import Params
+from jaxdyn.types import Model, Params, View
 
 Path = tuple[str, ...]
 
@@ -96,7 +96,7 @@ def factors_of(
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def factorize(model: Any, view: Params, roots: Params | None, rows: Rows) -> Factors:
+def factorize(model: Model, view: View, roots: Params | None, rows: Rows) -> Factors:
     """One forward pass of N rows and K backward passes; `roots` is √P, shaped as the view."""
     phi, inputs, pull = model.opened(view["backbone"], rows.tokens, rows.mask)
     at = (jnp.arange(len(phi))[:, None], rows.positions)
@@ -149,7 +149,7 @@ def body_kernels(
 
 @functools.partial(jax.jit, static_argnames=("tied", "biased", "workspace"))
 def contract(
-    view: Params,
+    view: View,
     roots: Params | None,
     rows: Factors,
     columns: Factors | None,

@@ -40,7 +40,7 @@ from jaxtyping import Array, Bool, Float, Int
 from jaxdyn.kernels.empirical import token_block
 from jaxdyn.kernels.result import Execution
 from jaxdyn.kernels.trace import trace_kernel
-from jaxdyn.types import JaxdynError, Params, Sites
+from jaxdyn.types import JaxdynError, Model, Params, Sites
 
 # -- our models -----------------------------------------------------------------------------------
 
@@ -66,7 +66,7 @@ class ApplyFn:
     `x` is `site_prefixes(sites)`, or any int array of token ids with -1 for no token.
     """
 
-    model: Any
+    model: Model
 
     def __call__(self, params: Params, x: Int[Array, "N T"]) -> Float[Array, "N V"]:
         view, mask = self.model.view(params), x >= 0

@@ -31,15 +31,15 @@ from jaxtyping import Array, Float
 from jaxdyn.kernels.preconditioner import roots_of
 from jaxdyn.kernels.result import Kernel
 from jaxdyn.kernels.sites import site_rows
-from jaxdyn.types import Components, JaxdynError, Params, Sites
+from jaxdyn.types import Components, JaxdynError, Model, Params, Sites, View
 
 
-def site_features(model: Any, backbone: Params, sites: Sites) -> Float[Array, "N D"]:
+def site_features(model: Model, backbone: Params, sites: Sites) -> Float[Array, "N D"]:
     """φ at each site."""
     return model.features(backbone, sites.tokens, sites.mask)[sites.rows, sites.positions]
 
 
-def pullback(model: Any, view: Params, field: Float[Array, "N V"], sites: Sites) -> Params:
+def pullback(model: Model, view: View, field: Float[Array, "N V"], sites: Sites) -> Params:
     """Dᵀ v = Σ_j (∂f(s_j)/∂θ)ᵀ v_j by path, shaped as the view."""
 
     def logits(view):
@@ -50,9 +50,13 @@ def pullback(model: Any, view: Params, field: Float[Array, "N V"], sites: Sites)
 
 
 def pushforward(
-    model: Any, view: Params, change: Params, sites: Sites
+    model: Model, view: View, change: View, sites: Sites, by_path: bool = True
 ) -> tuple[Float[Array, "N D"], Components]:
-    """φ [N, D] and D Δ [N, V] by component, for a change Δ by path, shaped as the view."""
+    """φ [N, D] and D Δ [N, V] by component, for a change Δ shaped as the view.
+
+    Of a tied matrix `change` has either the parts that came by each path, or not `by_path` the
+    whole in both of its roles, which needs no cross component.
+    """
     phi, along = jax.linearize(lambda psi: site_features(model, psi, sites), view["backbone"])
     head = view["classifier"]
     derivative = lambda f, at, tangent: jax.jvp(f, (at,), (tangent,))[1]
@@ -64,7 +68,7 @@ def pushforward(
     classifier, backbone = change["classifier"], change["backbone"]
     representation, gradient = through_head(classifier), through_body(backbone)
     cross = jnp.zeros_like(gradient)
-    if model.config.tied:
+    if model.config.tied and by_path:
         still = lambda tree: jax.tree.map(jnp.zeros_like, tree)
         weight, embedding = classifier["weight"], backbone["embed"]["embedding"]
         cross = through_head({**still(classifier), "weight": embedding})
@@ -73,7 +77,7 @@ def pushforward(
 
 
 def apply_kernel(
-    model: Any,
+    model: Model,
     params: Params,
     sites_a: Sites,
     field: jax.Array | np.ndarray,
@@ -131,7 +135,7 @@ class Batches(NamedTuple):
     places: Any  # where among the K S places site n is, [N]
 
 
-def batches_of(model: Any, sites: Sites, name: str, batch_size: int | None) -> Batches:
+def batches_of(model: Model, sites: Sites, name: str, batch_size: int | None) -> Batches:
     """The sites by batches of their sequences; sequences without sites are left out.
 
     Raises:
@@ -169,8 +173,8 @@ def batches_of(model: Any, sites: Sites, name: str, batch_size: int | None) -> B
 
 @functools.partial(jax.jit, static_argnums=0)
 def apply(
-    model: Any,
-    view: Params,
+    model: Model,
+    view: View,
     roots: Params | None,
     rows: Batches,
     columns: Batches | None,

@@ -1,7 +1,6 @@
 """The plain method: whole gradients, one row after another, and their inner products."""
 
 import functools
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -9,10 +8,10 @@ from flax.traverse_util import flatten_dict
 
 from jaxdyn.kernels.parts import kind_of
 from jaxdyn.kernels.sites import Rows, logit_cotangents
-from jaxdyn.types import Params
+from jaxdyn.types import Model, Params, View
 
 
-def gradients(model, view: Params, roots: Params | None, rows: Rows) -> Params:
+def gradients(model, view: View, roots: Params | None, rows: Rows) -> Params:
     """∇ of every row's K functions with respect to the view, times `roots`: leaves [N, K, ...]."""
 
     def one(row):
@@ -36,7 +35,7 @@ def _inner(x: jax.Array, y: jax.Array) -> jax.Array:
 
 @functools.partial(jax.jit, static_argnums=0)
 def plain_kernels(
-    model: Any, view: Params, roots: Params | None, rows: Rows, columns: Rows | None
+    model: Model, view: View, roots: Params | None, rows: Rows, columns: Rows | None
 ) -> dict[str, jax.Array]:
     """Kernels by name: representation and cross [N, K, M, J], each kind [L, N, K, M, J]."""
     left = gradients(model, view, roots, rows)

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import optax
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from jaxdyn.types import JaxdynError, Params
+from jaxdyn.types import JaxdynError, Model, Params
 
 
 def adam_preconditioner(
@@ -66,7 +66,7 @@ def adam_preconditioner(
     return out
 
 
-def roots_of(model: Any, params: Params, preconditioner: Params | None) -> Params | None:
+def roots_of(model: Model, params: Params, preconditioner: Params | None) -> Params | None:
     """√P in the shape of `model.view(params)`, or None without a preconditioner.
 
     Raises:

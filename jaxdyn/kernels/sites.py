@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxdyn.types import JaxdynError, Rollout, Sites
+from jaxdyn.types import JaxdynError, Model, Rollout, Sites
 
 
 class Rows(NamedTuple):
@@ -51,7 +51,7 @@ def logit_cotangents(row: Rows, logits: jax.Array) -> jax.Array:
     return (row.weights[:, None].astype(logits.dtype) * score)[None]
 
 
-def site_rows(model: Any, sites: Sites, name: str) -> Rows:
+def site_rows(model: Model, sites: Sites, name: str) -> Rows:
     """One row a site, with the cotangent of log π(target).
 
     Raises:
@@ -100,7 +100,7 @@ def with_chosen(rows: Rows, token_ids: Any, vocab: int) -> Rows:
     return rows._replace(chosen=np.tile(ids.astype(np.int32), (len(rows.tokens), 1)))
 
 
-def sequence_rows(model: Any, rollout: Rollout, weights: Any, name: str) -> Rows:
+def sequence_rows(model: Model, rollout: Rollout, weights: Any, name: str) -> Rows:
     """One row a sequence: Σ_c weights[b, c] mask[b, c] log π(completion token c of b).
 
     Raises:

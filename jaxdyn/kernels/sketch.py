@@ -52,7 +52,7 @@ from jaxdyn.kernels.preconditioner import roots_of
 from jaxdyn.kernels.projection import SIGN_ROWS, sketch_factors
 from jaxdyn.kernels.result import Kernel
 from jaxdyn.kernels.sites import Rows, sequence_rows, site_rows, with_cotangents
-from jaxdyn.types import JaxdynError, Params, Rollout, Sites
+from jaxdyn.types import JaxdynError, Model, Params, Rollout, Sites, View
 
 
 @struct.dataclass
@@ -93,7 +93,7 @@ class Sketch:
 
 
 def sketch_gradients(
-    model: Any,
+    model: Model,
     params: Params,
     sites: Sites,
     key: PRNGKeyArray,
@@ -139,7 +139,7 @@ def sketch_gradients(
 
 
 def sketch_sequences(
-    model: Any,
+    model: Model,
     params: Params,
     rollout: Rollout,
     key: PRNGKeyArray,
@@ -212,7 +212,7 @@ def estimate(left, right, *, tied: bool) -> tuple[tuple[jax.Array, ...], jax.Arr
 
 
 @functools.partial(jax.jit, static_argnames=("model", "replicates", "side"))
-def _sketch_rows(model, view: Params, roots, key, rows: Rows, *, replicates: int, side: int):
+def _sketch_rows(model, view: View, roots, key, rows: Rows, *, replicates: int, side: int):
     factors = factorize(model, view, roots, rows)
     return sketch_factors(key, factors, model.config, replicates, side, roots)
 

@@ -20,7 +20,7 @@ P_{id_t}.
 
 import functools
 from pathlib import Path
-from typing import Any, NamedTuple, Unpack
+from typing import NamedTuple, Unpack
 
 import jax
 import jax.numpy as jnp
@@ -43,7 +43,7 @@ from jaxdyn.kernels.plain import plain_kernels
 from jaxdyn.kernels.preconditioner import roots_of
 from jaxdyn.kernels.result import Execution, Kernel
 from jaxdyn.kernels.sites import Rows, site_rows, with_chosen
-from jaxdyn.types import JaxdynError, Params, Sites
+from jaxdyn.types import JaxdynError, Model, Params, Sites, View
 
 _AT_ONCE = 16
 """Rows of R pulled back together, at most: more make the products no faster."""
@@ -63,7 +63,7 @@ class Pulled(NamedTuple):
 
 
 def trace_kernel(
-    model: Any,
+    model: Model,
     params: Params,
     sites_a: Sites,
     sites_b: Sites | None = None,
@@ -203,7 +203,7 @@ def _merged(kernels: dict, done: int, found: dict, more: int) -> dict:
 
 
 @functools.lru_cache
-def row_bytes(model: Any, slots: int) -> tuple[int, int]:
+def row_bytes(model: Model, slots: int) -> tuple[int, int]:
     """What an opened row of T slots holds, and what one of its backward passes needs."""
 
     def shapes(key):
@@ -234,8 +234,8 @@ def _probes(key: jax.Array, count: int, weight: jax.Array) -> Pulled:
 
 @functools.partial(jax.jit, static_argnums=0, static_argnames=("at_once", "first", "workspace"))
 def _trace_tile(
-    model: Any,
-    view: Params,
+    model: Model,
+    view: View,
     roots: Params | None,
     pulled: Pulled,
     rows: Rows,
@@ -310,7 +310,7 @@ def _trace_tile(
 class _Opened:
     """Sites after one forward pass, ready for many backward passes."""
 
-    def __init__(self, model, view: Params, roots: Params | None, rows: Rows):
+    def __init__(self, model, view: View, roots: Params | None, rows: Rows):
         self.backbone, self.weight = view["backbone"], view["classifier"]["weight"]
         self.roots = None if roots is None else roots["backbone"]
         phi, inputs, self.pull = model.opened(self.backbone, rows.tokens, rows.mask)

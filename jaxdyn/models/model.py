@@ -10,7 +10,7 @@ from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from jaxdyn.models.config import ModelConfig
 from jaxdyn.models.decoder import Backbone, Remat
-from jaxdyn.types import KVCache, Params
+from jaxdyn.types import KVCache, Params, View
 
 
 def positions_of(mask: Bool[Array, "B T"]) -> Int[Array, "B T"]:
@@ -60,14 +60,14 @@ class LanguageModel:
             classifier["bias"] = jnp.zeros(c.vocab_size, jnp.float32)
         return {"backbone": backbone["params"], "classifier": classifier}
 
-    def view(self, params: Params) -> Params:
+    def view(self, params: Params) -> View:
         """The parameters with the classifier's weight in place, tied or not."""
         if not self.config.tied:
-            return params
+            return View(params)
         weight = params["backbone"]["embed"]["embedding"]
-        return {**params, "classifier": {**params["classifier"], "weight": weight}}
+        return View({**params, "classifier": {**params["classifier"], "weight": weight}})
 
-    def fold(self, gradient: Params) -> Params:
+    def fold(self, gradient: View) -> Params:
         """The stored parameters' gradient from a view's: a shared matrix gets both paths' sum."""
         if not self.config.tied:
             return gradient
@@ -81,7 +81,7 @@ class LanguageModel:
         config = dataclasses.replace(self.config, tied=False)
         view = self.view(params)
         weight = jnp.array(view["classifier"]["weight"])
-        params = {**view, "classifier": {**view["classifier"], "weight": weight}}
+        params = {**params, "classifier": {**view["classifier"], "weight": weight}}
         return dataclasses.replace(self, config=config), params
 
     # -- the two functions --------------------------------------------------------------------

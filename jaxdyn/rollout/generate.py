@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +9,7 @@ import numpy as np
 from jaxtyping import PRNGKeyArray
 
 from jaxdyn.rollout.sampling import sample_token
-from jaxdyn.types import JaxdynError, Params, PromptBatch, Rollout
+from jaxdyn.types import JaxdynError, Model, Params, PromptBatch, Rollout
 
 SMALLEST_CACHE = 64
 
@@ -45,8 +44,8 @@ class SamplingConfig:
 
 
 def generate(
-    model: Any,
-    view: Params,
+    model: Model,
+    params: Params,
     prompts: PromptBatch,
     key: PRNGKeyArray,
     *,
@@ -67,8 +66,7 @@ def generate(
     shape, number of stop ids or `harvest` compiles: key, temperature, top-k, top-p, stop and pad
     ids are traced.
 
-    `model` has `prefill`, `decode` and `logits` (see `jaxdyn.models.LanguageModel`) and is
-    hashable; fold the step into `key` (`step_key`). Raises `JaxdynError` when S + C slots exceed
+    Fold the step into `key` (`step_key`). Raises `JaxdynError` when S + C slots exceed
     the model's positions.
     """
     slots = prompts.prompt_ids.shape[1] + max_completion_length
@@ -82,7 +80,7 @@ def generate(
         num_generations,
         max_completion_length,
         harvest,
-        view,
+        params,
         prompts,
         key,
         np.float32(temperature),
@@ -99,7 +97,7 @@ def _generate(
     generations,
     length,
     harvest,
-    view,
+    params,
     prompts,
     key,
     temperature,
@@ -108,6 +106,7 @@ def _generate(
     stop_ids,
     pad_id,
 ):
+    view = model.view(params)
     per_generation = lambda x: jnp.repeat(x, generations, axis=0)
     prompt_ids, prompt_mask = map(per_generation, (prompts.prompt_ids, prompts.prompt_mask))
     prompt_length = prompt_mask.sum(axis=1, dtype=jnp.int32)

@@ -26,7 +26,7 @@ from jaxdyn.train.progress import Progress
 from jaxdyn.train.run_directory import RunDirectory
 from jaxdyn.train.task import Task, open_task
 from jaxdyn.train.update import TrainState
-from jaxdyn.types import JaxdynError, Params
+from jaxdyn.types import JaxdynError, Model, Params
 
 
 def make_optimizer(config: SFTConfig) -> optax.GradientTransformation:
@@ -45,7 +45,7 @@ def sft_update(
     mask: jax.Array,
     completion_mask: jax.Array,
     *,
-    model: Any,
+    model: Model,
     config: SFTConfig,
 ) -> tuple[TrainState, dict[str, jax.Array]]:
     """One supervised update. `completion_mask` marks the tokens to predict."""

@@ -29,7 +29,7 @@ from jaxdyn.rl import (
     policy_loss,
     value_loss,
 )
-from jaxdyn.types import Params, Rollout
+from jaxdyn.types import Model, Params, Rollout, View
 
 
 class ValueTargets(struct.PyTreeNode):
@@ -67,7 +67,7 @@ class TrainState(struct.PyTreeNode):
 
 
 def completion_features(
-    model: Any, backbone: Params, batch: UpdateBatch | Rollout
+    model: Model, backbone: Params, batch: UpdateBatch | Rollout
 ) -> Float[Array, "B C D"]:
     """φ at the slots that predict each completion token."""
     slots = batch.completion_ids.shape[1]
@@ -82,7 +82,7 @@ batch_values = jax.jit(state_values)
 
 
 def completion_statistics(
-    model: Any, classifier: Params, features: jax.Array, ids: jax.Array, temperature: jax.Array
+    model: Model, classifier: Params, features: jax.Array, ids: jax.Array, temperature: jax.Array
 ) -> TokenStatistics:
     """`feature_statistics` of the model's policy."""
     return feature_statistics(
@@ -92,7 +92,7 @@ def completion_statistics(
 
 @functools.partial(jax.jit, static_argnames="model")
 def classifier_logps(
-    model: Any, classifier: Params, features: jax.Array, ids: jax.Array, temperature: jax.Array
+    model: Model, classifier: Params, features: jax.Array, ids: jax.Array, temperature: jax.Array
 ) -> Float[Array, "B C"]:
     """Per-token log-probs of `ids` from features."""
     return completion_statistics(model, classifier, features, ids, temperature).logps
@@ -100,7 +100,7 @@ def classifier_logps(
 
 @functools.partial(jax.jit, static_argnames="model")
 def policy_logps(
-    model: Any, view: Params, batch: UpdateBatch, temperature: jax.Array
+    model: Model, view: View, batch: UpdateBatch, temperature: jax.Array
 ) -> Float[Array, "B C"]:
     """Teacher-forced per-token log-probs of the batch's completions."""
     features = completion_features(model, view["backbone"], batch)
@@ -109,7 +109,7 @@ def policy_logps(
 
 @functools.partial(jax.jit, static_argnames="model")
 def policy_certainty(
-    model: Any, view: Params, rollout: Rollout, temperature: jax.Array
+    model: Model, view: View, rollout: Rollout, temperature: jax.Array
 ) -> dict[str, jax.Array]:
     """Means over a rollout's completion tokens: entropy, confidence, sampled log-prob."""
     features = completion_features(model, view["backbone"], rollout)
@@ -133,9 +133,9 @@ def certainty(
 
 
 def objective(
-    model: Any,
+    model: Model,
     loss: LossConfig,
-    view: Params,
+    view: View,
     features: Float[Array, "B C D"],
     batch: UpdateBatch,
     temperature: jax.Array,
@@ -191,7 +191,7 @@ def take_update(
     learning_rate: jax.Array,
     temperature: jax.Array,
     *,
-    model: Any,
+    model: Model,
     loss: LossConfig,
     optim: OptimConfig,
     microbatches: int = 1,
@@ -225,7 +225,7 @@ def take_update(
 
         def value(moving):
             whole = merge(moving, frozen)
-            view = whole if shared else model.view(whole)
+            view = View(whole) if shared else model.view(whole)
             phi = features
             if phi is None:
                 phi = completion_features(model, view["backbone"], batch)
