@@ -1,7 +1,7 @@
 """The empirical NTK of a language model, by component, at its real size."""
 
 from jaxdyn.kernels.eigenpairs import Eigenpairs, top_eigenpairs
-from jaxdyn.kernels.empirical import (
+from jaxdyn.kernels.contractions import (
     log_prob_kernel,
     sequence_kernel,
     token_block,

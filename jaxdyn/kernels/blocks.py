@@ -11,7 +11,7 @@ import numpy as np
 from jaxdyn.hosts import fetch, from_first, gather, is_local
 from jaxdyn.kernels.layers import SPARE
 from jaxdyn.kernels.result import Execution
-from jaxdyn.kernels.sites import Rows
+from jaxdyn.kernels.rows import Rows
 from jaxdyn.kernels.store import Store, digest
 from jaxdyn.types import JaxdynError, Model
 

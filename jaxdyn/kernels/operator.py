@@ -30,7 +30,7 @@ from jaxtyping import Array, Float
 
 from jaxdyn.kernels.preconditioner import roots_of
 from jaxdyn.kernels.result import Kernel
-from jaxdyn.kernels.sites import site_rows
+from jaxdyn.kernels.rows import site_rows
 from jaxdyn.types import Components, JaxdynError, Model, Params, Sites, View
 
 

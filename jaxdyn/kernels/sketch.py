@@ -44,14 +44,14 @@ from flax import struct
 from jaxtyping import PRNGKeyArray
 
 from jaxdyn.kernels.blocks import DEFAULT_BUDGET
-from jaxdyn.kernels.empirical import row_bytes
+from jaxdyn.kernels.contractions import row_bytes
 from jaxdyn.kernels.gram import factorize
 from jaxdyn.kernels.layers import product
 from jaxdyn.kernels.parts import require_merged
 from jaxdyn.kernels.preconditioner import roots_of
 from jaxdyn.kernels.projection import SIGN_ROWS, sketch_factors
 from jaxdyn.kernels.result import Kernel
-from jaxdyn.kernels.sites import Rows, sequence_rows, site_rows, with_cotangents
+from jaxdyn.kernels.rows import Rows, sequence_rows, site_rows, with_cotangents
 from jaxdyn.types import JaxdynError, Model, Params, Rollout, Sites, View
 
 

@@ -36,13 +36,13 @@ from jaxdyn.kernels.blocks import (
     tile_size,
     workspace_of,
 )
-from jaxdyn.kernels.empirical import PATHS, gradient_of
+from jaxdyn.kernels.contractions import PATHS, gradient_of
 from jaxdyn.kernels.gram import Factors, body_kernels, factors_of, rows_first, stacked
 from jaxdyn.kernels.parts import require_merged
 from jaxdyn.kernels.plain import plain_kernels
 from jaxdyn.kernels.preconditioner import roots_of
 from jaxdyn.kernels.result import Execution, Kernel
-from jaxdyn.kernels.sites import Rows, site_rows, with_chosen
+from jaxdyn.kernels.rows import Rows, site_rows, with_chosen
 from jaxdyn.types import JaxdynError, Model, Params, Sites, View
 
 _AT_ONCE = 16

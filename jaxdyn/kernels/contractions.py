@@ -34,7 +34,7 @@ from jaxdyn.kernels.parts import require_merged
 from jaxdyn.kernels.plain import plain_kernels
 from jaxdyn.kernels.preconditioner import roots_of
 from jaxdyn.kernels.result import Execution, Kernel
-from jaxdyn.kernels.sites import (
+from jaxdyn.kernels.rows import (
     Rows,
     sequence_rows,
     site_rows,
