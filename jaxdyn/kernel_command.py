@@ -32,12 +32,12 @@ from jaxdyn.kernel_places import Places, Texts, completion_places, prompt_places
 from jaxdyn.models import LanguageModel, merge_adapters
 from jaxdyn.paths import open_path
 from jaxdyn.report.kernel_figure import draw_kernel
-from jaxdyn.report.kernel_file import COMPONENTS, SavedKernel
+from jaxdyn.report.kernel_file import SavedKernel
 from jaxdyn.train.analyze import open_run
 from jaxdyn.train.progress import Progress
 from jaxdyn.train.rl import begin_or_resume, plan_of
 from jaxdyn.train.task import open_model
-from jaxdyn.types import Components, JaxdynError, Params, Sites
+from jaxdyn.types import COMPONENTS, Components, JaxdynError, Params, Sites
 
 
 def run_kernel(config: KernelConfig, progress: Progress | None = None) -> Path:

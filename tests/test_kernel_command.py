@@ -19,12 +19,12 @@ from jaxdyn.kernel_config import KernelConfig, bytes_of
 from jaxdyn.models import load_pretrained
 from jaxdyn.optim import make_optimizer
 from jaxdyn.report import kernel_figure
-from jaxdyn.report.kernel_file import COMPONENTS, load_kernel
+from jaxdyn.report.kernel_file import load_kernel
 from jaxdyn.train.checkpoint import Checkpoints
 from jaxdyn.train.progress import Progress
 from jaxdyn.train.run_directory import RunDirectory
 from jaxdyn.train.update import TrainState
-from jaxdyn.types import JaxdynError, Sites
+from jaxdyn.types import COMPONENTS, JaxdynError, Sites
 
 
 @pytest.fixture(scope="module")

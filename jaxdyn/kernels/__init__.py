@@ -1,6 +1,5 @@
 """The empirical NTK of a language model, by component, at its real size."""
 
-from jaxdyn.kernels.eigenpairs import Eigenpairs, top_eigenpairs
 from jaxdyn.kernels.contractions import (
     log_prob_kernel,
     sequence_kernel,
@@ -8,9 +7,11 @@ from jaxdyn.kernels.contractions import (
     update_kernel,
     update_kernel_by_part,
 )
+from jaxdyn.kernels.eigenpairs import Eigenpairs, top_eigenpairs
+from jaxdyn.kernels.execution import Execution
 from jaxdyn.kernels.operator import apply_kernel
 from jaxdyn.kernels.preconditioner import adam_preconditioner
-from jaxdyn.kernels.result import Execution, Kernel
+from jaxdyn.kernels.result import Kernel
 from jaxdyn.kernels.sketch import Sketch, sketch_gradients, sketch_kernel, sketch_sequences
 from jaxdyn.kernels.statistics import (
     InnerProducts,

@@ -18,8 +18,8 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxdyn.kernels.contractions import token_block
+from jaxdyn.kernels.execution import Execution
 from jaxdyn.kernels.neural_tangents_import import load as load
-from jaxdyn.kernels.result import Execution
 from jaxdyn.kernels.trace import trace_kernel
 from jaxdyn.types import JaxdynError, Model, Params, Sites
 

@@ -30,6 +30,7 @@ from jax.interpreters import ad
 
 from jaxdyn.types import JaxdynError
 
+
 def load() -> types.ModuleType:
     """The module `neural_tangents`, imported once; later calls and imports return the same one.
 

@@ -16,7 +16,8 @@ from scipy.cluster.hierarchy import leaves_list, linkage
 from scipy.spatial.distance import squareform
 
 from jaxdyn.errors import JaxdynError
-from jaxdyn.report.kernel_file import COMPONENTS, SavedKernel, load_kernel
+from jaxdyn.names import COMPONENTS
+from jaxdyn.report.kernel_file import SavedKernel, load_kernel
 from jaxdyn.report.plotting import STYLE, say_empty
 from jaxdyn.report.update_figures import COSINE_BINS
 

@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 
 from jaxdyn.errors import JaxdynError
+from jaxdyn.names import COMPONENTS
 
 FORMAT = "jaxdyn kernel 1"
-COMPONENTS = ("representation", "gradient", "cross")
 
 _PART = "part_"
 _OPTIONAL = ("standard_error", "features")

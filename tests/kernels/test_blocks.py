@@ -13,7 +13,7 @@ import pytest
 from kernel_oracles import all_sites, assert_components, scalars, theta, tiny_model
 
 from jaxdyn import kernels
-from jaxdyn.kernels import blocks, contractions, gram, trace
+from jaxdyn.kernels import blocks, contractions, gram, memory, trace_exact
 from jaxdyn.kernels.rows import Rows
 from jaxdyn.models import LanguageModel
 from jaxdyn.types import JaxdynError
@@ -22,7 +22,7 @@ from jaxdyn.types import JaxdynError
 
 
 def test_tile_size_fills_the_budget():
-    size = functools.partial(blocks.tile_size, held=70, working=30)
+    size = functools.partial(memory.tile_size, held=70, working=30)
     assert size((10, 10), square=True, budget=1000) == 10
     # Two sets of 70 and 30 more for the one that is made: 170 a row.
     assert size((10, 10), square=True, budget=999) == 5
@@ -101,9 +101,8 @@ class Toys:
         """All of it, checked against the table's own products; without m the columns are rows."""
         rows, columns = self.rows(start, n), None if m is None else self.rows(3, m)
         execution = {"progress": self.progress, **execution}
-        found = blocks.assemble(
-            kind, rows, columns, size, self.table, self.prepare, self.contract, execution
-        )
+        tiles = blocks.Tiling(rows, columns, size, each=0, workspace=0)
+        found = blocks.assemble(kind, tiles, self.table, self.prepare, self.contract, execution)
         x = np.asarray(self.table)[start : start + n]
         y = x if m is None else np.asarray(self.table)[3 : 3 + m]
         expected = np.einsum("nki,mji->nkmj", x, y)
@@ -228,7 +227,7 @@ def test_a_truncated_tile_is_computed_again(left, tmp_path):
 
 @pytest.fixture
 def tiles_of_three(monkeypatch):
-    monkeypatch.setattr(contractions, "tile_size", lambda *_: 3)
+    monkeypatch.setattr(blocks, "tile_size", lambda *_: 3)
 
 
 @pytest.mark.slow
@@ -306,12 +305,12 @@ def test_tiles_stay_within_the_budget_and_fill_it(name, slots, counted, outputs,
     )
     model = LanguageModel(config)
     view = jax.eval_shape(lambda key: model.view(model.init(key)), jax.random.key(0))
-    workspace, spare = blocks.workspace_of(budget)
+    workspace, spare = memory.workspace_of(budget)
     need = contractions.row_bytes(model, slots, counted, outputs)
-    size = blocks.tile_size((1000, 1000), True, *need, budget - spare)
+    size = memory.tile_size((1000, 1000), True, *need, budget - spare)
     rows = shaped_rows(size, slots, counted, outputs)
     factors = jax.eval_shape(functools.partial(gram.factorize, model), view, None, rows)
-    one = blocks.nbytes(factors)
+    one = memory.nbytes(factors)
     options = {"tied": config.tied, "biased": False, "workspace": workspace}
     # The second set of a pair is made while the first is held; then both are.
     peaks = [
@@ -321,12 +320,12 @@ def test_tiles_stay_within_the_budget_and_fill_it(name, slots, counted, outputs,
     assert budget / 4 <= max(peaks) <= budget, [peak / budget for peak in peaks]
 
     if (counted, outputs) == (1, 1):
-        need = sum(trace.row_bytes(model, slots))
-        size = blocks.tile_size((1000, 1000), True, need, 0, budget - spare)
+        need = sum(memory.opened_bytes(model, slots))
+        size = memory.tile_size((1000, 1000), True, need, 0, budget - spare)
         rows = shaped_rows(size, slots, 1, 1)
-        pulled = trace.Pulled(jax.ShapeDtypeStruct((128, 128), jnp.float32), None)
-        operands = (model, view, None, pulled, rows, rows)
+        factor = jax.ShapeDtypeStruct((128, 128), jnp.float32)
+        operands = (model, view, None, factor, rows, rows)
         peak = compiled_bytes(
-            trace._trace_tile, *operands, at_once=1, first=True, workspace=workspace
+            trace_exact.exact_tile, *operands, at_once=1, first=True, workspace=workspace
         )
         assert budget / 4 <= peak <= budget, peak / budget

@@ -27,7 +27,7 @@ from kernel_oracles import (
 )
 
 from jaxdyn import kernels
-from jaxdyn.kernels import contractions, gram
+from jaxdyn.kernels import blocks, gram
 
 
 # Everything on every architecture; half of them tied, each once where time matters.
@@ -130,8 +130,7 @@ def test_each_part_is_the_kernel_of_its_parameters(name, x64):
 
 @pytest.fixture
 def tiles_of_three(monkeypatch):
-    for module in (contractions, kernels.trace):
-        monkeypatch.setattr(module, "tile_size", lambda *_: 3)
+    monkeypatch.setattr(blocks, "tile_size", lambda *_: 3)
 
 
 # Tiles of three of eight sites, and so little workspace that every block is the smallest.

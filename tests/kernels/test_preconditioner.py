@@ -30,7 +30,7 @@ from kernel_oracles import (
 )
 
 from jaxdyn import kernels
-from jaxdyn.kernels import trace
+from jaxdyn.kernels import trace_probed
 from jaxdyn.optim import OptimConfig, enter_stage, make_optimizer, trainable
 from jaxdyn.types import JaxdynError
 
@@ -119,8 +119,8 @@ def test_trace_kernel(name, x64):
 def test_trace_by_probes(name, x64, monkeypatch):
     """Probes whose second moments are the identity give the exact trace: 16 rows of signs."""
     signs = jnp.asarray(scipy.linalg.hadamard(16)[:, : oracles.VOCAB], jnp.float64)
-    probes = lambda key, count, weight: trace.Pulled(signs @ weight, signs)
-    monkeypatch.setattr(trace, "_probes", probes)
+    probes = lambda key, count, weight: (signs @ weight, signs)
+    monkeypatch.setattr(trace_probed, "draw_probes", probes)
     model, params = tiny_model(name)
     result = kernels.trace_kernel(
         model, params, some(all_sites(), A), some(all_sites(), B), num_probes=16,

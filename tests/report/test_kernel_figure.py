@@ -9,9 +9,9 @@ from jaxdyn.kernels import component_shares
 from jaxdyn.kernels import effective_rank as effective_rank_of
 from jaxdyn.kernels import spectrum as spectrum_of
 from jaxdyn.report import kernel_figure as figure
-from jaxdyn.report.kernel_file import COMPONENTS, SavedKernel, load_kernel
+from jaxdyn.report.kernel_file import SavedKernel, load_kernel
 from jaxdyn.report.plotting import STYLE
-from jaxdyn.types import Components, JaxdynError
+from jaxdyn.types import COMPONENTS, Components, JaxdynError
 
 NAMES = ("ant", "bee", "cat")
 
