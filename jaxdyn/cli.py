@@ -193,7 +193,7 @@ def run_command(arguments: list[str]) -> None:
         return
     command, rest = arguments[0], arguments[1:]
     if command not in COMMANDS:
-        from jaxdyn.config import nearest
+        from jaxdyn.grammar import nearest
 
         raise JaxdynError(f"unknown command {command!r}{nearest(command, COMMANDS)}")
     if not join_others(command, rest):
@@ -288,7 +288,7 @@ def export_command(arguments: list[str]) -> None:
 
 def configure(kind: type, presets: dict[str, Any], program: str, arguments: list[str]) -> Any:
     """A configuration from `--preset NAME` or `--config FILE`, then nested overrides."""
-    from jaxdyn.config import load_config
+    from jaxdyn.grammar import load_config
     from jaxdyn.presets import preset
 
     name, arguments = take_option(arguments, "--preset")
@@ -347,7 +347,7 @@ def parse(
 
 def one_line(box: str) -> str:
     """What a boxed message says: its first paragraph, and the nearest option if it names some."""
-    from jaxdyn.config import nearest
+    from jaxdyn.grammar import nearest
 
     rows = [row.strip("│╭╮╰╯ ").removeprefix("─ ") for row in box.splitlines()]
     rows = [row for row in rows if row.strip("─-")]  # rules are of dashes where a box is ASCII

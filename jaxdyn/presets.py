@@ -2,21 +2,16 @@
 
 from typing import Any
 
-from jaxdyn.config import (
-    EvaluationConfig,
-    ModelSource,
-    RunConfig,
-    SFTConfig,
-    TrainConfig,
-    nearest,
-)
+from jaxdyn.config import RunConfig, SFTConfig
 from jaxdyn.data import DataConfig
 from jaxdyn.dynamics import ProbeConfig
+from jaxdyn.grammar import nearest
 from jaxdyn.models import ModelConfig, RotaryScaling, gpt_neox
 from jaxdyn.optim import OptimConfig
 from jaxdyn.rewards import RewardConfig
 from jaxdyn.rl import LossConfig
 from jaxdyn.rollout import SamplingConfig
+from jaxdyn.sections import EvaluationConfig, LoopConfig, ModelSource, TrainConfig
 from jaxdyn.types import JaxdynError
 
 _ANAGRAMS: dict[str, Any] = {
@@ -30,13 +25,15 @@ SFT = {
         output="runs/anagrams/sft",
         model=ModelSource("runs/quickstart/new"),
         **_ANAGRAMS,
-        evaluation=EvaluationConfig(num_prompts=64, num_generations=8),
-        steps=300,
-        learning_rate=2e-3,
-        warmup_steps=20,
-        evaluate_every=10,
-        target_reward=0.35,
-        max_prompt_length=8,
+        optim=OptimConfig(learning_rate=2e-3, warmup_steps=20, decay="cosine"),
+        train=LoopConfig(
+            steps=300,
+            num_prompts=64,
+            max_prompt_length=8,
+            target_reward=0.35,
+            checkpoint_every=100,
+        ),
+        evaluation=EvaluationConfig(every=10, num_prompts=64, num_generations=8),
     ),
 }
 
