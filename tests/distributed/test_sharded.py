@@ -11,14 +11,16 @@ import numpy as np
 import pytest
 
 from jaxdyn import kernels
-from jaxdyn.distributed import Layout, MeshConfig, make_mesh, one_device, shard_model
+from jaxdyn.distributed import Layout, make_mesh, one_device, shard_model
 from jaxdyn.dynamics import measure_state, measure_update, site_state
 from jaxdyn.models import LanguageModel, LoraConfig, add_adapters, gpt_neox
 from jaxdyn.optim import OptimConfig, make_optimizer, trainable
 from jaxdyn.rl import LossConfig
 from jaxdyn.rollout import generate
+from jaxdyn.sections import MeshConfig
+from jaxdyn.train import TrainState, UpdateBatch, update
 from jaxdyn.train.pmap import pmap_update, require_copies
-from jaxdyn.train.update import TrainState, UpdateBatch, policy_logps, update
+from jaxdyn.train.policy import policy_logps
 from jaxdyn.types import JaxdynError, PromptBatch, Sites
 
 MESHES = [(8, 1, 1), (1, 8, 1), (1, 1, 8), (2, 2, 2)]
