@@ -44,7 +44,12 @@ class Config:
     mesh: MeshConfig = MeshConfig()
 
     def __post_init__(self):
-        at_least(0, self, "run", "seed")
+        at_least(0, self, "", "seed")
+
+    @property
+    def title(self) -> str:
+        """What the progress bar calls it."""
+        return self.optim.schedule
 
     @property
     def critic(self) -> bool:
@@ -105,6 +110,10 @@ class SFTConfig(Config):
     train: LoopConfig = LoopConfig(steps=300, num_prompts=64, checkpoint_every=100)
     evaluation: EvaluationConfig = EvaluationConfig(every=50)
     probe: ProbeConfig = ProbeConfig(every=0)
+
+    @property
+    def title(self) -> str:
+        return "supervised" if self.optim.schedule == "joint" else f"supervised, {super().title}"
 
 
 KINDS: dict[str, type[Config]] = {"rl": RunConfig, "sft": SFTConfig}

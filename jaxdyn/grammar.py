@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 from jaxdyn.errors import JaxdynError
+from jaxdyn.paths import AnyPath
 
 Config = TypeVar("Config")
 
@@ -27,7 +28,7 @@ def save_config(config: Any, path: Path) -> None:
     path.write_text(json.dumps(to_dict(config), indent=2) + "\n")
 
 
-def load_config(kind: type[Config] | Mapping[str, type[Config]], path: Path) -> Config:
+def load_config(kind: type[Config] | Mapping[str, type[Config]], path: AnyPath) -> Config:
     """Read a configuration back.
 
     Args:

@@ -56,6 +56,6 @@ def test_an_output_that_holds_something_else(tmp_path, monkeypatch):
         quickstart(tmp_path)
     with pytest.raises(JaxdynError, match=r"notes.txt is not a directory"):
         quickstart(tmp_path / "notes.txt")
-    with pytest.raises(JaxdynError, match="seed must not be negative, got -1"):
+    with pytest.raises(JaxdynError, match="seed must be at least 0, got -1"):
         quickstart(tmp_path / "new", seed=-1)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["notes.txt"]

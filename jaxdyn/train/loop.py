@@ -88,7 +88,7 @@ def train(
     first, last = position["step"], plan[-1].end
     if position.get("reached"):
         last = first
-    title = f"{directory.path.name} · {config.optim.schedule}"
+    title = f"{directory.path.name} · {config.title}"
     with progress.start(title, last, first), Preemption() as preemption:
         for step in range(first, last):
             stage = stage_at(plan, step)

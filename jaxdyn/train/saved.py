@@ -113,8 +113,10 @@ def open_run(path: str | PathLike) -> Iterator[SavedRun]:
         make_mesh(config.mesh)
     except JaxdynError:
         config = dataclasses.replace(config, mesh=MeshConfig())
-    checkpoints = Checkpoints(directory / "checkpoints", metric=config.train.keep_best)
-    with checkpoints:
+    unbegun = JaxdynError(f"{directory} has no whole checkpoint yet; start the run again to go on")
+    if not (directory / "checkpoints").exists():
+        raise unbegun
+    with Checkpoints(directory / "checkpoints", metric=config.train.keep_best) as checkpoints:
         if not checkpoints.steps():
-            raise JaxdynError(f"{directory} has no whole checkpoint yet; start it again to go on")
+            raise unbegun
         yield SavedRun(directory, config, checkpoints)
