@@ -115,7 +115,7 @@ def test_what_is_opened_is_closed(joint_run, monkeypatch, fails):
 
 def test_what_holds_no_run(root, tmp_path):
     with (
-        pytest.raises(JaxdynError, match="holds no run: it has no config.json"),
+        pytest.raises(JaxdynError, match=r"holds no run: it has no config\.json"),
         open_run(tmp_path),
     ):
         pass
