@@ -21,12 +21,12 @@ from rich.table import Table
 
 from jaxdyn.config import ModelSource, RunConfig, TrainConfig
 from jaxdyn.distributed import MeshConfig, make_mesh, require_divisible
-from jaxdyn.distributed.chips import Chip, Topology, open_topology
-from jaxdyn.distributed.hlo_text import Number
 from jaxdyn.distributed.mesh import AXES
-from jaxdyn.distributed.plan import Demand, Program, demand_of
 from jaxdyn.models import ModelConfig
-from jaxdyn.plan_programs import Setting
+from jaxdyn.plan.chips import Chip, Topology, open_topology
+from jaxdyn.plan.demand import Demand, Program, demand_of
+from jaxdyn.plan.programs import Setting
+from jaxdyn.plan.text import Number
 from jaxdyn.presets import SHAPES, preset
 from jaxdyn.rollout import SamplingConfig
 from jaxdyn.train.progress import Progress
