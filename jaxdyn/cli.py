@@ -213,7 +213,7 @@ def run_command(arguments: list[str]) -> None:
 
 def quickstart_command(arguments: list[str]) -> None:
     chosen = parse(Quickstart, "jaxdyn quickstart", arguments)
-    from jaxdyn.quickstart import quickstart
+    from jaxdyn.commands.quickstart import quickstart
 
     quickstart(Path(chosen.output), chosen.seed)
 
@@ -240,7 +240,7 @@ def rl_command(arguments: list[str]) -> None:
 
 
 def evaluate_command(arguments: list[str]) -> None:
-    from jaxdyn.evaluate_command import EvaluateOptions, run_evaluate
+    from jaxdyn.commands.evaluate import EvaluateOptions, run_evaluate
 
     run_evaluate(parse(EvaluateOptions, "jaxdyn evaluate", arguments))
 
@@ -255,16 +255,16 @@ def analyze_command(arguments: list[str]) -> None:
 
 
 def kernel_command(arguments: list[str]) -> None:
-    from jaxdyn.kernel_config import KernelConfig
+    from jaxdyn.commands.kernel_options import KernelConfig
 
     config = parse(KernelConfig, "jaxdyn kernel", arguments)
-    from jaxdyn.kernel_command import run_kernel
+    from jaxdyn.commands.kernel import run_kernel
 
     run_kernel(config)
 
 
 def plan_command(arguments: list[str]) -> None:
-    from jaxdyn.plan_command import PlanConfig, run_plan
+    from jaxdyn.commands.plan import PlanConfig, run_plan
 
     run_plan(parse(PlanConfig, "jaxdyn plan", arguments))
 

@@ -7,10 +7,10 @@ import tiny_runs
 from flax.traverse_util import flatten_dict
 from test_resume import Killed, assert_same_run, at_call
 
+from jaxdyn.commands.kernel import open_subject
+from jaxdyn.commands.kernel_options import KernelConfig
 from jaxdyn.config import RunConfig
 from jaxdyn.grammar import load_config
-from jaxdyn.kernel_command import open_subject
-from jaxdyn.kernel_config import KernelConfig
 from jaxdyn.kernels import log_prob_kernel
 from jaxdyn.models import LoraConfig, has_adapters, load_pretrained
 from jaxdyn.train import analyze, export, loop, open_run, run_rl

@@ -21,11 +21,11 @@ from rich.table import Table
 
 from jaxdyn.config import RunConfig
 from jaxdyn.distributed import make_mesh, require_divisible
-from jaxdyn.distributed.chips import Chip, Topology, open_topology
-from jaxdyn.distributed.hlo_text import Number
-from jaxdyn.distributed.plan import Demand, Program, demand_of
 from jaxdyn.models import ModelConfig
-from jaxdyn.plan_programs import Setting
+from jaxdyn.plan.chips import Chip, Topology, open_topology
+from jaxdyn.plan.demand import Demand, Program, demand_of
+from jaxdyn.plan.programs import Setting
+from jaxdyn.plan.text import Number
 from jaxdyn.presets import SHAPES, preset
 from jaxdyn.rollout import SamplingConfig
 from jaxdyn.sections import AXES, MeshConfig, ModelSource, TrainConfig

@@ -2,9 +2,9 @@ import dataclasses
 
 import pytest
 
-from jaxdyn import quickstart as module
+from jaxdyn.commands import quickstart as command
+from jaxdyn.commands.quickstart import quickstart
 from jaxdyn.presets import RL, SFT
-from jaxdyn.quickstart import quickstart
 from jaxdyn.types import JaxdynError
 
 
@@ -50,7 +50,7 @@ def test_the_whole_story_and_started_again(small, tmp_path, capsys):
 
 
 def test_an_output_that_holds_something_else(tmp_path, monkeypatch):
-    monkeypatch.setattr(module, "make_model", lambda *_: pytest.fail("work was done"))
+    monkeypatch.setattr(command, "make_model", lambda *_: pytest.fail("work was done"))
     (tmp_path / "notes.txt").write_text("mine")
     with pytest.raises(JaxdynError, match=r"already holds notes.txt; choose another output"):
         quickstart(tmp_path)

@@ -22,12 +22,12 @@ from rich.table import Table
 
 import jaxdyn
 from jaxdyn import kernels
+from jaxdyn.commands.kernel_options import KernelConfig, bytes_of
+from jaxdyn.commands.kernel_places import Places, Texts, completion_places, prompt_places
 from jaxdyn.data import Tokenizer
 from jaxdyn.data.jsonl import JsonlFile, read_jsonl
 from jaxdyn.distributed import Layout, make_mesh, require_divisible, shard_model
 from jaxdyn.hosts import fetch
-from jaxdyn.kernel_config import KernelConfig, bytes_of
-from jaxdyn.kernel_places import Places, Texts, completion_places, prompt_places
 from jaxdyn.models import LanguageModel
 from jaxdyn.report.kernel_figure import draw_kernel
 from jaxdyn.report.kernel_file import COMPONENTS, SavedKernel
