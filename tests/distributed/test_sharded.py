@@ -273,6 +273,22 @@ def compiled(function, *arguments, **static):
         jaxtyping.config.update("jaxtyping_disable", False)
 
 
+@pytest.mark.parametrize("normed", ["head", "projection"])
+def test_norms_inside_attention_gather_no_heads(normed):
+    """Where heads are divided, so are their norms: no more is gathered than without them."""
+    layout = layout_of((1, 1, 8))
+
+    def gathers(query_key_norm):
+        config = dataclasses.replace(CONFIGS["odd"], query_key_norm=query_key_norm)
+        model = shard_model(LanguageModel(config), layout.mesh)
+        params = layout.place(model.init(jax.random.key(0)))
+        batch = layout.rows(batch_of(61))
+        program = compiled(jax.jit(model.features), params["backbone"], batch.tokens, batch.mask)
+        return len(COLLECTIVE.findall(program.as_text()))
+
+    assert gathers(normed) == gathers("none") > 0
+
+
 WIDE = gpt_neox(vocab_size=4096, width=64, num_layers=6, num_heads=8, rotary_fraction=0.5)
 
 
