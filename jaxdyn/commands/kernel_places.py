@@ -89,10 +89,8 @@ def completion_places(
     sites = sites_from_rollout(rollout, inside, seed)
     require_context(model, sites)
     if sites_per_completion is None:
-        pairs = zip(
-            *map(np.asarray, (rollout.completion_ids, rollout.completion_mask)), strict=True
-        )
-        kept = [tokenizer.decode_completion(ids[mask].tolist()) for ids, mask in pairs]
+        ids, mask = np.asarray(rollout.completion_ids), np.asarray(rollout.completion_mask)
+        kept = [tokenizer.decode_completion(x[m].tolist()) for x, m in zip(ids, mask, strict=True)]
         return Places(sites, rollout, None, texts.prompts, kept, "every token of the completion")
     features = site_features(model, model.view(params)["backbone"], sites)
     contexts, targets = site_texts(tokenizer, sites)

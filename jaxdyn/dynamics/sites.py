@@ -52,7 +52,9 @@ def sites_from_texts(
     rng = np.random.default_rng(seed)
     places, first = [], []
     for row, slots in enumerate(completed):
-        (start, *inside) = np.flatnonzero(slots)
+        if not slots.any():
+            continue
+        start, *inside = np.flatnonzero(slots)
         drawn = rng.permutation(inside)[:sites_per_completion]
         places += [(row, int(slot)) for slot in (start, *sorted(drawn))]
         first += [True] + [False] * len(drawn)
@@ -104,7 +106,10 @@ def rollout_from_texts(
 
 
 def site_texts(tokenizer: Any, sites: Sites) -> tuple[list[str], list[str]]:
-    """The end of the text before each site, and the token predicted there; by a `data.Tokenizer`."""
+    """The end of the text before each site, and the token predicted there.
+
+    `tokenizer` is a `jaxdyn.data.Tokenizer`.
+    """
     contexts, targets = [], []
     tokens, mask = np.asarray(sites.tokens), np.asarray(sites.mask)
     numbers = (np.asarray(x).tolist() for x in (sites.rows, sites.positions, sites.targets))

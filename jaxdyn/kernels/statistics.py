@@ -111,7 +111,7 @@ def debiased_hsic(gram: Float[Array, "N N"], other: Float[Array, "N N"]) -> Floa
     count = len(gram)
     if gram.shape != (count, count) or count < 4:
         raise JaxdynError(
-            f"debiased CKA needs square matrices of 4 sites or more, got {gram.shape}"
+            f"a debiased CKA needs square matrices of 4 sites or more, got {gram.shape}"
         )
     return _inner(_centre_off(gram), _centre_off(other)) / (count * (count - 3))
 
