@@ -25,6 +25,7 @@ from jaxdyn.kernels.statistics import (
     participation_ratio,
     spectrum,
 )
+from jaxdyn.kernels.summary import summarize
 from jaxdyn.kernels.trace import trace_kernel
 
 __all__ = [
@@ -49,6 +50,7 @@ __all__ = [
     "sketch_kernel",
     "sketch_sequences",
     "spectrum",
+    "summarize",
     "token_block",
     "top_eigenpairs",
     "trace_kernel",

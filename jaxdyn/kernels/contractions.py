@@ -55,7 +55,7 @@ def log_prob_kernel(
 
     Args:
       model: a `LanguageModel`.
-      params: its parameters, as stored or as a view.
+      params: its parameters, as stored.
       sites_a: N sites.
       sites_b: M sites, in sequences of any length; without them, `sites_a` again.
       preconditioner: P of the metric, shaped as the parameters, as `adam_preconditioner` gives it:

@@ -96,7 +96,7 @@ def apply_kernel(
 
     Args:
       model: a `LanguageModel`.
-      params: its parameters, as stored or as a view.
+      params: its parameters, as stored.
       sites_a: N sites; those of one sequence share its pass.
       field: v [M, V], one logit vector a site of `sites_b`.
       sites_b: M sites; without them, `sites_a` again.

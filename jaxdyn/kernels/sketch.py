@@ -112,7 +112,7 @@ def sketch_gradients(
 
     Args:
       model: a `LanguageModel`.
-      params: its parameters, as stored or as a view.
+      params: its parameters, as stored.
       sites: N sites.
       key: of the signs.
       cotangents: g [N, V], one a site, in place of e_y − π.

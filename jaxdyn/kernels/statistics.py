@@ -146,10 +146,15 @@ def component_shares(components: Components) -> Components:
     the others do. A zero total gives NaN.
     """
     components = jax.tree.map(_wide, components)
-    total = components.total
+    return jax.tree.map(lambda part: share(part, components.total), components)
+
+
+def share(part: Float[Array, "*N"], total: Float[Array, "*N"]) -> Float[Array, ""]:
+    """⟨part, total⟩ / ⟨total, total⟩ over all entries."""
+    part, total = _wide(part), _wide(total)
     scale = jnp.max(jnp.abs(total))  # keeps the squares inside the range of float32
     unit = total / scale
-    return jax.tree.map(lambda part: _inner(part / scale, unit) / _inner(unit, unit), components)
+    return _inner(part / scale, unit) / _inner(unit, unit)
 
 
 # -- signs of inner products ----------------------------------------------------------------------

@@ -125,7 +125,9 @@ def test_the_file_holds_the_kernel_between_the_texts_sites(model, root, tmp_path
     assert saved.about["config"]["sites_per_completion"] == 1
     assert sorted(p.name for p in path.parent.iterdir()) == ["kernel.npz", "kernel.png"]
     said = capsys.readouterr().out
-    share = kernel_figure.share(saved.gradient, saved.total)
+    share = (saved.gradient * saved.total).sum() / (saved.total**2).sum()
+    np.testing.assert_allclose(saved.statistics["share/gradient"][0], share, rtol=1e-5)
+    assert f"{saved.statistics['effective_rank/total']:.1f} of 10" in said
     assert f"{share:.3f}" in said and "10 × 10" in said and str(path) in said
     gram = (saved.features @ saved.features.T)[np.triu_indices(10, k=1)]
     assert f"{np.mean(gram < 0):.1%} below 0" in said
