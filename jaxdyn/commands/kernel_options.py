@@ -16,7 +16,7 @@ ENTRIES = {  # what an entry of the kernel is, and its unit
 
 
 @dataclasses.dataclass(frozen=True)
-class KernelConfig:
+class KernelOptions:
     """The kernel of a model between places in your texts: a file and a picture.
 
     Attributes:
