@@ -17,6 +17,7 @@ from typing import Any, Literal, NamedTuple
 
 from jaxdyn.commands.arguments import parse
 from jaxdyn.errors import JaxdynError, Preempted
+from jaxdyn.grammar import nearest
 
 
 class Command(NamedTuple):
@@ -206,8 +207,6 @@ def run_command(arguments: list[str]) -> None:
         return
     name, rest = arguments[0], arguments[1:]
     if name not in COMMANDS:
-        from jaxdyn.config import nearest
-
         raise JaxdynError(f"unknown command {name!r}{nearest(name, COMMANDS)}")
     if has_work(name, rest):
         command = COMMANDS[name]

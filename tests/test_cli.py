@@ -1,6 +1,5 @@
 """The commands as a user types them: what they do, and the one line they say when they cannot."""
 
-import dataclasses
 import errno
 import json
 import resource
@@ -12,7 +11,7 @@ import pytest
 import tiny_runs
 
 from jaxdyn.cli import COMMANDS, main
-from jaxdyn.config import save_config
+from jaxdyn.grammar import save_config
 from jaxdyn.train.checkpoint import Checkpoints
 from jaxdyn.train.run_directory import RunDirectory
 from jaxdyn.types import JaxdynError
@@ -60,15 +59,32 @@ def test_help_lists_the_commands(arguments, capsys):
     assert all(f"  {name} " in text for name in COMMANDS)
 
 
-@pytest.mark.parametrize("command", COMMANDS)
-def test_every_command_has_help(command, capsys):
+@pytest.mark.parametrize(
+    "command, options",
+    {
+        "quickstart": "--output --seed",
+        "sft": "--preset --config --train.steps --evaluation.every --train.target-reward",
+        "rl": "--preset --config --optim.schedule --loss.beta --probe.every",
+        "evaluate": "[RUN] --model --preset --temperatures --pass-at --success-threshold",
+        "analyze": "RUN --output",
+        "kernel": "--prompts --quantity --by-part --preconditioned --memory-budget",
+        "plan": "PRESET --topology --mesh.fsdp --meshes --num-prompts --remat --no-largest",
+        "report": "RUN --output",
+        "export": "RUN OUTPUT --step",
+    }.items(),
+)
+def test_every_command_has_help(command, options, capsys):
     with pytest.raises(SystemExit) as stop:
         main([command, "--help"])
     said = capsys.readouterr()
     assert stop.value.code in (0, None) and said.err == ""
     assert f"usage: jaxdyn {command}" in said.out
-    if command in ("rl", "sft"):
-        assert ("--preset" in said.out and "--optim.schedule" in said.out) or command == "sft"
+    assert set(options.split()) <= set(said.out.replace(",", " ").split())
+
+
+def test_the_help_of_every_command_is_tried():
+    (tried,) = (m for m in test_every_command_has_help.pytestmark if m.name == "parametrize")
+    assert dict(tried.args[1]).keys() == COMMANDS.keys()
 
 
 # -- what cannot be understood --------------------------------------------------------------------
@@ -89,7 +105,7 @@ def test_every_command_has_help(command, capsys):
         (["rl", "--sampling.top-p", "1.5"], "top_p must lie above 0 and at most at 1"),
         (["rl", "--seed", "-1"], "seed"),
         (["sft", "--seed", "-1"], "seed"),
-        (["sft", "--batch-size", "0"], "sft.batch_size must be at least 1, got 0"),
+        (["sft", "--train.num-prompts", "0"], "train.num_prompts must be at least 1, got 0"),
         (["analyze"], "RUN"),
         (["report"], "at least one run directory"),
         (["analyze", "/nowhere"], "/nowhere holds no run"),
@@ -318,7 +334,7 @@ def test_a_run_repeats_exactly_from_its_own_configuration(config_file, tmp_path,
 
 @pytest.mark.slow
 def test_sft_then_rl(root, tmp_path, capsys, config_file):
-    config = dataclasses.replace(tiny_runs.sft_config(root, str(tmp_path / "sft")), steps=1)
+    config = tiny_runs.sft_config(root, str(tmp_path / "sft"), train__steps=1)
     save_config(config, tmp_path / "sft.json")
     main(["sft", "--config", str(tmp_path / "sft.json")])
     model = tmp_path / "sft" / "model"

@@ -8,19 +8,24 @@ from pathlib import Path
 import pytest
 
 import jaxdyn
+from jaxdyn.cli import COMMANDS
 
 ROOT = Path(jaxdyn.__file__).parent
 PACKAGES = sorted(p.name for p in ROOT.iterdir() if (p / "__init__.py").exists())
 
 # What each room may import of jaxdyn beside its own files. A room that is not here fails the test.
 PURE = ("rl", "kernels", "optim", "rewards", "rollout", "models", "data")
-ALLOWED = {room: {"types", "hosts"} for room in PURE} | {
-    "distributed": {"types", "hosts", "models"},
-    "dynamics": {"types", "hosts", "kernels"},
+ALLOWED = {room: {"types", "hosts", "ranges"} for room in PURE} | {
+    "distributed": {"types", "hosts", "models", "sections"},
+    "dynamics": {"types", "hosts", "ranges", "kernels"},
     "report": {"errors", "paths"},
-    "train": {"errors", "types", "hosts", "paths", "config", "data", "distributed", "dynamics"}
-    | {"models", "optim", "rewards", "rl", "rollout"},
+    "train": {"errors", "types", "hosts", "paths", "config", "grammar", "sections", "data"}
+    | {"distributed", "dynamics", "models", "optim", "rewards", "rl", "rollout"},
+    "plan": {"types", "config", "sections", "distributed", "dynamics", "kernels", "models"}
+    | {"optim", "rollout", "train", "jaxdyn"},
 }
+ALLOWED["commands"] = {*ALLOWED, "errors", "hosts", "paths", "ranges", "presets", "jaxdyn"}
+ALLOWED["commands"] |= {"types", "config", "sections", "grammar"}
 
 
 def imported(path):
@@ -55,6 +60,9 @@ def test_types_import_nobody():
     assert rooms(ROOT / "errors.py") == set()
     assert rooms(ROOT / "types.py") <= {"errors"}
     assert rooms(ROOT / "hosts.py") == set()
+    assert rooms(ROOT / "ranges.py") == {"errors"}
+    assert rooms(ROOT / "sections.py") == {"errors", "ranges"}
+    assert rooms(ROOT / "grammar.py") == {"errors", "paths"}
 
 
 def test_reports_are_made_without_a_device():
@@ -84,10 +92,23 @@ def test_importing_the_package_is_light():
 
 
 def test_the_command_line_answers_without_jax():
-    code = "from jaxdyn.cli import main\nimport contextlib, io\n"
-    code += "with contextlib.redirect_stdout(io.StringIO()): main(['--help'])"
+    """And says of every command what its options are, but for a run's own, and refuses them."""
+    told = [name for name, command in COMMANDS.items() if not command.presets]
+    assert sorted(COMMANDS.keys() - told) == ["rl", "sft"]
+    code = f"""
+from jaxdyn.cli import main
+import contextlib, io, sys
+for words in [["--help"], *([name, "--help"] for name in {told})]:
+    with contextlib.redirect_stdout(io.StringIO()) as said, contextlib.suppress(SystemExit):
+        main(words)
+    assert said.getvalue().startswith("usage: jaxdyn"), words
+for words in (["plam"], ["kernel", "--limit", "some"], ["plan", "tiny", "--meshes", "0"]):
+    with contextlib.redirect_stderr(io.StringIO()) as said, contextlib.suppress(SystemExit):
+        main(words)
+    assert said.getvalue().startswith("jaxdyn: "), words
+"""
     loaded = modules_after(code)
-    assert "jaxdyn.cli" in loaded
+    assert "jaxdyn.cli" in loaded and "jaxdyn.commands.plan_options" in loaded
     assert not loaded & {"jax", "tensorflow", "tensorflow_datasets", "matplotlib", "orbax"}
 
 

@@ -10,6 +10,7 @@ from typing import Any
 import tyro
 
 from jaxdyn.errors import JaxdynError
+from jaxdyn.grammar import load_config, nearest
 
 
 def parse(
@@ -33,11 +34,8 @@ def parse(
         return tyro.cli(kind, prog=program, args=arguments, **start)
 
 
-def take_start(
-    kind: type, presets: dict[str, Any], arguments: list[str]
-) -> tuple[Any, list[str]]:
+def take_start(kind: type, presets: dict[str, Any], arguments: list[str]) -> tuple[Any, list[str]]:
     """What `--preset NAME` or `--config FILE` says, or the defaults; and the other arguments."""
-    from jaxdyn.config import load_config
     from jaxdyn.presets import preset
 
     name, arguments = take_option(arguments, "--preset")
@@ -82,8 +80,6 @@ def complaining_in_a_line(helping: bool) -> Iterator[None]:
 
 def one_line(box: str) -> str:
     """What a boxed message says: its first paragraph, and the nearest option if it names some."""
-    from jaxdyn.config import nearest
-
     rows = [row.strip("│╭╮╰╯ ").removeprefix("─ ") for row in box.splitlines()]
     rows = [row for row in rows if row.strip("─-")]  # rules are of dashes where a box is ASCII
     said = rows[1] if len(rows) > 1 else " ".join(rows)

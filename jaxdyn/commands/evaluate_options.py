@@ -1,4 +1,4 @@
-"""The options of `jaxdyn evaluate`, checked against each other before anything heavy is imported."""
+"""The options of `jaxdyn evaluate`, checked against each other before JAX is imported."""
 
 import dataclasses
 from typing import Annotated, Literal

@@ -12,7 +12,7 @@ from typing import Any
 import jax
 
 from jaxdyn.commands.plan_options import PlanOptions
-from jaxdyn.config import ModelSource, RunConfig, TrainConfig
+from jaxdyn.config import RunConfig
 from jaxdyn.plan.chips import open_topology
 from jaxdyn.plan.demand import Demand, Program, demand_of
 from jaxdyn.plan.figures import figures
@@ -21,6 +21,7 @@ from jaxdyn.plan.programs import Setting
 from jaxdyn.plan.tables import show
 from jaxdyn.presets import SHAPES, preset
 from jaxdyn.rollout import SamplingConfig
+from jaxdyn.sections import ModelSource, TrainConfig
 from jaxdyn.train import Progress
 
 

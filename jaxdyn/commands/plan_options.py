@@ -5,8 +5,8 @@ from typing import Annotated, Literal
 
 import tyro
 
-from jaxdyn.errors import JaxdynError
-from jaxdyn.mesh_config import MeshConfig
+from jaxdyn.ranges import at_least
+from jaxdyn.sections import MeshConfig, ModelSource, TrainConfig
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,15 +32,14 @@ class PlanOptions:
     topology: str = "here"
     mesh: MeshConfig = MeshConfig()
     meshes: int = 3
-    num_prompts: int = 8
-    num_generations: int = 8
-    max_prompt_length: int = 256
+    num_prompts: int = TrainConfig.num_prompts
+    num_generations: int = TrainConfig.num_generations
+    max_prompt_length: int = TrainConfig.max_prompt_length
     max_completion_length: int = 256
-    microbatches: int = 1
-    remat: Literal["none", "dots", "full"] = "dots"
+    microbatches: int = TrainConfig.microbatches
+    remat: Literal["none", "dots", "full"] = ModelSource.remat
     largest: bool = True
     json: str | None = None
 
     def __post_init__(self):
-        if self.meshes < 1:
-            raise JaxdynError(f"meshes must be at least 1, got {self.meshes}")
+        at_least(1, self, "", "meshes")

@@ -14,14 +14,15 @@ from rich.table import Table
 
 from jaxdyn.commands.options import QuickstartOptions
 from jaxdyn.commands.output import refuse_others
-from jaxdyn.config import ModelSource
 from jaxdyn.data import AnagramsConfig, character_tokenizer
-from jaxdyn.models import LanguageModel, gpt_neox, save_pretrained
+from jaxdyn.models import LanguageModel, gpt_neox
 from jaxdyn.optim import Schedule
 from jaxdyn.paths import AnyPath
 from jaxdyn.presets import RL, SFT
 from jaxdyn.report import load_run, write_report
+from jaxdyn.sections import ModelSource
 from jaxdyn.train import Progress, run_rl, run_sft
+from jaxdyn.train.export import save_policy
 
 SCHEDULES: tuple[Schedule, ...] = ("joint", "classifier_first")
 
@@ -70,8 +71,7 @@ def make_model(directory: Path, data: AnagramsConfig, seed: int) -> None:
     )
     model = LanguageModel(config)
     params = model.init(jax.random.key(seed))
-    save_pretrained(directory, model, params, stop_ids=tokenizer.stop_ids)
-    tokenizer.save(directory)
+    save_policy(directory, model, params, tokenizer)
 
 
 def print_summary(runs: list[AnyPath]) -> None:

@@ -13,8 +13,8 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from jaxdyn.mesh_config import AXES, MeshConfig
 from jaxdyn.models.config import ModelConfig
+from jaxdyn.sections import AXES, MeshConfig
 from jaxdyn.types import JaxdynError
 
 ROWS = ("data", "fsdp")

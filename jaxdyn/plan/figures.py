@@ -3,11 +3,11 @@
 import dataclasses
 from typing import Any
 
-from jaxdyn.mesh_config import AXES
 from jaxdyn.plan.chips import Chip, Topology
 from jaxdyn.plan.demand import Demand
 from jaxdyn.plan.meshes import Way
 from jaxdyn.plan.text import Number
+from jaxdyn.sections import AXES
 
 
 def figures(

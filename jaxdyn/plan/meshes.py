@@ -1,4 +1,4 @@
-"""Ways to divide a run's work over a slice: the meshes that suit it, and the batch that one holds."""
+"""Ways to divide a run's work over a slice: meshes that suit it, and the batch one can hold."""
 
 import dataclasses
 import itertools
@@ -7,13 +7,13 @@ from collections.abc import Callable
 
 from jax.sharding import Mesh
 
-from jaxdyn.distributed import MeshConfig, make_mesh, require_divisible
-from jaxdyn.mesh_config import AXES
+from jaxdyn.distributed import make_mesh, require_divisible
 from jaxdyn.models import ModelConfig
 from jaxdyn.plan.chips import Chip, Topology
 from jaxdyn.plan.demand import Demand, Program
 from jaxdyn.plan.programs import Setting
 from jaxdyn.plan.text import Number
+from jaxdyn.sections import AXES, MeshConfig
 from jaxdyn.types import JaxdynError
 
 

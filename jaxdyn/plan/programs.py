@@ -32,7 +32,9 @@ from jaxdyn.plan.demand import Program
 from jaxdyn.rollout import generate
 from jaxdyn.rollout.generate import cache_sizes
 from jaxdyn.rollout.sampling import sample_token
-from jaxdyn.train.update import TrainState, UpdateBatch, policy_logps, update
+from jaxdyn.train.policy import UpdateBatch, policy_logps
+from jaxdyn.train.state import TrainState
+from jaxdyn.train.update import update
 from jaxdyn.types import KVCache, PromptBatch, Sites
 
 WORKSPACE = 2**27

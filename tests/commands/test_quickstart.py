@@ -3,9 +3,13 @@ import dataclasses
 import pytest
 
 from jaxdyn.commands import quickstart as command
-from jaxdyn.commands.quickstart import quickstart
+from jaxdyn.commands.options import QuickstartOptions
 from jaxdyn.presets import RL, SFT
 from jaxdyn.types import JaxdynError
+
+
+def quickstart(output, seed=0):
+    return command.run(QuickstartOptions(str(output), seed))
 
 
 @pytest.fixture
@@ -15,7 +19,8 @@ def small(monkeypatch, tmp_path):
     few = {"num_prompts": 2, "num_generations": 2}
     sft, rl = SFT["anagrams"], RL["anagrams"]
     evaluation = dataclasses.replace(rl.evaluation, every=0, **few)
-    sft = dataclasses.replace(sft, steps=2, evaluation=evaluation, evaluate_every=2)
+    train = dataclasses.replace(sft.train, steps=2)
+    sft = dataclasses.replace(sft, evaluation=evaluation, train=train)
     rl = dataclasses.replace(
         rl,
         evaluation=evaluation,
@@ -33,13 +38,14 @@ def test_the_whole_story_and_started_again(small, tmp_path, capsys):
     page = quickstart(output, seed=1)
     assert page.is_file() and page.parent == output / "report"
     said = capsys.readouterr()
-    assert str(page) in said.out
+    rows = [line.split() for line in said.out.splitlines() if "→" in line]
+    assert [row[0] for row in rows[1:]] == ["joint", "classifier_first"]  # after the title
     # Without a terminal every stage still says how far it is.
     for stage in ("sft · supervised  2/2", "joint · joint  2/2", "classifier_first  3/3"):
         assert stage in said.err
     logs = [output / run / "metrics.jsonl" for run in ("sft", "joint", "classifier_first")]
-    # A line a step, and for RL one before the first.
-    assert [len(log.read_text().splitlines()) for log in logs] == [2, 3, 4]
+    # A line a step, and one before the first.
+    assert [len(log.read_text().splitlines()) for log in logs] == [3, 3, 4]
     before = [log.read_bytes() for log in logs]
     page.unlink()
     assert quickstart(output, seed=1) == page and page.is_file()
@@ -55,6 +61,6 @@ def test_an_output_that_holds_something_else(tmp_path, monkeypatch):
         quickstart(tmp_path)
     with pytest.raises(JaxdynError, match=r"notes.txt is not a directory"):
         quickstart(tmp_path / "notes.txt")
-    with pytest.raises(JaxdynError, match="seed must not be negative, got -1"):
+    with pytest.raises(JaxdynError, match="seed must be at least 0, got -1"):
         quickstart(tmp_path / "new", seed=-1)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["notes.txt"]
