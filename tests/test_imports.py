@@ -1,8 +1,11 @@
 """Who may import whom, and what importing the package brings along."""
 
 import ast
+import os
 import subprocess
 import sys
+from glob import glob
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -12,6 +15,7 @@ from jaxdyn.cli import COMMANDS
 
 ROOT = Path(jaxdyn.__file__).parent
 PACKAGES = sorted(p.name for p in ROOT.iterdir() if (p / "__init__.py").exists())
+TPU = glob("/dev/accel*") + glob("/dev/vfio/*")
 
 # What each room may import of jaxdyn beside its own files. A room that is not here fails the test.
 PURE = ("rl", "kernels", "optim", "rewards", "rollout", "models", "data")
@@ -110,6 +114,23 @@ for words in (["plam"], ["kernel", "--limit", "some"], ["plan", "tiny", "--meshe
     loaded = modules_after(code)
     assert "jaxdyn.cli" in loaded and "jaxdyn.commands.plan_options" in loaded
     assert not loaded & {"jax", "tensorflow", "tensorflow_datasets", "matplotlib", "orbax"}
+
+
+@pytest.mark.skipif(TPU or find_spec("libtpu") is None, reason="has a TPU, or no libtpu")
+@pytest.mark.parametrize(
+    "code, said",
+    [
+        ("import jaxdyn.types, jax; jax.devices()", ""),
+        (
+            "from jaxdyn.cli import main; main(['plan', 'tiny', '--mesh.devices', '999'])",
+            "jaxdyn: mesh.devices is 999; here (cpu) has 1\n",
+        ),
+    ],
+)
+def test_where_there_is_no_tpu_nobody_complains_of_it(code, said):
+    ours = {k: v for k, v in os.environ.items() if not k.startswith(("TPU_", "JAX_", "XLA_"))}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=ours)
+    assert done.stderr == said
 
 
 @pytest.mark.slow

@@ -39,8 +39,8 @@ def run(options: PlanOptions) -> dict[str, Any]:
     topology = open_topology(options.topology)
     chip = topology.chip
     meshes = candidates(options.mesh, shape, topology, options.num_prompts, options.meshes)
-    search = options.largest and chip is not None
-    total = 3 * len(meshes) + 6 + 4 * search
+    room = None if chip is None or not options.largest else chip.hbm
+    total = 3 * len(meshes) + 6 + 4 * (room is not None)
     with (progress := Progress()).start(f"compiling for {topology.name}", total):
 
         def compile_(program: Program) -> Demand:
@@ -58,7 +58,7 @@ def run(options: PlanOptions) -> dict[str, Any]:
             program.name: best.demands.get(program.name) or compile_(program)
             for program in best.setting.programs()
         }
-        most = largest_batch(best.setting, demands, chip, compile_) if search else None
+        most = None if room is None else largest_batch(best.setting, demands, room, compile_)
 
     found = figures(options.preset, topology, ways, demands, most)
     show(found)

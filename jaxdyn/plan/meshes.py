@@ -86,10 +86,10 @@ def candidates(
 def largest_batch(
     setting: Setting,
     demands: dict[str, Demand],
-    chip: Chip,
+    room: int,
     compile_: Callable[[Program], Demand],
 ) -> dict[str, int]:
-    """The most prompts a step whose rollout and joint update fit, by a linear model of the peak.
+    """The most prompts a step whose rollout and joint update fit `room` bytes, if peaks are linear.
 
     Each is compiled at one and at two prompts for every part of the batch.
     """
@@ -105,6 +105,6 @@ def largest_batch(
             program = other.rollout() if name == "rollout" else other.update("joint")
             peaks.append((demands[name] if same else compile_(program)).peak)
         slope = max(peaks[1] - peaks[0], 1)
-        most = min(most, 1 + (chip.hbm - peaks[0]) / slope)
+        most = min(most, 1 + (room - peaks[0]) / slope)
     prompts = max(0, math.floor(most)) * parts
     return {"num_prompts": prompts, "sequences": prompts * setting.run.train.num_generations}
