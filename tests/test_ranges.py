@@ -45,9 +45,12 @@ def test_numbers(check, good, bad):
 def test_choices():
     check = partial(ranges.one_of, ("a", "b"))
     check(Config("a"), "room", "x")
-    check(Config(None), "room", "x")
-    with pytest.raises(JaxdynError, match=r"^room.x must be one of \['a', 'b'\], got 'c'$"):
-        check(Config("c"), "room", "x")
+    partial(ranges.one_of, ("a", None))(Config(None), "room", "x")
+    for unknown in ("c", None):
+        with pytest.raises(JaxdynError, match=rf"^room.x must be .*'b'\], got {unknown!r}$"):
+            check(Config(unknown), "room", "x")
+    with pytest.raises(JaxdynError, match=r"^room.x must be one of \['a'\], got 'c'$"):
+        partial(ranges.one_of, ("a", None))(Config("c"), "room", "x")
 
 
 def test_the_top_level_has_no_prefix():

@@ -21,6 +21,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
+from jaxdyn.ranges import above, at_least, between, one_of
 from jaxdyn.rl.aggregation import (
     Aggregation,
     AggregationAlias,
@@ -84,43 +85,36 @@ class LossConfig:
     value_coefficient: float = 0.1
 
     def __post_init__(self):
-        self._check_ranges()
+        for name, kind in _CHOICES.items():
+            one_of(get_args(kind), self, "loss", name)
+        at_least(0, self, "loss", "beta", "entropy_coefficient", "value_coefficient")
+        between(0, 1, self, "loss", "epsilon", ends="()")
+        above(0, self, "loss", "epsilon_high", "value_clip")
+        above(1, self, "loss", "delta")
         own = LOSSES[self.loss_type]
         for field in dataclasses.fields(self):
             value, optional = getattr(self, field.name), field.name in _CLIP | _VALUE
             if optional and field.name not in own.options and value != field.default:
-                raise JaxdynError(f"{self.loss_type} has no use for {field.name}, got {value}")
+                raise JaxdynError(
+                    f"loss.{field.name} is of no use to {self.loss_type}, got {value}"
+                )
         if self.loss_type == "cispo" and self.resolved_epsilon_high < 1:
             raise JaxdynError(
-                "cispo caps the ratio itself at epsilon_high: it must be 1 or more, "
-                f"got {self.epsilon_high}"
+                "loss.epsilon_high must be at least 1 for cispo, which caps the ratio itself at "
+                f"it, got {self.epsilon_high}"
             )
         if self.beta == 0 and self.kl_placement == "reward":
-            raise JaxdynError("kl_placement is 'reward' but beta is 0: there is no KL to place")
-        if self.beta == 0 and self.use_bias_correction_kl:
-            raise JaxdynError("use_bias_correction_kl but beta is 0: there is no KL to correct")
-        if self.use_bias_correction_kl and self.kl_placement == "reward":
-            raise JaxdynError("use_bias_correction_kl needs kl_placement 'loss', got 'reward'")
+            raise JaxdynError("loss.kl_placement is 'reward' but loss.beta is 0: there is no KL")
+        if self.use_bias_correction_kl and (self.beta == 0 or self.kl_placement == "reward"):
+            raise JaxdynError(
+                "loss.use_bias_correction_kl needs a KL in the loss, got beta "
+                f"{self.beta} and kl_placement {self.kl_placement!r}"
+            )
         if own.of_sequences and self.resolved_aggregation != own.aggregation:
             raise JaxdynError(
-                f"{self.loss_type} weighs whole sequences: aggregation must be "
-                f"{own.aggregation!r}, got {self.aggregation!r}"
+                f"loss.aggregation must be {own.aggregation!r} for {self.loss_type}, which weighs "
+                f"whole sequences, got {self.aggregation!r}"
             )
-
-    def _check_ranges(self) -> None:
-        for name, kind in _CHOICES.items():
-            if getattr(self, name) not in get_args(kind):
-                choices = [choice for choice in get_args(kind) if choice is not None]
-                raise JaxdynError(f"{name} must be one of {choices}, got {getattr(self, name)!r}")
-        for name in ("beta", "entropy_coefficient", "value_coefficient"):
-            if not 0 <= getattr(self, name) < float("inf"):
-                raise JaxdynError(f"{name} must be 0 or more, got {getattr(self, name)}")
-        if self.epsilon is not None and not 0 < self.epsilon < 1:
-            raise JaxdynError(f"epsilon must lie between 0 and 1, got {self.epsilon}")
-        for name, least in (("epsilon_high", 0), ("value_clip", 0), ("delta", 1)):
-            value = getattr(self, name)
-            if value is not None and not least < value < float("inf"):
-                raise JaxdynError(f"{name} must be above {least}, got {value}")
 
     @property
     def resolved_epsilon(self) -> float:
@@ -140,6 +134,11 @@ class LossConfig:
     @property
     def resolved_aggregation(self) -> Aggregation:
         return canonical(self.aggregation or LOSSES[self.loss_type].aggregation)
+
+    @property
+    def critic(self) -> bool:
+        """Whether the loss learns a value head."""
+        return LOSSES[self.loss_type].critic
 
     @property
     def resolved_kl_estimator(self) -> Estimator:
@@ -173,9 +172,11 @@ def policy_loss(
     Raises `JaxdynError` when β asks for a reference, or c for an entropy, that is not there.
     """
     if config.beta and ref_per_token_logps is None:
-        raise JaxdynError(f"beta is {config.beta} but there are no reference log-probabilities")
+        raise JaxdynError(f"loss.beta is {config.beta} but there are no reference log-probs")
     if config.entropy_coefficient and entropy is None:
-        raise JaxdynError(f"entropy_coefficient is {config.entropy_coefficient} but entropy is not")
+        raise JaxdynError(
+            f"loss.entropy_coefficient is {config.entropy_coefficient} but there is no entropy"
+        )
     normalizer = normalizer_of(completion_mask) if normalizer is None else normalizer
     mask, aggregation = completion_mask, config.resolved_aggregation
     new = jnp.where(mask, per_token_logps, 0)
@@ -183,10 +184,17 @@ def policy_loss(
     old = jnp.where(mask, old, 0)
     weights = advantages[:, None] if advantages.ndim == 1 else jnp.where(mask, advantages, 0)
 
-    surrogate = LOSSES[config.loss_type].surrogate(config, new, old, weights, mask)
+    own = LOSSES[config.loss_type]
+    surrogate = own.surrogate(config, new, old, weights, mask)
     mean = lambda x: aggregate(aggregation, x, surrogate.mask, normalizer)
     loss = mean(surrogate.loss)
-    metrics = {"policy_loss": loss} | {name: mean(x) for name, x in surrogate.metrics.items()}
+    share = lambda x: aggregate(
+        "sequence-mean-token-mean" if own.of_sequences else "token-mean",
+        x,
+        surrogate.mask,
+        normalizer,
+    )
+    metrics = {"policy_loss": loss} | {name: share(x) for name, x in surrogate.metrics.items()}
     if ref_per_token_logps is not None:
         ref = jax.lax.stop_gradient(jnp.where(mask, ref_per_token_logps, 0))
         kl = per_token_kl(config.resolved_kl_estimator, new, ref)
@@ -274,8 +282,8 @@ class Loss(NamedTuple):
 
     `surrogate(config, ℓ, ℓᵒ, A [B, 1] or [B, C], m)`; its usual `aggregation`; the kinds of
     `advantages` that it takes, its own first, and by what they are scaled; ε and ε_high (ε when
-    None); which optional fields of `LossConfig` it reads; and whether it weighs whole sequences, so
-    that no other aggregation makes sense.
+    None); which optional fields of `LossConfig` it reads; whether it weighs whole sequences, so
+    that no other aggregation makes sense; and whether it learns a value head.
     """
 
     surrogate: Callable[..., Surrogate]
@@ -286,6 +294,7 @@ class Loss(NamedTuple):
     epsilon_high: float | None = None
     options: frozenset[str] = _CLIP
     of_sequences: bool = False
+    critic: bool = False
 
 
 LOSSES: dict[str, Loss] = {
@@ -312,6 +321,6 @@ LOSSES: dict[str, Loss] = {
         options=frozenset(),
     ),
     "reinforce_plus_plus": Loss(token_ratio, "token-mean", _GLOBAL),
-    "ppo": Loss(token_ratio, "token-mean", ("gae",), options=_CLIP | _VALUE),
+    "ppo": Loss(token_ratio, "token-mean", ("gae",), options=_CLIP | _VALUE, critic=True),
 }
 """Every loss by its `loss_type`; another loss is another row."""

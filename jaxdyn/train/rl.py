@@ -158,7 +158,7 @@ def begin_or_resume(
 
     def fresh(params: Params) -> TrainState:
         params = jax.tree.map(jnp.copy, params)
-        if config.loss.loss_type == "ppo":
+        if config.loss.critic:
             params["value"] = init_value_head(task.model.config.width)
         moving, _ = trainable(config.optim, position["stage"], params)
         state = TrainState(params, make_optimizer(config.optim).init(moving))

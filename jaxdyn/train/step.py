@@ -19,7 +19,7 @@ from jaxdyn.data import batch_indices
 from jaxdyn.distributed import Layout
 from jaxdyn.hosts import fetch, whole
 from jaxdyn.optim import Stage, enter_stage, learning_rate, make_optimizer, merge, trainable
-from jaxdyn.rl import drop_truncated, estimate_advantages
+from jaxdyn.rl import ScoredBatch, drop_truncated, estimate_advantages
 from jaxdyn.rollout import step_key, trim
 from jaxdyn.train.pmap import pmap_update
 from jaxdyn.train.task import Experience, Task, experience_metrics, gather_experience
@@ -126,7 +126,7 @@ def make_batch(
     features = rollout.features
     if features is not None:
         features = task.layout.rows(features)
-    elif loss.loss_type == "ppo":
+    elif loss.critic:
         features = batch_features(task.model, view["backbone"], batch)
 
     def logps(policy: Params) -> jax.Array:
@@ -136,7 +136,7 @@ def make_batch(
         return classifier_logps(task.model, policy["classifier"], features, ids, temperature)
 
     values = None
-    if loss.loss_type == "ppo":
+    if loss.critic:
         values = batch_values(state.params["value"], features)
     in_reward = loss.kl_placement == "reward"
     old = logps(view) if config.train.num_iterations > 1 or in_reward else None
@@ -145,13 +145,15 @@ def make_batch(
     advantages, returns = estimate_advantages(
         config.advantage,
         loss,
-        jnp.asarray(experience.rewards.total, jnp.float32),
+        ScoredBatch(
+            jnp.asarray(experience.rewards.total, jnp.float32),
+            finished,
+            mask,
+            old_here,
+            ref_here,
+            values_here,
+        ),
         config.train.num_generations,
-        mask,
-        old_here,
-        ref_here,
-        values_here,
-        finished,
         config.sampling.max_completion_length,
     )
     targets = None if values is None else ValueTargets(values, task.layout.rows(returns))
