@@ -12,22 +12,20 @@ from typing import Any
 
 from jaxdyn.errors import JaxdynError
 
-Number = int | float
 
-
-def at_least(least: Number, config: Any, section: str, *names: str) -> None:
+def at_least(least: int | float, config: Any, section: str, *names: str) -> None:
     """Each field is finite and x >= least."""
     _check(lambda x: x >= least, f"be at least {least}", config, section, names)
 
 
-def above(bound: Number, config: Any, section: str, *names: str) -> None:
+def above(bound: int | float, config: Any, section: str, *names: str) -> None:
     """Each field is finite and x > bound."""
     wanted = f"be above {bound}" if bound else "be positive"
     _check(lambda x: x > bound, wanted, config, section, names)
 
 
 def between(
-    low: Number, high: Number, config: Any, section: str, *names: str, ends: str = "[]"
+    low: int | float, high: int | float, config: Any, section: str, *names: str, ends: str = "[]"
 ) -> None:
     """Each field lies between the two; `ends` says, as an interval does, which belong to it."""
     lower = lambda x: x >= low if ends[0] == "[" else x > low
@@ -51,7 +49,7 @@ def one_of(choices: Iterable[Any], config: Any, section: str, *names: str) -> No
 
 
 def _check(
-    holds: Callable[[Any], bool], wanted: str, config: Any, section: str, names: Iterable[str]
+    holds: Callable[[float], bool], wanted: str, config: Any, section: str, names: Iterable[str]
 ) -> None:
     for name in names:
         value = getattr(config, name)

@@ -127,6 +127,11 @@ class LossConfig:
         return self.resolved_epsilon if high is None else high
 
     @property
+    def critic(self) -> bool:
+        """Whether a value head learns beside the policy."""
+        return LOSSES[self.loss_type].critic
+
+    @property
     def clip_range(self) -> tuple[float, float]:
         """[1 - ε, 1 + ε_high]."""
         return 1 - self.resolved_epsilon, 1 + self.resolved_epsilon_high
