@@ -141,11 +141,6 @@ class LossConfig:
         return canonical(self.aggregation or LOSSES[self.loss_type].aggregation)
 
     @property
-    def critic(self) -> bool:
-        """Whether the loss learns a value head."""
-        return LOSSES[self.loss_type].critic
-
-    @property
     def resolved_kl_estimator(self) -> Estimator:
         return self.kl_estimator or ("k3" if self.kl_placement == "loss" else "k1")
 

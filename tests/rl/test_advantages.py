@@ -133,8 +133,8 @@ def arrays():
 
 def scored(rewards, finished=None, **more):
     finished = np.ones(B, bool) if finished is None else finished
-    batch = ScoredBatch(rewards, finished, MASK, **more)
-    return jax.tree.map(jnp.asarray, batch)
+    fixed, more = jax.tree.map(jnp.asarray, ((rewards, finished, MASK), more))
+    return ScoredBatch(*fixed, **more)
 
 
 def estimate(config, loss, finished=None, max_completion_length=None):
@@ -198,7 +198,7 @@ def kinds():
         yield pytest.param(LossConfig(loss_type=name), AdvantageConfig(kind=kind), id=kind)
 
 
-@pytest.mark.parametrize("loss, config", kinds())
+@pytest.mark.parametrize("loss, config", list(kinds()))
 def test_what_is_unscorable_weighs_nothing(loss, config):
     """A completion without a score, and a whole group without one; the others as if alone."""
     rewards = np.float32([0.1, np.nan, 0.7, np.nan, np.nan, np.nan])
@@ -211,7 +211,7 @@ def test_what_is_unscorable_weighs_nothing(loss, config):
         np.testing.assert_array_equal(returns[missing], values[missing])
 
 
-@pytest.mark.parametrize("loss, config", kinds())
+@pytest.mark.parametrize("loss, config", list(kinds()))
 def test_equal_rewards_move_nothing(loss, config):
     rewards = np.full(B, 0.9, np.float32)
     rewards[4] = np.nan
