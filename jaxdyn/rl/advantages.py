@@ -146,8 +146,8 @@ def check_combination(
             raise JaxdynError(f"advantage.{field.name} is of no use to {kind}, got {value!r}")
     if KINDS[kind].compares and num_generations < 2:
         raise JaxdynError(
-            f"train.num_generations must be at least 2 for {kind} advantages, which compare a "
-            f"prompt's completions, got {num_generations}"
+            f"train.num_generations must be at least 2, got {num_generations}: {kind} advantages "
+            "compare a prompt's completions"
         )
 
 
