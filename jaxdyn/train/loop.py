@@ -77,7 +77,7 @@ def train(
 ) -> TrainState:
     """The loop, from the newest checkpoint or the start; returns the last state."""
     config, take = task.config, STEPS[task.config.kind]
-    state, position = begin_or_resume(task.loaded, config, checkpoints)
+    state, position = begin_or_resume(task, config, checkpoints)
     probe = Probe(task) if config.probe.every else None
     if checkpoints.steps():
         directory.rewind(position["step"])

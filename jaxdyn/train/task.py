@@ -25,7 +25,7 @@ from jaxdyn.train.pmap import require_copies
 from jaxdyn.types import JaxdynError, Params
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class LoadedModel:
     """A model as loaded, adapters in it, its tokenizer, and the layout that it runs on."""
 
@@ -38,35 +38,18 @@ class LoadedModel:
 Told = TypeVar("Told", bound=Config)
 
 
-@dataclasses.dataclass(frozen=True)
-class Task(Generic[Told]):
-    """A configuration and what it names: a loaded model, training and held-out prompts, rewards.
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Task(LoadedModel, Generic[Told]):
+    """A configuration and what it names: the model, training and held-out prompts, rewards.
 
-    `loaded.params` are where training starts, and the reference of the KL penalty.
+    `params` are where training starts, and the reference of the KL penalty.
     """
 
     config: Told
-    loaded: LoadedModel
     train: Sequence[dict[str, Any]]
     test: Sequence[dict[str, Any]]
     reward: Callable[..., RewardOutput]
     metrics: Callable[..., RewardOutput] | None = None
-
-    @property
-    def model(self) -> LanguageModel:
-        return self.loaded.model
-
-    @property
-    def params(self) -> Params:
-        return self.loaded.params
-
-    @property
-    def tokenizer(self) -> Tokenizer:
-        return self.loaded.tokenizer
-
-    @property
-    def layout(self) -> Layout:
-        return self.loaded.layout
 
     def told(self, **changes: Any) -> "Task":
         """The same with sections of the configuration changed, and their metrics."""
@@ -98,7 +81,14 @@ def open_task(config: Told, loaded: LoadedModel | None = None) -> Task[Told]:
     train, test = load_source(config.data, "train"), load_source(config.data, "test")
     for split in (train, test):
         require_prompts_fit(loaded.tokenizer, split, prompt)
-    return Task(config, loaded, train, test, make_reward(config.reward), make_metrics(config))
+    return Task(
+        **vars(loaded),
+        config=config,
+        train=train,
+        test=test,
+        reward=make_reward(config.reward),
+        metrics=make_metrics(config),
+    )
 
 
 def make_metrics(config: Config) -> Callable[..., RewardOutput] | None:
@@ -131,7 +121,8 @@ def load_model(config: Config) -> LoadedModel:
         model, params = with_adapters(model, params, config)
     if layout.mesh.size > 1:
         model = shard_model(model, layout.mesh)
-    return LoadedModel(model, layout.place(params), tokenizer, layout)
+    placed = layout.place(params)
+    return LoadedModel(model=model, params=placed, tokenizer=tokenizer, layout=layout)
 
 
 def open_model(source: ModelSource) -> tuple[LanguageModel, Params, Tokenizer]:

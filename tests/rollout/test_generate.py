@@ -15,7 +15,7 @@ from jaxdyn.models import LanguageModel
 from jaxdyn.rl import token_statistics
 from jaxdyn.rollout import SamplingConfig, generate, step_key, trim
 from jaxdyn.rollout.generate import cache_sizes
-from jaxdyn.types import JaxdynError, KVCache, PromptBatch, Rollout
+from jaxdyn.types import JaxdynError, KVCache, Model, PromptBatch, Rollout
 
 VOCAB = 31
 # The oracles' tiny models, wider, so that sampled log-probs differ.
@@ -281,12 +281,17 @@ class _Context:
 
 
 @dataclasses.dataclass(frozen=True)
-class Chain:
-    """Token v is followed by `successor[v]`; features are one-hot, `view` holds the successors."""
+class Chain(Model):
+    """Token v is followed by `successor[v]`; features are one-hot, W holds the successors."""
 
     vocab: int
     config: _Context = _Context()
     steps: ClassVar[list[int]] = []
+    dtype: ClassVar = jnp.float32
+    shards: ClassVar[int] = 1
+
+    def view(self, params):
+        return params
 
     def prefill(self, backbone, tokens, mask):
         cache = jnp.zeros((1, tokens.shape[0], 1, tokens.shape[1], 1))
