@@ -3,7 +3,7 @@
 ℓ, ℓᵒ, ℓʳ are the new, old and reference log-probabilities of the sampled tokens, m the completion
 mask (up to and including the stop token), A the advantage, ρ = exp(ℓ - ℓᵒ). Every loss is
 
-    loss = aggregate(surrogate) + β aggregate(kl) - c aggregate(entropy)
+    loss = aggregate(surrogate) + β aggregate(kl) - c token_mean(entropy)
 
 and a row of `LOSSES`: its surrogate, how it averages, the advantages it takes, how it clips.
 
@@ -11,6 +11,12 @@ Deviations from the papers: an omitted ℓᵒ means ℓᵒ = stop_gradient(ℓ),
 ratio is clipped, which changes nothing on the first pass over a batch; REINFORCE uses no ℓᵒ; GSPO's
 is its token form, the same number and gradient for one advantage a sequence; CISPO caps ρ at
 epsilon_high itself, as TRL does, not at 1 + epsilon_high.
+
+Deviations from TRL 1.16: the KL's correction by ρ (`use_bias_correction_kl`) takes a token's own
+ratio under every loss, where TRL takes GSPO's of the sequence, for an estimate at a token is one of
+the KL there; `bnpo` counts the tokens of the whole batch (`aggregation`); CISPO's clip ratio counts
+what was capped at either sign of A; a completion that any function with a weight could not score is
+unscorable, where TRL adds up the others' (`rewards`).
 """
 
 import dataclasses
@@ -65,7 +71,7 @@ class LossConfig:
       kl_placement: where the KL goes. PPO, RLOO and REINFORCE++ were published with "reward".
       use_bias_correction_kl: multiply the KL in the loss by the ratio ρ.
       mask_truncated: completions cut off before a stop token take no part in the loss.
-      entropy_coefficient: weight c of the entropy bonus.
+      entropy_coefficient: weight c of the entropy bonus, the mean over tokens under every loss.
       value_clip: PPO's values may leave the old ones by this much before the loss is clipped.
       value_coefficient: weight of PPO's value loss.
     """
@@ -204,7 +210,7 @@ def policy_loss(
                 kl = jnp.exp(new - old) * kl
             loss = loss + config.beta * aggregate(aggregation, kl, mask, normalizer)
     if config.entropy_coefficient and entropy is not None:
-        bonus = aggregate(aggregation, entropy, mask, normalizer)
+        bonus = aggregate("token-mean", entropy, mask, normalizer)
         loss = loss - config.entropy_coefficient * bonus
     return loss, metrics
 

@@ -128,13 +128,14 @@ def by_hand(config, new, old, ref, advantages, mask, entropy, held=None):
                 # one term a sequence, spread over its tokens
                 "rloo": clip(np.exp(log_ratio), a) / len(tokens),
             }.get(config.loss_type, clip(ratio, a))
-            terms.append(term + in_loss * kl - config.entropy_coefficient * entropy[b, t])
+            terms.append(term + in_loss * kl)
         rows.append((sum(terms), len(tokens)))
+    bonus = config.entropy_coefficient * entropy[mask].mean()
     kind = MEANS.get(config.aggregation or config.loss_type, "token")
     if kind == "token":
-        return sum(total for total, _ in rows) / sum(count for _, count in rows)
+        return sum(total for total, _ in rows) / sum(count for _, count in rows) - bonus
     scale = {"mean": lambda n: n, "sum": lambda n: 1, "constant": lambda n: LONGEST}[kind]
-    return sum(total / scale(count) for total, count in rows) / len(rows)
+    return sum(total / scale(count) for total, count in rows) / len(rows) - bonus
 
 
 def value_and_grad(config, new, old, ref, advantages, mask, entropy=None, normalizer=None):
@@ -442,10 +443,11 @@ def test_truncated_completions_have_no_loss_but_count_as_sequences(x64):
     assert (grad[np.array([1, 4])] == 0).all()
 
 
-def test_the_entropy_bonus_raises_entropy(x64):
-    """d loss / d entropy is -c times the aggregate's weights."""
+@pytest.mark.parametrize("loss_type", ["grpo", "dr_grpo", "dapo", "rloo"])
+def test_the_entropy_bonus_raises_entropy(loss_type, x64):
+    """d loss / d entropy is -c times the weights of a mean over tokens, however a loss averages."""
     new, old, _, advantages, mask, entropy = map(jnp.asarray, arrays())
-    config = LossConfig(loss_type="dapo", entropy_coefficient=0.3)
+    config = LossConfig(loss_type=loss_type, entropy_coefficient=0.3)
     loss = lambda h: policy_loss(config, new, old, None, advantages, mask, None, h)[0]
     grad = jax.grad(loss)(jnp.where(mask, entropy, jnp.nan))
     np.testing.assert_allclose(grad, np.where(mask, -0.3 / mask.sum(), 0), rtol=1e-13)
