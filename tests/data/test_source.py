@@ -97,9 +97,7 @@ def test_stories_name_what_they_ask_for(cache):
         assert "{" not in example["prompt"] and example["prompt"].endswith(".")
     assert len({e["prompt"] for e in [*train, *test]}) == 80
     too_many = DataConfig("stories", stories=StoriesConfig(len(openings()), 1), cache_dir=cache)
-    with pytest.raises(
-        JaxdynError, match=r"train_prompts and test_prompts must be at most \d+ together"
-    ):
+    with pytest.raises(JaxdynError, match=r"data.stories.train_prompts and .* at most \d+ "):
         load_source(too_many, "train")
 
 
@@ -168,9 +166,7 @@ def test_a_bad_file_is_named_with_its_line(cache, tmp_path, content, message):
 
 
 def test_other_bad_input(cache, tmp_path):
-    with pytest.raises(
-        JaxdynError, match=r"^data.path must name a file for data.name 'jsonl', got None$"
-    ):
+    with pytest.raises(JaxdynError, match=r"^data.path must name a file .*, got None$"):
         load_source(DataConfig("jsonl", cache_dir=cache), "train")
     with pytest.raises(JaxdynError, match=r"cannot read .*absent.jsonl: No such file"):
         load_source(DataConfig("jsonl", path="absent.jsonl", cache_dir=cache), "train")
@@ -218,9 +214,7 @@ def test_a_full_disk_is_one_line(cache, monkeypatch):
 
 def test_a_share_that_is_none_is_refused():
     for share in (0.0, 1.0, 1.5):
-        with pytest.raises(
-            JaxdynError, match=rf"^data.held_out must lie in \(0, 1\), got {share}$"
-        ):
+        with pytest.raises(JaxdynError, match=rf"data.held_out .* \(0, 1\), got {share}$"):
             DataConfig(held_out=share)
 
 

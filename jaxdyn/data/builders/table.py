@@ -17,7 +17,7 @@ class Table(tfds.core.GeneratorBasedBuilder):
 
     def _info(self) -> tfds.core.DatasetInfo:
         text = tfds.features.Text()
-        kinds = {str: text, list: tfds.features.Sequence(text)}
+        kinds: dict[type, Any] = {str: text, list: tfds.features.Sequence(text)}
         columns = {column: kinds[kind] for column, kind in self.data_set.columns.items()}
         features = tfds.features.FeaturesDict(columns)
         return tfds.core.DatasetInfo(builder=self, features=features)
