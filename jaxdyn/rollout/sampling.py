@@ -103,7 +103,7 @@ def _largest_threshold(
     """
     bits = jnp.finfo(logits.dtype).bits
     integer = jnp.dtype(f"int{bits}")
-    # Read as an integer, a float goes up with it from 0 and down below: turned round, up everywhere.
+    # Read as integers, floats are in order from 0 on and in reverse below: turned round there.
     turned = lambda i: jnp.where(i < 0, i ^ jnp.iinfo(integer).max, i)
     place = lambda x: turned(jax.lax.bitcast_convert_type(x, integer))
     at = lambda i: jax.lax.bitcast_convert_type(turned(i), logits.dtype)

@@ -64,7 +64,7 @@ WIDE = {
     "all but two masked": [-1e30, -1e30, 3.0, 3.0 + 2**-20],
     "masked by -inf": [-np.inf, 0.25, 0.5, -np.inf],
     "all but two -inf": [-np.inf, -np.inf, -1e-30, 1e-30],
-    "of every size": [-1e38, -1.0, -1e-38, 0.0, 1e-38, 1e-20, 1.0, 3e38],
+    "of every size": [-1e38, -1.0, -1e-37, 0.0, 1e-37, 1e-20, 1.0, 3e38],
     "next to each other": [1.0, 1.0 + 2**-23, 1.0 + 2**-22, -3e38],
     "both zeros": [-0.0, 0.0, -1.0, 1.0],
 }
