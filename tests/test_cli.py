@@ -102,7 +102,7 @@ def test_the_help_of_every_command_is_tried():
         (["rl", "--train.steps", "many"], "many"),
         (["rl", "--optim.schedule", "both"], "both"),
         (["rl", "--train.num-prompts", "0"], "train.num_prompts must be at least 1, got 0"),
-        (["rl", "--sampling.top-p", "1.5"], "top_p must lie above 0 and at most at 1"),
+        (["rl", "--sampling.top-p", "1.5"], "sampling.top_p must lie in (0, 1], got 1.5"),
         (["rl", "--seed", "-1"], "seed"),
         (["sft", "--seed", "-1"], "seed"),
         (["sft", "--train.num-prompts", "0"], "train.num_prompts must be at least 1, got 0"),

@@ -6,6 +6,7 @@ of the run's own evaluations: at the run's settings the numbers are the logged o
 
 import dataclasses
 import json
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -48,7 +49,8 @@ def run(options: EvaluateOptions, progress: Progress | None = None) -> AnyPath:
             experience, metrics = sample_held_out(task.at_temperature(temperature), params)
             rows = [{k: v for k, v in r.items() if k != "step"} for r in experience.records(0)]
             lines.append({"temperature": temperature, **metrics, "samples": rows})
-            progress.advance(temperature=temperature, reward=metrics["reward"])
+            reward = metrics.get("reward", math.nan)  # nothing may have been scored
+            progress.advance(temperature=temperature, reward=reward)
     about = {"run": options.run, "model": options.model, "step": step, "config": to_dict(config)}
     if jax.process_index() == 0:
         write_whole(path, json.dumps({**about, "temperatures": lines}, ensure_ascii=False) + "\n")

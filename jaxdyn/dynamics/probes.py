@@ -5,7 +5,8 @@ import dataclasses
 import jax.numpy as jnp
 import numpy as np
 
-from jaxdyn.types import JaxdynError, Rollout, Sites
+from jaxdyn.ranges import at_least
+from jaxdyn.types import Rollout, Sites
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,14 +28,8 @@ class ProbeConfig:
     sites_per_completion: int = 3
 
     def __post_init__(self):
-        if self.every < 0:
-            raise JaxdynError(f"probe.every must not be negative, got {self.every}")
-        if self.num_prompts < 2:
-            raise JaxdynError(f"probe.num_prompts must be at least 2, got {self.num_prompts}")
-        if self.sites_per_completion < 0:
-            raise JaxdynError(
-                f"probe.sites_per_completion must not be negative, got {self.sites_per_completion}"
-            )
+        at_least(0, self, "probe", "every", "sites_per_completion")
+        at_least(2, self, "probe", "num_prompts")
 
 
 def sites_from_rollout(rollout: Rollout, sites_per_completion: int, seed: int) -> Sites:
