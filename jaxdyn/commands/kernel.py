@@ -29,9 +29,9 @@ from jaxdyn.commands.output import refuse_others
 from jaxdyn.data.jsonl import JsonlFile, read_jsonl
 from jaxdyn.hosts import fetch
 from jaxdyn.report.kernel_figure import draw_kernel
-from jaxdyn.report.kernel_file import COMPONENTS, SavedKernel
+from jaxdyn.report.kernel_file import SavedKernel
 from jaxdyn.train.progress import Progress
-from jaxdyn.types import Components, JaxdynError, Sites
+from jaxdyn.types import COMPONENTS, JaxdynError, Sites
 
 
 def run(options: KernelOptions, progress: Progress | None = None) -> Path:
@@ -177,17 +177,21 @@ def to_save(
         "config": dataclasses.asdict(options),
     }
     error = kernel.standard_error
+    components = {part: wide(getattr(kernel, part)) for part in COMPONENTS}
+    by_part = {kind: wide(x) for kind, x in parts.items()}
+    features = None if places.features is None else wide(places.features)
     return SavedKernel(
-        **{part: wide(getattr(kernel, part)) for part in COMPONENTS},
+        **components,
         **sites,
         contexts=np.array(places.contexts, np.str_),
         target_texts=np.array(places.target_texts, np.str_),
         prompts=np.array(texts.prompts, np.str_),
         completions=np.array(texts.completions or [""] * len(texts.prompts), np.str_),
         about=about,
-        parts={kind: wide(x) for kind, x in parts.items()},
+        parts=by_part,
         standard_error=None if error is None else wide(error),
-        features=None if places.features is None else wide(places.features),
+        features=features,
+        statistics=kernels.summarize(components, by_part, features),
     )
 
 
@@ -199,28 +203,24 @@ def wide(x: jax.Array) -> np.ndarray:
 
 def print_summary(saved: SavedKernel, path: Path) -> None:
     """What the kernel is made of, the signs of the features' inner products, and the picture."""
-    count = len(saved.contexts)
-    matrices = {part: jnp.asarray(getattr(saved, part)) for part in ("total", *COMPONENTS)}
-    shares = kernels.component_shares(Components(**{n: matrices[n] for n in COMPONENTS}))
+    count, found = len(saved.contexts), saved.statistics
     table = Table(box=box.SIMPLE_HEAD)
     for column in ("component", "share", "effective rank"):
         table.add_column(column, justify="left" if column == "component" else "right")
-    for name, matrix in matrices.items():
-        if name == "cross" and not matrix.any():
-            continue
-        share = 1.0 if name == "total" else float(getattr(shares, name))
-        rank = float(kernels.effective_rank(kernels.spectrum(matrix)))
-        table.add_row(name, f"{round(share, 3) + 0.0:.3f}", f"{rank:.1f} of {count}")
+    for name in ("total", *COMPONENTS):
+        if f"spectrum/{name}" in found:
+            share = 1.0 if name == "total" else float(found[f"share/{name}"][0])
+            rank = float(found[f"effective_rank/{name}"])
+            table.add_row(name, f"{round(share, 3) + 0.0:.3f}", f"{rank:.1f} of {count}")
     console = Console()
     say = lambda text: console.print(text, soft_wrap=True, highlight=False, markup=False)
     say(f"{saved.about['entry']}: {count} × {count}")
     console.print(table)
-    if saved.features is not None and len(saved.features) > 1:
-        found = kernels.inner_products(jnp.asarray(saved.features @ saved.features.T))
-        positive = 1 - float(found.negative_share) - float(found.zero_share)
+    if saved.features is not None and count > 1:
+        cosines = found["features/cosines"]
         say(
-            f"pairs of features ⟨φ, φ'⟩: {float(found.negative_share):.1%} below 0, "
-            f"{positive:.1%} above; mean cosine {float(found.cosine_mean):.3f}"
+            f"pairs of features ⟨φ, φ'⟩: {np.mean(cosines < 0):.1%} below 0, "
+            f"{np.mean(cosines > 0):.1%} above; mean cosine {np.mean(cosines):.3f}"
         )
     if saved.standard_error is not None:
         error = np.median(saved.standard_error / np.maximum(np.abs(saved.total), 1e-30))

@@ -19,12 +19,12 @@ from jaxdyn.data import load_tokenizer
 from jaxdyn.models import load_pretrained
 from jaxdyn.optim import make_optimizer
 from jaxdyn.report import kernel_figure
-from jaxdyn.report.kernel_file import COMPONENTS, load_kernel
+from jaxdyn.report.kernel_file import load_kernel
 from jaxdyn.train.checkpoint import Checkpoints
 from jaxdyn.train.progress import Progress
 from jaxdyn.train.run_directory import RunDirectory
 from jaxdyn.train.update import TrainState
-from jaxdyn.types import JaxdynError, Sites
+from jaxdyn.types import COMPONENTS, JaxdynError, Sites
 
 
 @pytest.fixture(scope="module")
@@ -124,7 +124,9 @@ def test_the_file_holds_the_kernel_between_the_texts_sites(model, root, tmp_path
     assert saved.about["config"]["sites_per_completion"] == 1
     assert sorted(p.name for p in path.parent.iterdir()) == ["kernel.npz", "kernel.png"]
     said = capsys.readouterr().out
-    share = kernel_figure.share(saved.gradient, saved.total)
+    share = (saved.gradient * saved.total).sum() / (saved.total**2).sum()
+    np.testing.assert_allclose(saved.statistics["share/gradient"][0], share, rtol=1e-5)
+    assert f"{saved.statistics['effective_rank/total']:.1f} of 10" in said
     assert f"{share:.3f}" in said and "10 × 10" in said
     assert f"picture: {path.with_suffix('.png')}" in said
     gram = (saved.features @ saved.features.T)[np.triu_indices(10, k=1)]
