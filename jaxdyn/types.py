@@ -34,6 +34,7 @@ view keeps the two roles of a tied matrix apart, and `Model.fold` puts them toge
 """
 
 
+@runtime_checkable
 class Sizes(Protocol):
     """What every room may ask of a model's configuration."""
 
