@@ -23,12 +23,12 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxdyn.train.rl import begin_or_resume, plan_of
 
 from jaxdyn import kernels
 from jaxdyn.dynamics import sites_from_rollout
 from jaxdyn.rollout import step_key
 from jaxdyn.train.analyze import open_run
-from jaxdyn.train.rl import begin_or_resume, plan_of
 from jaxdyn.train.task import gather_experience
 from jaxdyn.types import Components
 

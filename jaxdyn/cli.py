@@ -193,7 +193,7 @@ def run_command(arguments: list[str]) -> None:
         return
     command, rest = arguments[0], arguments[1:]
     if command not in COMMANDS:
-        from jaxdyn.config import nearest
+        from jaxdyn.grammar import nearest
 
         raise JaxdynError(f"unknown command {command!r}{nearest(command, COMMANDS)}")
     if not join_others(command, rest):
@@ -213,7 +213,7 @@ def run_command(arguments: list[str]) -> None:
 
 def quickstart_command(arguments: list[str]) -> None:
     chosen = parse(Quickstart, "jaxdyn quickstart", arguments)
-    from jaxdyn.quickstart import quickstart
+    from jaxdyn.commands.quickstart import quickstart
 
     quickstart(Path(chosen.output), chosen.seed)
 
@@ -240,7 +240,7 @@ def rl_command(arguments: list[str]) -> None:
 
 
 def evaluate_command(arguments: list[str]) -> None:
-    from jaxdyn.evaluate_command import EvaluateOptions, run_evaluate
+    from jaxdyn.commands.evaluate import EvaluateOptions, run_evaluate
 
     run_evaluate(parse(EvaluateOptions, "jaxdyn evaluate", arguments))
 
@@ -255,16 +255,16 @@ def analyze_command(arguments: list[str]) -> None:
 
 
 def kernel_command(arguments: list[str]) -> None:
-    from jaxdyn.kernel_config import KernelConfig
+    from jaxdyn.commands.kernel_options import KernelConfig
 
     config = parse(KernelConfig, "jaxdyn kernel", arguments)
-    from jaxdyn.kernel_command import run_kernel
+    from jaxdyn.commands.kernel import run_kernel
 
     run_kernel(config)
 
 
 def plan_command(arguments: list[str]) -> None:
-    from jaxdyn.plan_command import PlanConfig, run_plan
+    from jaxdyn.commands.plan import PlanConfig, run_plan
 
     run_plan(parse(PlanConfig, "jaxdyn plan", arguments))
 
@@ -288,7 +288,7 @@ def export_command(arguments: list[str]) -> None:
 
 def configure(kind: type, presets: dict[str, Any], program: str, arguments: list[str]) -> Any:
     """A configuration from `--preset NAME` or `--config FILE`, then nested overrides."""
-    from jaxdyn.config import load_config
+    from jaxdyn.grammar import load_config
     from jaxdyn.presets import preset
 
     name, arguments = take_option(arguments, "--preset")
@@ -347,7 +347,7 @@ def parse(
 
 def one_line(box: str) -> str:
     """What a boxed message says: its first paragraph, and the nearest option if it names some."""
-    from jaxdyn.config import nearest
+    from jaxdyn.grammar import nearest
 
     rows = [row.strip("│╭╮╰╯ ").removeprefix("─ ") for row in box.splitlines()]
     rows = [row for row in rows if row.strip("─-")]  # rules are of dashes where a box is ASCII

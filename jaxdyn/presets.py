@@ -2,21 +2,16 @@
 
 from typing import Any
 
-from jaxdyn.config import (
-    EvaluationConfig,
-    ModelSource,
-    RunConfig,
-    SFTConfig,
-    TrainConfig,
-    nearest,
-)
+from jaxdyn.config import RunConfig, SFTConfig
 from jaxdyn.data import DataConfig
 from jaxdyn.dynamics import ProbeConfig
-from jaxdyn.models import ModelConfig, RotaryScaling, gpt_neox
+from jaxdyn.grammar import nearest
+from jaxdyn.models import RotaryScaling, gpt_neox, llama
 from jaxdyn.optim import OptimConfig
 from jaxdyn.rewards import RewardConfig
 from jaxdyn.rl import LossConfig
 from jaxdyn.rollout import SamplingConfig
+from jaxdyn.sections import EvaluationConfig, LoopConfig, ModelSource, TrainConfig
 from jaxdyn.types import JaxdynError
 
 _ANAGRAMS: dict[str, Any] = {
@@ -30,13 +25,15 @@ SFT = {
         output="runs/anagrams/sft",
         model=ModelSource("runs/quickstart/new"),
         **_ANAGRAMS,
-        evaluation=EvaluationConfig(num_prompts=64, num_generations=8),
-        steps=300,
-        learning_rate=2e-3,
-        warmup_steps=20,
-        evaluate_every=10,
-        target_reward=0.35,
-        max_prompt_length=8,
+        optim=OptimConfig(learning_rate=2e-3, warmup_steps=20, decay="cosine"),
+        train=LoopConfig(
+            steps=300,
+            num_prompts=64,
+            max_prompt_length=8,
+            target_reward=0.35,
+            checkpoint_every=100,
+        ),
+        evaluation=EvaluationConfig(every=10, num_prompts=64, num_generations=8),
     ),
 }
 
@@ -75,29 +72,17 @@ SHAPES = {
     # EleutherAI/pythia-2.8b, the paper's model.
     "pythia-2.8b": gpt_neox(vocab_size=50304, width=2560, num_layers=32, num_heads=32),
     # meta-llama/Llama-3.1-8B.
-    "llama-8b": ModelConfig(
-        architecture="llama",
+    "llama-8b": llama(
         vocab_size=128256,
         width=4096,
         num_layers=32,
         num_heads=32,
-        num_kv_heads=8,
-        head_dim=128,
         mlp_width=14336,
         max_positions=131072,
-        norm="rms",
+        num_kv_heads=8,
         norm_eps=1e-5,
-        activation="silu",
-        gated_mlp=True,
-        parallel_residual=False,
-        rotary_fraction=1.0,
         rotary_base=500000.0,
         rotary_scaling=RotaryScaling("llama3", 8.0, 1.0, 4.0, 8192),
-        qkv_bias=False,
-        attention_out_bias=False,
-        mlp_bias=False,
-        classifier_bias=False,
-        tied=False,
     ),
     "tiny": gpt_neox(vocab_size=512, width=64, num_layers=2, num_heads=4, max_positions=512),
 }

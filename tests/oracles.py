@@ -9,42 +9,32 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxdyn.models import LanguageModel, LoraConfig, add_adapters, gpt_neox
+from jaxdyn.models import LanguageModel, LoraConfig, add_adapters, gpt2, gpt_neox, llama, qwen2
 from jaxdyn.types import Sites
 
 VOCAB = 11
-NEOX = gpt_neox(VOCAB, width=8, num_layers=2, num_heads=2, max_positions=32, rotary_fraction=0.5)
-LLAMA = dataclasses.replace(
-    NEOX,
-    architecture="llama",
-    num_kv_heads=1,
-    norm="rms",
-    activation="silu",
-    gated_mlp=True,
-    parallel_residual=False,
-    rotary_fraction=1.0,
-    qkv_bias=False,
-    attention_out_bias=False,
-    mlp_bias=False,
-)
-QWEN2 = dataclasses.replace(LLAMA, architecture="qwen2", num_kv_heads=2, qkv_bias=True)
-GPT2 = dataclasses.replace(
-    NEOX,
-    architecture="gpt2",
-    activation="gelu_new",
-    parallel_residual=False,
-    rotary_fraction=0.0,
-)
+SIZES = {"vocab_size": VOCAB, "width": 8, "num_layers": 2, "num_heads": 2, "max_positions": 32}
+NEOX = gpt_neox(**SIZES, rotary_fraction=0.5)
+LLAMA = llama(**SIZES, num_kv_heads=1, norm_eps=1e-5)
+QWEN2 = qwen2(**SIZES, norm_eps=1e-5)
+GPT2 = gpt2(**SIZES, tied=False)
 CONFIGS = {
     f"{config.architecture}-{'tied' if tied else 'untied'}": dataclasses.replace(config, tied=tied)
     for config in (NEOX, LLAMA, QWEN2, GPT2)
     for tied in (False, True)
 }
+# What later families have: norms of each head or of whole projections, norms of what is written.
+HEADS = dataclasses.replace(LLAMA, query_key_norm="head", norm_placement="both")
+NORMED = {
+    "heads-untied": HEADS,
+    "heads-tied": dataclasses.replace(HEADS, tied=True),
+    "projections-untied": llama(**SIZES, query_key_norm="projection", norm_placement="after"),
+}
 
 
 def tiny_model(name, dtype=jnp.float64):
     """A model and random parameters far from their small initial values."""
-    model = LanguageModel(CONFIGS[name], dtype)
+    model = LanguageModel({**CONFIGS, **NORMED}[name], dtype)
     shapes = jax.eval_shape(model.init, jax.random.key(0))
     rng = np.random.default_rng(0)
     draw = lambda path, x: jnp.asarray(

@@ -1,6 +1,5 @@
 """The commands as a user types them: what they do, and the one line they say when they cannot."""
 
-import dataclasses
 import errno
 import json
 import resource
@@ -12,7 +11,7 @@ import pytest
 import tiny_runs
 
 from jaxdyn.cli import COMMANDS, main
-from jaxdyn.config import save_config
+from jaxdyn.grammar import save_config
 from jaxdyn.train.checkpoint import Checkpoints
 from jaxdyn.train.run_directory import RunDirectory
 from jaxdyn.types import JaxdynError
@@ -68,7 +67,7 @@ def test_every_command_has_help(command, capsys):
     assert stop.value.code in (0, None) and said.err == ""
     assert f"usage: jaxdyn {command}" in said.out
     if command in ("rl", "sft"):
-        assert ("--preset" in said.out and "--optim.schedule" in said.out) or command == "sft"
+        assert "--preset" in said.out and "--optim.schedule" in said.out
 
 
 # -- what cannot be understood --------------------------------------------------------------------
@@ -89,7 +88,7 @@ def test_every_command_has_help(command, capsys):
         (["rl", "--sampling.top-p", "1.5"], "top_p must lie above 0 and at most at 1"),
         (["rl", "--seed", "-1"], "seed"),
         (["sft", "--seed", "-1"], "seed"),
-        (["sft", "--batch-size", "0"], "sft.batch_size must be at least 1, got 0"),
+        (["sft", "--train.num-prompts", "0"], "train.num_prompts must be at least 1, got 0"),
         (["analyze"], "RUN"),
         (["report"], "at least one run directory"),
         (["analyze", "/nowhere"], "/nowhere holds no run"),
@@ -318,7 +317,7 @@ def test_a_run_repeats_exactly_from_its_own_configuration(config_file, tmp_path,
 
 @pytest.mark.slow
 def test_sft_then_rl(root, tmp_path, capsys, config_file):
-    config = dataclasses.replace(tiny_runs.sft_config(root, str(tmp_path / "sft")), steps=1)
+    config = tiny_runs.sft_config(root, str(tmp_path / "sft"), train__steps=1)
     save_config(config, tmp_path / "sft.json")
     main(["sft", "--config", str(tmp_path / "sft.json")])
     model = tmp_path / "sft" / "model"

@@ -10,8 +10,8 @@ import pytest
 from setuptools import find_packages
 
 import jaxdyn
+from jaxdyn.commands.quickstart import make_model
 from jaxdyn.data import AnagramsConfig
-from jaxdyn.quickstart import make_model
 
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "jaxdyn"

@@ -10,19 +10,14 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from jaxdyn.config import (
-    EvaluationConfig,
-    ModelSource,
-    RunConfig,
-    SFTConfig,
-    TrainConfig,
-)
+from jaxdyn.config import RunConfig, SFTConfig
 from jaxdyn.data import DataConfig, character_tokenizer
 from jaxdyn.dynamics import ProbeConfig
 from jaxdyn.models import LanguageModel, gpt_neox, save_pretrained
 from jaxdyn.optim import OptimConfig
 from jaxdyn.rewards import RewardConfig
 from jaxdyn.rollout import SamplingConfig
+from jaxdyn.sections import EvaluationConfig, LoopConfig, ModelSource, TrainConfig
 
 ALPHABET = "0123456789=abcd"
 
@@ -95,13 +90,8 @@ def sft_config(root: Path, output: str, **changes):
     config = SFTConfig(
         output=str(root / output),
         **parts(root),
-        steps=6,
-        batch_size=4,
-        learning_rate=1e-2,
-        warmup_steps=2,
-        evaluate_every=3,
-        checkpoint_every=2,
-        max_prompt_length=8,
+        optim=OptimConfig(learning_rate=1e-2, warmup_steps=2, decay="cosine"),
+        train=LoopConfig(steps=6, num_prompts=4, checkpoint_every=2, max_prompt_length=8),
     )
     return replaced(config, changes)
 

@@ -84,11 +84,11 @@ def stored_on_one(name: str) -> list[dict]:
     """What a run stores on one chip that holds all of it, without temporaries."""
     import jax
 
+    from jaxdyn.commands.plan import PlanConfig
     from jaxdyn.distributed import MeshConfig, make_mesh
-    from jaxdyn.distributed.chips import CHIPS
-    from jaxdyn.distributed.plan import bytes_of
-    from jaxdyn.plan_command import PlanConfig
-    from jaxdyn.plan_programs import Setting
+    from jaxdyn.plan.chips import CHIPS
+    from jaxdyn.plan.demand import bytes_of
+    from jaxdyn.plan.programs import Setting
     from jaxdyn.presets import SHAPES
 
     mesh = make_mesh(MeshConfig(), jax.devices()[:1])
@@ -180,9 +180,9 @@ def scaling(sizes: dict[str, int]) -> dict:
 
     from jaxdyn.config import RunConfig, TrainConfig
     from jaxdyn.distributed import MeshConfig, make_mesh
-    from jaxdyn.distributed.plan import demand_of
     from jaxdyn.models import gpt_neox
-    from jaxdyn.plan_programs import Setting
+    from jaxdyn.plan.demand import demand_of
+    from jaxdyn.plan.programs import Setting
     from jaxdyn.rollout import SamplingConfig
 
     model = gpt_neox(**sizes)

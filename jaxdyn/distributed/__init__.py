@@ -1,13 +1,12 @@
 """Meshes of devices, and where arrays lie on them."""
 
 from jaxdyn.distributed.layout import Layout, one_device
-from jaxdyn.distributed.mesh import MeshConfig, make_mesh, require_divisible
+from jaxdyn.distributed.mesh import make_mesh, require_divisible
 from jaxdyn.distributed.rules import shardings
 from jaxdyn.distributed.sharded import ShardedModel, shard_model
 
 __all__ = [
     "Layout",
-    "MeshConfig",
     "ShardedModel",
     "make_mesh",
     "one_device",

@@ -8,9 +8,10 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from jaxdyn.distributed.mesh import ROWS, MeshConfig, make_mesh
+from jaxdyn.distributed.mesh import ROWS, make_mesh
 from jaxdyn.distributed.rules import fitting, shardings
 from jaxdyn.hosts import is_local
+from jaxdyn.sections import MeshConfig
 
 
 @dataclasses.dataclass(frozen=True)

@@ -27,8 +27,8 @@ from jaxdyn.models.decoder import Dense, Embed, LayerNorm, RMSNorm
 
 SLOTS = P(ROWS)
 LAYERS = (Dense, Embed, LayerNorm, RMSNorm)
-DIVIDED = ("query", "key", "value", "up", "gate")
-"""The layers of which each device computes its own columns of the output."""
+DIVIDED = ("query", "key", "value", "up", "gate", "query_norm", "key_norm")
+"""The layers of which each device computes its own columns, or heads, of the output."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -21,5 +21,5 @@ def kind_of(path: tuple[str, ...]) -> str:
     positions) before them; "final_norm" after.
     """
     if path[0] == "layers":
-        return "norms" if path[1].endswith("_norm") else path[1]
+        return "norms" if any(name.endswith("_norm") for name in path) else path[1]
     return {"embed": "embedding", "position": "embedding", "norm": "final_norm"}[path[0]]

@@ -1,6 +1,8 @@
-"""One decoder, configured into GPT-NeoX, Llama, Qwen2 and GPT-2, as two pure functions."""
+"""One decoder, configured into every family of `families`, as two pure functions."""
 
-from jaxdyn.models.config import ModelConfig, RotaryScaling, gpt_neox
+from jaxdyn.models import families
+from jaxdyn.models.config import ModelConfig, RotaryScaling
+from jaxdyn.models.families import *  # noqa: F403, one constructor a family
 from jaxdyn.models.heads import init_value_head, state_values
 from jaxdyn.models.hf_config import config_from_hf, config_to_hf
 from jaxdyn.models.huggingface import (
@@ -13,6 +15,7 @@ from jaxdyn.models.lora import LoraConfig, add_adapters, has_adapters, merge_ada
 from jaxdyn.models.model import LanguageModel, positions_of
 
 __all__ = [
+    *families.__all__,
     "LanguageModel",
     "LoraConfig",
     "ModelConfig",
@@ -20,7 +23,6 @@ __all__ = [
     "add_adapters",
     "config_from_hf",
     "config_to_hf",
-    "gpt_neox",
     "has_adapters",
     "init_value_head",
     "load_pretrained",

@@ -1,22 +1,9 @@
-"""The one decoder's configuration: what tells GPT-NeoX, Llama, Qwen2 and GPT-2 apart."""
+"""The one decoder's configuration: what tells one model's function from another's."""
 
 import dataclasses
 from typing import Literal
 
 from jaxdyn.types import JaxdynError
-
-Architecture = Literal["gpt_neox", "llama", "qwen2", "gpt2"]
-
-_SIZES = (
-    "vocab_size",
-    "width",
-    "num_layers",
-    "num_heads",
-    "num_kv_heads",
-    "head_dim",
-    "mlp_width",
-    "max_positions",
-)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,10 +26,14 @@ class RotaryScaling:
 class ModelConfig:
     """Everything that shapes the decoder. `rotary_fraction == 0` means learned positions.
 
-    `lora_scale` is s of low-rank adapters, where the parameters hold some (`jaxdyn.models.lora`).
+    `architecture` names the family (`jaxdyn.models.families`), whose layout checkpoints have.
+    `query_key_norm` normalises queries and keys before they are rotated, each head by itself or the
+    whole projection; `norm_placement` says where in their residual branch attention and MLP are
+    normalised: what they read, what they write, or both. `lora_scale` is s of low-rank adapters,
+    where the parameters hold some (`jaxdyn.models.lora`).
     """
 
-    architecture: Architecture
+    architecture: str
     vocab_size: int
     width: int
     num_layers: int
@@ -64,12 +55,14 @@ class ModelConfig:
     mlp_bias: bool
     classifier_bias: bool
     tied: bool
+    query_key_norm: Literal["none", "head", "projection"] = "none"
+    norm_placement: Literal["before", "after", "both"] = "before"
     lora_scale: float = 1.0
 
     def __post_init__(self):
-        for name in _SIZES:
-            if getattr(self, name) < 1:
-                raise JaxdynError(f"{name} must be at least 1, got {getattr(self, name)}")
+        for field in dataclasses.fields(self):  # every whole number is a size
+            if field.type is int and getattr(self, field.name) < 1:
+                raise JaxdynError(f"{field.name} must be at least 1, got {vars(self)[field.name]}")
         if not 0 <= self.rotary_fraction <= 1:
             raise JaxdynError(f"rotary_fraction must be from 0 to 1, got {self.rotary_fraction}")
         if self.num_heads % self.num_kv_heads:
@@ -87,42 +80,3 @@ class ModelConfig:
     def rotary_dim(self) -> int:
         """How many of a head's components are rotated."""
         return int(self.head_dim * self.rotary_fraction)
-
-
-def gpt_neox(
-    vocab_size: int,
-    width: int,
-    num_layers: int,
-    num_heads: int,
-    mlp_width: int | None = None,
-    max_positions: int = 2048,
-    rotary_fraction: float = 0.25,
-    tied: bool = False,
-) -> ModelConfig:
-    """The Pythia family: parallel residual, partial rotary positions, biases, untied."""
-    if num_heads < 1 or width % num_heads:
-        raise JaxdynError(f"width ({width}) must be a multiple of num_heads ({num_heads})")
-    return ModelConfig(
-        architecture="gpt_neox",
-        vocab_size=vocab_size,
-        width=width,
-        num_layers=num_layers,
-        num_heads=num_heads,
-        num_kv_heads=num_heads,
-        head_dim=width // num_heads,
-        mlp_width=mlp_width or 4 * width,
-        max_positions=max_positions,
-        norm="layer",
-        norm_eps=1e-5,
-        activation="gelu",
-        gated_mlp=False,
-        parallel_residual=True,
-        rotary_fraction=rotary_fraction,
-        rotary_base=10000.0,
-        rotary_scaling=None,
-        qkv_bias=True,
-        attention_out_bias=True,
-        mlp_bias=True,
-        classifier_bias=False,
-        tied=tied,
-    )

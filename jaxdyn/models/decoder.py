@@ -123,11 +123,14 @@ class Attention(nn.Module):
     @nn.compact
     def __call__(self, x, tables, mask, prompt, cache, slot, layer):
         c = self.config
-        heads = lambda y, n: y.reshape(*y.shape[:2], n, c.head_dim)
-        dense = lambda n, name: _dense(c, n * c.head_dim, c.qkv_bias, self.dtype, name)
-        query = heads(dense(c.num_heads, "query")(x), c.num_heads)
-        key = heads(dense(c.num_kv_heads, "key")(x), c.num_kv_heads)
-        value = heads(dense(c.num_kv_heads, "value")(x), c.num_kv_heads)
+
+        def project(name: str, heads: int, normed: str = c.query_key_norm):
+            norm = lambda y, what: _norm(c, self.dtype, f"{name}_norm")(y) if normed == what else y
+            y = norm(_dense(c, heads * c.head_dim, c.qkv_bias, self.dtype, name)(x), "projection")
+            return norm(y.reshape(*x.shape[:2], heads, c.head_dim), "head")
+
+        query, key = project("query", c.num_heads), project("key", c.num_kv_heads)
+        value = project("value", c.num_kv_heads, "none")
         if tables is not None:
             query, key = rotate(query, *tables), rotate(key, *tables)
         written = (key, value)
@@ -182,17 +185,19 @@ class Block(nn.Module):
     def __call__(self, carry, layer, tables, mask, prompt, slot):
         x, cache = carry
         c = self.config
-        normed = _norm(c, self.dtype, "attention_norm")(x)
+        norm = lambda name, there: _norm(c, self.dtype, name) if there else lambda x: x
+        before, after = c.norm_placement != "after", c.norm_placement != "before"
         mixed, cache, written = Attention(c, self.dtype, name="attention")(
-            normed, tables, mask, prompt, cache, slot, layer
+            norm("attention_norm", before)(x), tables, mask, prompt, cache, slot, layer
         )
+        mixed = norm("attention_post_norm", after)(mixed)
+        mlp_norm, mlp_post_norm = norm("mlp_norm", before), norm("mlp_post_norm", after)
         mlp = Mlp(c, self.dtype, name="mlp")
-        mlp_norm = _norm(c, self.dtype, "mlp_norm")
         if c.parallel_residual:
-            x = x + mixed + mlp(mlp_norm(x))
+            x = x + mixed + mlp_post_norm(mlp(mlp_norm(x)))
         else:
             x = x + mixed
-            x = x + mlp(mlp_norm(x))
+            x = x + mlp_post_norm(mlp(mlp_norm(x)))
         return (x, cache), (written if self.keep_cache else None)
 
 

@@ -1,120 +1,18 @@
-"""`config.json` of the four families, to and from `ModelConfig`: one table for both directions.
+"""`config.json` to and from `ModelConfig`, by the one table of a family for both directions.
 
-Two spellings of rotary positions are in use: transformers up to 4 has `rope_theta`, `rope_scaling`
-and, for GPT-NeoX, `rotary_pct` and `rotary_emb_base`; transformers 5 has `rope_parameters` with
-everything inside. Both are read, and both are written.
+Two spellings of rotary positions are in use: transformers up to 4 has `rope_theta`, or names of a
+family's own, and `rope_scaling`; transformers 5 has `rope_parameters` with everything inside. Both
+are read, and both are written.
 """
 
-import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from jaxdyn.models.config import ModelConfig, RotaryScaling
-from jaxdyn.models.hf_fields import REQUIRED, activation, flag, number, one_of, refuse, size
+from jaxdyn.models.families import FAMILIES, family_of
+from jaxdyn.models.families.family import Family
+from jaxdyn.models.hf_fields import REQUIRED, number, one_of, refuse, size
 from jaxdyn.types import JaxdynError
-
-
-@dataclasses.dataclass(frozen=True)
-class _Field:
-    """`theirs` in config.json is `ours` in ModelConfig; one of theirs may stand for two of ours."""
-
-    theirs: str
-    ours: str
-    read: Callable[[dict[str, Any], str, Any], Any] = size
-    default: Any = REQUIRED
-
-
-@dataclasses.dataclass(frozen=True)
-class _Family:
-    """What varies in a family's configs, what never does, and its transformers class."""
-
-    causal_lm: str
-    fields: tuple[_Field, ...]
-    constant: dict[str, Any]
-    rotary: bool = True
-    partial_rotary: bool = False
-
-
-_SIZES = (
-    _Field("vocab_size", "vocab_size"),
-    _Field("hidden_size", "width"),
-    _Field("num_hidden_layers", "num_layers"),
-    _Field("num_attention_heads", "num_heads"),
-    _Field("intermediate_size", "mlp_width"),
-    _Field("max_position_embeddings", "max_positions"),
-)
-_GROUPED_AND_GATED = (
-    *_SIZES,
-    _Field("num_key_value_heads", "num_kv_heads", default=None),
-    _Field("head_dim", "head_dim", default=None),
-    _Field("rms_norm_eps", "norm_eps", number, 1e-6),
-    _Field("hidden_act", "activation", activation, "silu"),
-    _Field("tie_word_embeddings", "tied", flag, False),
-)
-_NO_ROTARY = {"rotary_fraction": 0.0, "rotary_base": 10000.0, "rotary_scaling": None}
-_PLAIN_MLP = {"norm": "layer", "gated_mlp": False, "mlp_bias": True, "classifier_bias": False}
-_GATED_MLP = {
-    "norm": "rms",
-    "gated_mlp": True,
-    "parallel_residual": False,
-    "classifier_bias": False,
-}
-
-_FAMILIES = {
-    "gpt_neox": _Family(
-        "GPTNeoXForCausalLM",
-        (
-            *_SIZES,
-            _Field("num_attention_heads", "num_kv_heads"),
-            _Field("layer_norm_eps", "norm_eps", number, 1e-5),
-            _Field("hidden_act", "activation", activation, "gelu"),
-            _Field("use_parallel_residual", "parallel_residual", flag, True),
-            _Field("attention_bias", "qkv_bias", flag, True),
-            _Field("attention_bias", "attention_out_bias", flag, True),
-            _Field("tie_word_embeddings", "tied", flag, False),
-        ),
-        _PLAIN_MLP,
-        partial_rotary=True,
-    ),
-    "llama": _Family(
-        "LlamaForCausalLM",
-        (
-            *_GROUPED_AND_GATED,
-            _Field("attention_bias", "qkv_bias", flag, False),
-            _Field("attention_bias", "attention_out_bias", flag, False),
-            _Field("mlp_bias", "mlp_bias", flag, False),
-        ),
-        _GATED_MLP,
-    ),
-    "qwen2": _Family(
-        "Qwen2ForCausalLM",
-        _GROUPED_AND_GATED,
-        {**_GATED_MLP, "qkv_bias": True, "attention_out_bias": False, "mlp_bias": False},
-    ),
-    "gpt2": _Family(
-        "GPT2LMHeadModel",
-        (
-            _Field("vocab_size", "vocab_size"),
-            _Field("n_embd", "width"),
-            _Field("n_layer", "num_layers"),
-            _Field("n_head", "num_heads"),
-            _Field("n_head", "num_kv_heads"),
-            _Field("n_inner", "mlp_width", default=None),
-            _Field("n_positions", "max_positions"),
-            _Field("layer_norm_epsilon", "norm_eps", number, 1e-5),
-            _Field("activation_function", "activation", activation, "gelu_new"),
-            _Field("tie_word_embeddings", "tied", flag, True),
-        ),
-        {
-            **_PLAIN_MLP,
-            **_NO_ROTARY,
-            "parallel_residual": False,
-            "qkv_bias": True,
-            "attention_out_bias": True,
-        },
-        rotary=False,
-    ),
-}
 
 # Fields that change the function in ways the decoder does not follow, and their one good value.
 _FIXED = {
@@ -134,23 +32,15 @@ def config_from_hf(data: dict[str, Any]) -> ModelConfig:
     Raises JaxdynError naming the field, its value and what is supported, where the config asks for
     something the decoder does not compute.
     """
-    family = _FAMILIES[one_of(data, "model_type", REQUIRED, _FAMILIES)]
+    family = FAMILIES[one_of(data, "model_type", REQUIRED, FAMILIES)]
     for name, good in _FIXED.items():
         if data.get(name) not in (None, good):
             refuse(name, data[name], "none" if good is None else str(good).lower())
     ours = {f.ours: f.read(data, f.theirs, f.default) for f in family.fields}
-    ours |= family.constant
-    if family.rotary:
-        ours |= _rotary_from_hf(data, family.partial_rotary)
-    if data["model_type"] == "qwen2":
-        _refuse_sliding_window(data, ours["num_layers"])
-    if ours.get("head_dim") is None:
-        if ours["width"] % ours["num_heads"]:
-            refuse("number of attention heads", ours["num_heads"], f"divisors of {ours['width']}")
-        ours["head_dim"] = ours["width"] // ours["num_heads"]
-    ours["num_kv_heads"] = ours["num_kv_heads"] or ours["num_heads"]
-    ours["mlp_width"] = ours["mlp_width"] or 4 * ours["width"]
-    return ModelConfig(architecture=data["model_type"], **ours)
+    if family.rotary_fraction:
+        ours |= _rotary_from_hf(data, family)
+    family.check(data, ours)
+    return family.config(**ours)
 
 
 def config_to_hf(
@@ -160,14 +50,14 @@ def config_to_hf(
 
     Raises JaxdynError for a configuration that the family's `config.json` cannot express.
     """
-    family = _FAMILIES[config.architecture]
+    family = family_of(config.architecture)
     data = {
         "model_type": config.architecture,
         "architectures": [family.causal_lm],
         "dtype": "float32",
         **token_ids(bos_token_id, stop_ids),
         **{f.theirs: getattr(config, f.ours) for f in family.fields},
-        **(_rotary_to_hf(config, family.partial_rotary) if family.rotary else {}),
+        **(_rotary_to_hf(config, family) if family.rotary_fraction else {}),
     }
     again = config_from_hf(data)
     for name, value in vars(config).items():
@@ -185,26 +75,26 @@ def token_ids(bos_token_id: int | None, stop_ids: Sequence[int]) -> dict[str, An
     return {"bos_token_id": bos_token_id, "eos_token_id": stops if stops[1:] else (*stops, None)[0]}
 
 
-def _rotary_from_hf(data: dict[str, Any], partial: bool) -> dict[str, Any]:
+def _rotary_from_hf(data: dict[str, Any], family: Family) -> dict[str, Any]:
     """`rotary_fraction`, `rotary_base` and `rotary_scaling` from either spelling.
 
     As in transformers, what stands inside `rope_scaling` or `rope_parameters` wins over the fields
-    beside it. Only GPT-NeoX rotates a part of each head, a quarter by default.
+    beside it, and among these a family's own name.
     """
     where = "rope_scaling" if data.get("rope_scaling") else "rope_parameters"
     rope = data.get(where) or {}
     if not isinstance(rope, dict) or any(isinstance(value, dict) for value in rope.values()):
         refuse(where, rope, "one set of parameters for all layers")
     data = {**data, where: rope}
-    base = number(data, "rope_theta", 10000.0)
-    fraction = number(data, "partial_rotary_factor", 0.25 if partial else 1.0)
-    if partial:
-        base = number(data, "rotary_emb_base", base)
-        fraction = number(data, "rotary_pct", fraction)
-    base = number(data, f"{where}.rope_theta", base)
-    fraction = number(data, f"{where}.partial_rotary_factor", fraction)
+    base, fraction = 10000.0, family.rotary_fraction
+    partial = fraction < 1
+    for name in ("rope_theta", family.rotary_names[0], f"{where}.rope_theta"):
+        base = number(data, name, base)
+    part = "partial_rotary_factor"
+    for name in (part, family.rotary_names[1], f"{where}.{part}"):
+        fraction = number(data, name, fraction)
     if fraction > 1 or (fraction < 1 and not partial):
-        refuse("partial_rotary_factor", fraction, "up to 1" if partial else "1")
+        refuse(part, fraction, "up to 1" if partial else "1")
     kind = f"{where}.type" if "type" in rope and "rope_type" not in rope else f"{where}.rope_type"
     kind = one_of(data, kind, "default", ("default", "linear", "llama3"))
     scaling = None
@@ -222,7 +112,7 @@ def _rotary_from_hf(data: dict[str, Any], partial: bool) -> dict[str, Any]:
     return {"rotary_fraction": fraction, "rotary_base": base, "rotary_scaling": scaling}
 
 
-def _rotary_to_hf(config: ModelConfig, partial: bool) -> dict[str, Any]:
+def _rotary_to_hf(config: ModelConfig, family: Family) -> dict[str, Any]:
     scaling: dict[str, Any] = {"rope_type": "default"}
     if config.rotary_scaling is not None:
         s = config.rotary_scaling
@@ -232,26 +122,8 @@ def _rotary_to_hf(config: ModelConfig, partial: bool) -> dict[str, Any]:
             scaling["high_freq_factor"] = s.high_freq_factor
             scaling["original_max_position_embeddings"] = s.original_max_positions
     base, fraction = config.rotary_base, config.rotary_fraction
-    return {
-        **({"rotary_emb_base": base, "rotary_pct": fraction} if partial else {"rope_theta": base}),
-        "rope_scaling": scaling if config.rotary_scaling else None,
-        "rope_parameters": {
-            **scaling,
-            "rope_theta": base,
-            **({"partial_rotary_factor": fraction} if partial else {}),
-        },
-    }
-
-
-def _refuse_sliding_window(data: dict[str, Any], layers: int) -> None:
-    """Layer types decide where they are given; else the window begins at `max_window_layers`."""
-    kinds = data.get("layer_types")
-    if kinds is not None:
-        if any(kind != "full_attention" for kind in kinds):
-            refuse("layer_types", kinds, "full_attention in every layer")
-        return
-    windowed = (
-        flag(data, "use_sliding_window", False) and data.get("sliding_window", 4096) is not None
-    )
-    if windowed and size(data, "max_window_layers", 28) < layers:
-        refuse("use_sliding_window", True, "false, or max_window_layers of at least num_layers")
+    beside, inside = {family.rotary_names[0]: base}, {**scaling, "rope_theta": base}
+    if family.rotary_fraction < 1:
+        beside[family.rotary_names[1]] = inside["partial_rotary_factor"] = fraction
+    scaling_beside = scaling if config.rotary_scaling else None
+    return {**beside, "rope_scaling": scaling_beside, "rope_parameters": inside}

@@ -1,6 +1,8 @@
 """Reading one field of a `config.json`; every refusal names the field, its value and the choice."""
 
+import dataclasses
 import math
+from collections.abc import Callable
 from typing import Any, NoReturn
 
 from jaxdyn.types import JaxdynError
@@ -65,3 +67,13 @@ def one_of(data: dict[str, Any], name: str, default: Any, choices) -> str:
     if not isinstance(value, str) or value not in choices:
         refuse(name, value, ", ".join(choices))
     return value
+
+
+@dataclasses.dataclass(frozen=True)
+class Field:
+    """`theirs` in config.json is `ours` in ModelConfig; one of theirs may stand for two of ours."""
+
+    theirs: str
+    ours: str
+    read: Callable[[dict[str, Any], str, Any], Any] = size
+    default: Any = REQUIRED

@@ -8,57 +8,11 @@ import jax
 import numpy as np
 from flax.traverse_util import flatten_dict
 
+from jaxdyn.models.families import family_of
 from jaxdyn.models.model import LanguageModel
 
 Path = tuple[str, ...]
 """Keys into the parameter tree, such as `("backbone", "norm", "scale")`."""
-
-_LLAMA = {
-    "backbone/embed": "model.embed_tokens",
-    "backbone/layers/attention_norm": "model.layers.{}.input_layernorm",
-    "backbone/layers/attention/query": "model.layers.{}.self_attn.q_proj",
-    "backbone/layers/attention/key": "model.layers.{}.self_attn.k_proj",
-    "backbone/layers/attention/value": "model.layers.{}.self_attn.v_proj",
-    "backbone/layers/attention/out": "model.layers.{}.self_attn.o_proj",
-    "backbone/layers/mlp_norm": "model.layers.{}.post_attention_layernorm",
-    "backbone/layers/mlp/gate": "model.layers.{}.mlp.gate_proj",
-    "backbone/layers/mlp/up": "model.layers.{}.mlp.up_proj",
-    "backbone/layers/mlp/down": "model.layers.{}.mlp.down_proj",
-    "backbone/norm": "model.norm",
-    "classifier": "lm_head",
-}
-
-_MODULES = {
-    "gpt_neox": {
-        "backbone/embed": "gpt_neox.embed_in",
-        "backbone/layers/attention_norm": "gpt_neox.layers.{}.input_layernorm",
-        "backbone/layers/attention/query": "gpt_neox.layers.{}.attention.query_key_value",
-        "backbone/layers/attention/key": "gpt_neox.layers.{}.attention.query_key_value",
-        "backbone/layers/attention/value": "gpt_neox.layers.{}.attention.query_key_value",
-        "backbone/layers/attention/out": "gpt_neox.layers.{}.attention.dense",
-        "backbone/layers/mlp_norm": "gpt_neox.layers.{}.post_attention_layernorm",
-        "backbone/layers/mlp/up": "gpt_neox.layers.{}.mlp.dense_h_to_4h",
-        "backbone/layers/mlp/down": "gpt_neox.layers.{}.mlp.dense_4h_to_h",
-        "backbone/norm": "gpt_neox.final_layer_norm",
-        "classifier": "embed_out",
-    },
-    "llama": _LLAMA,
-    "qwen2": _LLAMA,
-    "gpt2": {
-        "backbone/embed": "transformer.wte",
-        "backbone/position": "transformer.wpe",
-        "backbone/layers/attention_norm": "transformer.h.{}.ln_1",
-        "backbone/layers/attention/query": "transformer.h.{}.attn.c_attn",
-        "backbone/layers/attention/key": "transformer.h.{}.attn.c_attn",
-        "backbone/layers/attention/value": "transformer.h.{}.attn.c_attn",
-        "backbone/layers/attention/out": "transformer.h.{}.attn.c_proj",
-        "backbone/layers/mlp_norm": "transformer.h.{}.ln_2",
-        "backbone/layers/mlp/up": "transformer.h.{}.mlp.c_fc",
-        "backbone/layers/mlp/down": "transformer.h.{}.mlp.c_proj",
-        "backbone/norm": "transformer.ln_f",
-        "classifier": "lm_head",
-    },
-}
 
 _FUSED_ORDER = ("query", "key", "value")
 
@@ -68,8 +22,8 @@ class StoredTensor:
     """The tensors of a checkpoint, one a layer, that hold one of our leaves or three fused ones.
 
     Ours, a layer: `[..., width]` of each leaf. Fused, their last axes interleave as
-    `[blocks, 3, width / blocks]`: blocks are the heads in GPT-NeoX and one in GPT-2. `transposed`
-    then says that the checkpoint keeps `[out, in]` where we keep `[in, out]`.
+    `[blocks, 3, width / blocks]`: blocks are the heads or one, by family. `transposed` then says
+    that the checkpoint keeps `[out, in]` where we keep `[in, out]`.
     """
 
     names: tuple[str, ...]
@@ -108,12 +62,12 @@ class StoredTensor:
 def stored_tensors(model: LanguageModel) -> tuple[StoredTensor, ...]:
     """Every tensor that a checkpoint of this model holds."""
     config = model.config
-    modules = _MODULES[config.architecture]
+    family = family_of(config.architecture)
     leaves = flatten_dict(jax.eval_shape(model.init, jax.random.key(0)))
     by_name: dict[str, list[Path]] = {}
     for path in leaves:
         suffix = "bias" if path[-1] == "bias" else "weight"
-        by_name.setdefault(f"{modules['/'.join(path[:-1])]}.{suffix}", []).append(path)
+        by_name.setdefault(f"{family.modules['/'.join(path[:-1])]}.{suffix}", []).append(path)
     stored = []
     for name, paths in by_name.items():
         if len(paths) > 1:
@@ -126,13 +80,8 @@ def stored_tensors(model: LanguageModel) -> tuple[StoredTensor, ...]:
                 leaves=tuple(paths),
                 leaf_shapes=tuple(leaves[path].shape[stacked:] for path in paths),
                 stacked=stacked,
-                transposed=paths[0][-1] == "kernel" and config.architecture != "gpt2",
-                blocks=config.num_heads if config.architecture == "gpt_neox" else 1,
+                transposed=paths[0][-1] == "kernel" and family.transposed,
+                blocks=config.num_heads if family.fused_by_head else 1,
             )
         )
     return tuple(stored)
-
-
-def body_prefix(model: LanguageModel) -> str:
-    """What the names of the body begin with; checkpoints of the bare body leave it out."""
-    return _MODULES[model.config.architecture]["backbone/embed"].split(".")[0] + "."

@@ -21,8 +21,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from jaxdyn.models.config import ModelConfig
+from jaxdyn.models.families import family_of
 from jaxdyn.models.hf_config import config_from_hf, config_to_hf, token_ids
-from jaxdyn.models.hf_layout import StoredTensor, body_prefix, stored_tensors
+from jaxdyn.models.hf_layout import StoredTensor, stored_tensors
 from jaxdyn.models.model import LanguageModel
 from jaxdyn.types import JaxdynError, Params
 
@@ -122,10 +123,10 @@ def _weight_files(directory: Path) -> list[Path]:
 
 
 def _read_weights(model: LanguageModel, tensors: dict[str, _Tensor]) -> Params:
-    prefix = body_prefix(model)
-    if not any(name.startswith(prefix) for name in tensors):
-        heads = ("lm_head.", "embed_out.")
-        tensors = {n if n.startswith(heads) else prefix + n: t for n, t in tensors.items()}
+    modules = family_of(model.config.architecture).modules
+    prefix, head = modules["backbone/embed"].split(".")[0] + ".", modules["classifier"] + "."
+    if not any(name.startswith(prefix) for name in tensors):  # a checkpoint of the bare body
+        tensors = {n if n.startswith(head) else prefix + n: t for n, t in tensors.items()}
     stored = stored_tensors(model)
     _check(model, stored, tensors)
     leaves = {}
@@ -151,12 +152,9 @@ def _check(
             f"{files} lacks the tensor {missing[0]}, shape {list(wanted[missing[0]])}"
             + _and_more(missing)
         )
-    spare = ("lm_head.weight", "embed_out.weight") if model.config.tied else ()
-    unexpected = [
-        name
-        for name in tensors
-        if name not in wanted and name not in spare and not _CONSTANTS.search(name)
-    ]
+    head = family_of(model.config.architecture).modules["classifier"]
+    known = {*wanted, f"{head}.weight"} if model.config.tied else wanted
+    unexpected = [n for n in tensors if n not in known and not _CONSTANTS.search(n)]
     if unexpected:
         tensor = tensors[unexpected[0]]
         raise JaxdynError(

@@ -137,6 +137,7 @@ class LanguageModel:
         below "layers". Inputs are x of a dense layer x K + b, x̂ of a normalisation x̂ s + b, and
         the ids of an embedding. The function takes φ's cotangent to the cotangents of the
         layers' outputs, so that a parameter's gradient is a sum over slots of products of the two.
+        Where each head is normalised by itself, every head of a slot counts as a slot.
         """
         inputs = (tokens, positions_of(mask), self._visible(mask))
         module = Backbone(self.config, self.dtype)
@@ -149,8 +150,9 @@ class LanguageModel:
             return phi, recorded["intermediates"]
 
         is_layer = lambda tree: "input" in tree or "output" in tree
+        slots = lambda x: x.reshape(*x.shape[:2], -1, x.shape[4]) if x.ndim == 5 else x
         bare = lambda tree: jax.tree.map(
-            lambda layer: next(iter(layer.values())), tree, is_leaf=is_layer
+            lambda layer: slots(*layer.values()), tree, is_leaf=is_layer
         )
         phi, pull, recorded = jax.vjp(run, still, has_aux=True)
         return phi, bare(recorded), lambda cotangent: bare(pull(cotangent)[0])

@@ -9,13 +9,14 @@ from jaxdyn.optim.optimizer import (
     make_optimizer,
     trainable,
 )
-from jaxdyn.optim.stages import Schedule, Stage, stage_at, stages
+from jaxdyn.optim.stages import Schedule, Stage, StageName, stage_at, stages
 from jaxdyn.optim.tied import head_direction
 
 __all__ = [
     "OptimConfig",
     "Schedule",
     "Stage",
+    "StageName",
     "by_part",
     "enter_stage",
     "head_direction",

@@ -32,7 +32,7 @@ class SavedKernel:
       features: φ at the sites [N, D]; none between whole completions.
       contexts, target_texts: what each place follows on (its end), and what is predicted, [N].
       prompts, completions: the texts [B]; a completion is empty where none was given.
-      about: what was computed, of which model, with which options: see `jaxdyn.kernel_command`.
+      about: what was computed, of which model, with which options: see `jaxdyn.commands.kernel`.
     """
 
     representation: np.ndarray

@@ -133,6 +133,11 @@ class LossConfig:
         return self.resolved_epsilon if high is None else high
 
     @property
+    def critic(self) -> bool:
+        """Whether a value head learns beside the policy."""
+        return LOSSES[self.loss_type].critic
+
+    @property
     def clip_range(self) -> tuple[float, float]:
         """[1 - ε, 1 + ε_high]."""
         return 1 - self.resolved_epsilon, 1 + self.resolved_epsilon_high
@@ -286,6 +291,7 @@ class Loss(NamedTuple):
     epsilon_high: float | None = None
     options: frozenset[str] = _CLIP
     of_sequences: bool = False
+    critic: bool = False
 
 
 LOSSES: dict[str, Loss] = {
@@ -312,6 +318,6 @@ LOSSES: dict[str, Loss] = {
         options=frozenset(),
     ),
     "reinforce_plus_plus": Loss(token_ratio, "token-mean", _GLOBAL),
-    "ppo": Loss(token_ratio, "token-mean", ("gae",), options=_CLIP | _VALUE),
+    "ppo": Loss(token_ratio, "token-mean", ("gae",), options=_CLIP | _VALUE, critic=True),
 }
 """Every loss by its `loss_type`; another loss is another row."""

@@ -1,17 +1,23 @@
-"""The training loops, and the jitted updates they are made of."""
+"""The training loop, its steps and jitted updates, and runs that were saved."""
 
-from jaxdyn.train.analyze import analyze, export
+from jaxdyn.train.analyze import analyze
+from jaxdyn.train.export import export, run_sft
+from jaxdyn.train.loop import run as run_rl
+from jaxdyn.train.policy import UpdateBatch
 from jaxdyn.train.progress import Progress
-from jaxdyn.train.rl import run_rl
-from jaxdyn.train.sft import run_sft
-from jaxdyn.train.update import TrainState, UpdateBatch, update
+from jaxdyn.train.saved import SavedRun, open_run
+from jaxdyn.train.state import TrainState, fresh_state
+from jaxdyn.train.update import update
 
 __all__ = [
     "Progress",
+    "SavedRun",
     "TrainState",
     "UpdateBatch",
     "analyze",
     "export",
+    "fresh_state",
+    "open_run",
     "run_rl",
     "run_sft",
     "update",

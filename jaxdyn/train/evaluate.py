@@ -4,13 +4,11 @@ The prompts and the key are the same at every evaluation, so that two policies d
 are and not by their luck. Intervals are over prompts (`dynamics.sampling.mean_with_interval`).
 """
 
-import dataclasses
 from typing import Any
 
 import numpy as np
 from jaxtyping import Float
 
-from jaxdyn.config import EvaluationConfig, RunConfig, SFTConfig
 from jaxdyn.dynamics.sampling import (
     Estimate,
     best_of_n,
@@ -21,9 +19,11 @@ from jaxdyn.dynamics.sampling import (
 )
 from jaxdyn.hosts import fetch
 from jaxdyn.rollout import step_key
+from jaxdyn.sections import EvaluationConfig
+from jaxdyn.train.experience import Experience, experience_metrics, gather_experience, score
+from jaxdyn.train.policy import policy_certainty
 from jaxdyn.train.run_directory import RunDirectory
-from jaxdyn.train.task import Experience, Task, experience_metrics, gather_experience, score
-from jaxdyn.train.update import policy_certainty
+from jaxdyn.train.task import Task
 from jaxdyn.types import Params
 
 SAMPLES = (8, 2)
@@ -31,53 +31,50 @@ SAMPLES = (8, 2)
 
 
 def evaluate(
+    task: Task, params: Params, directory: RunDirectory, step: int
+) -> tuple[Experience, dict[str, float]]:
+    """Sample the held-out prompts, keep the completions; what is measured of them."""
+    experience, measured = sample_held_out(task, params)
+    directory.log("samples.jsonl", *experience.records(step))
+    return experience, measured
+
+
+def sweep_temperatures(
     task: Task,
-    view: Params,
-    config: RunConfig,
+    params: Params,
     directory: RunDirectory,
     step: int,
-    sweep: bool = False,
-) -> dict[str, float]:
-    """Sample the held-out prompts; keep the completions, and return the `eval_` metrics.
-
-    With `sweep`, the configured temperatures are sampled too, into `temperatures.jsonl`.
-    """
-    experience, measured = sample_held_out(task, view, config)
-    directory.log("samples.jsonl", *experience.records(step))
-    metrics = {f"eval_{name}": value for name, value in measured.items()}
-    if step < 0:
-        directory.log("metrics.jsonl", {"step": step, **metrics})
-    if sweep and config.evaluation.temperatures:
-        own = config.sampling.temperature
-        lines = {own: temperature_line(experience, measured, own)}
-        for temperature in config.evaluation.temperatures:
-            if temperature != own:
-                found = sample_held_out(task, view, at_temperature(config, temperature))
-                lines[temperature] = temperature_line(*found, temperature)
-        ordered = (lines[temperature] for temperature in sorted(lines))
-        directory.log("temperatures.jsonl", *({"step": step, **line} for line in ordered))
-    return metrics
+    experience: Experience,
+    measured: dict[str, float],
+) -> None:
+    """Sample the configured temperatures too, into `temperatures.jsonl`; the own one is known."""
+    own, asked = task.config.sampling.temperature, task.config.evaluation.temperatures
+    for temperature in sorted({own, *asked}) if asked else ():
+        known = temperature == own
+        found = (
+            (experience, measured)
+            if known
+            else sample_held_out(task.at_temperature(temperature), params)
+        )
+        line = temperature_line(*found, temperature)
+        directory.log("temperatures.jsonl", {"step": step, **line})
 
 
-def sample_held_out(
-    task: Task, view: Params, config: RunConfig | SFTConfig
-) -> tuple[Experience, dict[str, float]]:
+def sample_held_out(task: Task, params: Params) -> tuple[Experience, dict[str, float]]:
     """Completions of the held-out prompts, and all that is measured of them."""
+    config = task.config
     evaluation = config.evaluation
     count = min(evaluation.num_prompts, len(task.test))
-    shape = config.train if isinstance(config, RunConfig) else config
     experience = gather_experience(
         task,
-        view,
+        params,
         [task.test[i] for i in range(count)],
         step_key(config.seed, "evaluation", 0),
-        config,
         evaluation.num_generations,
-        shape.max_prompt_length,
     )
     temperature = np.float32(config.sampling.temperature)
     rollout = task.layout.rows(experience.rollout)
-    certainty = fetch(policy_certainty(task.model, view, rollout, temperature))
+    certainty = fetch(policy_certainty(task.model, params, rollout, temperature))
     grouped = lambda values: values.reshape(count, -1).astype(np.float64)
     scores = {}
     if task.metrics is not None:
@@ -133,9 +130,3 @@ def temperature_line(
         if row["prompt_index"] < prompts
     ]
     return {"temperature": temperature, **metrics, "samples": samples}
-
-
-def at_temperature(config: Any, temperature: float) -> Any:
-    """The configuration, sampling at another temperature."""
-    sampling = dataclasses.replace(config.sampling, temperature=temperature)
-    return dataclasses.replace(config, sampling=sampling)

@@ -14,7 +14,9 @@ from jax.sharding import Mesh
 
 from jaxdyn.distributed import Layout
 from jaxdyn.models import LanguageModel
-from jaxdyn.train.update import TrainState, UpdateBatch, take_update
+from jaxdyn.train.policy import UpdateBatch
+from jaxdyn.train.state import TrainState
+from jaxdyn.train.update import take_update
 from jaxdyn.types import JaxdynError, Params
 
 

@@ -4,61 +4,50 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxdyn.config import RunConfig
 from jaxdyn.dynamics import measure_state, measure_update, site_state, sites_from_rollout
 from jaxdyn.rollout import step_key
-from jaxdyn.train.run_directory import RunDirectory
-from jaxdyn.train.task import Task, gather_experience
-from jaxdyn.train.update import TrainState
+from jaxdyn.train.experience import gather_experience
+from jaxdyn.train.state import TrainState
+from jaxdyn.train.task import Task
 from jaxdyn.types import Params
 
 Measured = tuple[dict[str, float], dict[str, np.ndarray]]
 
 
 class Probe:
-    """Held-out prompts and completions that the policy before training (the reference) sampled."""
+    """Held-out prompts, and the completions that the policy before training sampled of them."""
 
-    def __init__(self, task: Task, config: RunConfig, reference: Params):
-        self.model, self.config = task.model, config.probe
-        experience = gather_experience(
-            task,
-            reference,
-            task.test[: config.probe.num_prompts],
-            step_key(config.seed, "probe", 0),
-            config,
-            1,
-            config.train.max_prompt_length,
-        )
-        per_completion = config.probe.sites_per_completion
-        sites = sites_from_rollout(experience.rollout, per_completion, config.seed)
+    def __init__(self, task: Task):
+        self.model, self.config = task.model, task.config.probe
+        prompts = task.test[: self.config.num_prompts]
+        key = step_key(task.config.seed, "probe", 0)
+        rollout = gather_experience(task, task.params, prompts, key, 1).rollout
+        sites = sites_from_rollout(rollout, self.config.sites_per_completion, task.config.seed)
         self.sites = task.layout.rows(sites)
-        self.reference = reference
-        self.start = site_state(self.model, reference, self.sites)
+        self.start = site_state(self.model, policy_of(task.params), self.sites)
 
     def due(self, step: int) -> bool:
         """Whether the update of `step` is to be measured."""
         return self.config.every > 0 and (step + 1) % self.config.every == 0
 
-    def remember(self, state: TrainState) -> Params:
-        """A copy of the parameters that survives the update's donation."""
-        return jax.tree.map(jnp.copy, state.params)
-
-    def measure_state(self, view: Params) -> Measured:
+    def measure_state(self, params: Params) -> Measured:
         """The policy at the sites."""
-        return measure_state(self.model, view, self.sites, self.start, self.start)
+        return measure_state(self.model, policy_of(params), self.sites, self.start, self.start)
 
     def measure(self, before: Params, state: TrainState) -> Measured:
         """What the update from `before` to `state` did, and the state it led to."""
-        view = self.model.view(state.params)
-        after = site_state(self.model, view, self.sites)
-        scalars, arrays = measure_state(self.model, view, self.sites, self.start, self.start, after)
-        moved, per_site = measure_update(
-            self.model, self.model.view(before), view, self.sites, state.head_share, after
-        )
+        old, new = policy_of(before), policy_of(state.params)
+        after = site_state(self.model, new, self.sites)
+        scalars, arrays = measure_state(self.model, new, self.sites, self.start, self.start, after)
+        moved, per_site = measure_update(self.model, old, new, self.sites, state.head_share, after)
         return {**scalars, **moved}, {**arrays, **per_site}
 
-    def record_start(self, directory: RunDirectory) -> None:
-        """Write the state before training, as step -1."""
-        scalars, arrays = self.measure_state(self.reference)
-        directory.log("dynamics.jsonl", {"step": -1, **scalars})
-        directory.save_arrays(-1, arrays)
+
+def remember(state: TrainState) -> Params:
+    """A copy of the parameters that survives the update's donation."""
+    return jax.tree.map(jnp.copy, state.params)
+
+
+def policy_of(params: Params) -> Params:
+    """The parameters without a value head."""
+    return {part: params[part] for part in ("backbone", "classifier")}

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from tensorboardX import SummaryWriter
 
-from jaxdyn.config import load_config, save_config
+from jaxdyn.grammar import load_config, save_config
 from jaxdyn.paths import PROBE, AnyPath, in_bucket, one_line, open_path
 from jaxdyn.types import JaxdynError
 

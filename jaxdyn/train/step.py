@@ -8,7 +8,7 @@ run and a later analysis of a checkpoint all take exactly the same step.
 
 import functools
 import time
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -16,157 +16,134 @@ import numpy as np
 
 from jaxdyn.config import RunConfig
 from jaxdyn.data import batch_indices
-from jaxdyn.distributed import Layout
 from jaxdyn.hosts import fetch, whole
-from jaxdyn.optim import Stage, enter_stage, learning_rate, make_optimizer, merge, trainable
+from jaxdyn.optim import Stage, learning_rate, merge, trainable
 from jaxdyn.rl import drop_truncated, estimate_advantages
 from jaxdyn.rollout import step_key, trim
+from jaxdyn.train.experience import Experience, experience_metrics, gather_experience
 from jaxdyn.train.pmap import pmap_update
-from jaxdyn.train.task import Experience, Task, experience_metrics, gather_experience
-from jaxdyn.train.update import (
-    TrainState,
-    UpdateBatch,
-    ValueTargets,
-    batch_features,
-    batch_values,
-    classifier_logps,
-    policy_logps,
-    update,
-)
-from jaxdyn.types import Params
+from jaxdyn.train.policy import Policy, UpdateBatch, ValueTargets, batch_features, batch_values
+from jaxdyn.train.state import TrainState
+from jaxdyn.train.task import Task
+from jaxdyn.train.update import update
 
 
-def take_step(
-    task: Task,
-    config: RunConfig,
-    reference: Params,
-    state: TrainState,
-    stage: Stage,
-    step: int,
-) -> tuple[TrainState, Experience, dict[str, Any]]:
-    """Sample, score and update; returns the new state, the experience, and the step's metrics.
+class Taken(NamedTuple):
+    """A step: the state it leads to, its metrics, its tokens, and completions worth keeping."""
 
-    `state`'s buffers are donated to the update: copy what is needed of it first. `reference` is
-    the view of the policy that the KL penalty refers to.
-    """
+    state: TrainState
+    metrics: dict[str, Any]
+    num_tokens: int
+    completions: list[dict[str, Any]]
+
+
+def take_step(task: Task[RunConfig], state: TrainState, stage: Stage, step: int) -> Taken:
+    """Sample, score and update. `state`'s buffers are donated: copy what is needed of it first."""
+    config = task.config
     began = time.perf_counter()
     experience = gather_experience(
         task,
-        task.model.view(state.params),
-        prompts_of_step(task, config, step),
+        state.params,
+        examples_of(task, step),
         step_key(config.seed, "rollout", step),
-        config,
         config.train.num_generations,
-        config.train.max_prompt_length,
         harvest=stage.name == "classifier",
     )
     sampled = time.perf_counter()
-    batch, features = make_batch(task, config, state, stage, reference, experience)
+    batch, features = make_batch(task, state, stage, experience)
     jax.block_until_ready(batch)
     prepared = time.perf_counter()
-    rate = learning_rate(config.optim, stage.name, step - stage.start, stage.end - stage.start)
-    state, measured = run_epochs(task, config, state, stage, batch, features, rate)
+    rate = rate_of(task, stage, step)
+    state, measured = run_epochs(task, state, stage, batch, features, rate)
     metrics = {name: float(value) for name, value in fetch(measured).items()}
     updated = time.perf_counter()
     metrics = {
         **experience_metrics(experience, task.model.config.vocab_size),
         **metrics,
-        "learning_rate": rate,
-        "epoch": (step + 1) * config.train.num_prompts / len(task.train),
-        "cfrl/stage": stage.number,
+        **progress_of(task, stage, step, rate),
         "time/rollout": sampled - began - experience.reward_seconds,
         "time/reward": experience.reward_seconds,
         "time/reference": prepared - sampled,
         "time/update": updated - prepared,
         "step_time": updated - began,
     }
-    return state, experience, metrics
+    num_tokens = int(np.sum(experience.rollout.mask))
+    return Taken(
+        state, metrics, num_tokens, experience.records(step, config.train.save_completions)
+    )
 
 
-def prompts_of_step(task: Task, config: RunConfig, step: int) -> list[dict[str, Any]]:
+def examples_of(task: Task, step: int) -> list[dict[str, Any]]:
     """The step's examples: a function of the seed and the step alone."""
+    config = task.config
     indices = batch_indices(config.seed, step, config.train.num_prompts, len(task.train))
     return [task.train[int(i)] for i in indices]
 
 
-def begin_stage(layout: Layout, config: RunConfig, stage: Stage, state: TrainState) -> TrainState:
-    """Give the parts that begin to move an optimizer state."""
-    moving, _ = trainable(config.optim, stage.name, state.params)
-    reset = config.optim.reset_classifier_state
-    opt_state = enter_stage(make_optimizer(config.optim), moving, state.opt_state, reset)
-    return layout.place(state.replace(opt_state=opt_state))
+def rate_of(task: Task, stage: Stage, step: int) -> float:
+    """The step's learning rate η."""
+    return learning_rate(task.config.optim, stage.name, step - stage.start, stage.end - stage.start)
+
+
+def progress_of(task: Task, stage: Stage, step: int, rate: float) -> dict[str, Any]:
+    """Where in the run a step lies."""
+    return {
+        "learning_rate": rate,
+        "epoch": (step + 1) * task.config.train.num_prompts / len(task.train),
+        "cfrl/stage": stage.number,
+    }
 
 
 def make_batch(
-    task: Task,
-    config: RunConfig,
-    state: TrainState,
-    stage: Stage,
-    reference: Params,
-    experience: Experience,
+    task: Task[RunConfig], state: TrainState, stage: Stage, experience: Experience
 ) -> tuple[UpdateBatch, jax.Array | None]:
     """The update's arrays; in the classifier stage also the features, harvested in decoding.
 
     Completions are cut to the bucket of the longest, so that an update pays for what was sampled.
     """
+    config, model, layout = task.config, task.model, task.layout
     loss, rollout = config.loss, trim(experience.rollout)
     temperature = np.float32(config.sampling.temperature)
-    finished = jnp.asarray(experience.finished)
-    mask = rollout.completion_mask
-    batch = UpdateBatch(
-        tokens=rollout.tokens,
-        mask=rollout.mask,
-        completion_ids=rollout.completion_ids,
-        completion_mask=drop_truncated(mask, finished) if loss.mask_truncated else mask,
-        advantages=jnp.zeros(len(rollout.tokens)),
-    )
-    batch = task.layout.rows(batch)
-    ids = batch.completion_ids
-    view = task.model.view(state.params)
-    features = rollout.features
-    if features is not None:
-        features = task.layout.rows(features)
-    elif loss.loss_type == "ppo":
-        features = batch_features(task.model, view["backbone"], batch)
+    finished, mask = jnp.asarray(experience.finished), rollout.completion_mask
+    sequences = layout.rows(rollout)
 
-    def logps(policy: Params) -> jax.Array:
-        if features is None or (policy is reference and stage.name == "joint"):
-            return policy_logps(task.model, policy, batch, temperature)
-        # While only the classifier has moved, the reference has the policy's features.
-        return classifier_logps(task.model, policy["classifier"], features, ids, temperature)
+    features = sequences.features
+    if features is None and loss.critic:
+        features = batch_features(model, state.params["backbone"], sequences)
+    policy = Policy(model, state.params, features)
+    # In a classifier stage the body is still the reference's, and so are the features.
+    reference = Policy(model, task.params, features if stage.name == "classifier" else None)
 
-    values = None
-    if loss.loss_type == "ppo":
-        values = batch_values(state.params["value"], features)
-    in_reward = loss.kl_placement == "reward"
-    old = logps(view) if config.train.num_iterations > 1 or in_reward else None
-    ref = logps(reference) if loss.beta else None
-    old_here, ref_here, values_here = whole((old, ref, values))
+    values = batch_values(state.params["value"], features) if loss.critic else None
+    wants_old = config.train.num_iterations > 1 or loss.kl_placement == "reward"
+    old = policy.logps(sequences, temperature) if wants_old else None
+    ref = reference.logps(sequences, temperature) if loss.beta else None
     advantages, returns = estimate_advantages(
         config.advantage,
         loss,
         jnp.asarray(experience.rewards.total, jnp.float32),
         config.train.num_generations,
         mask,
-        old_here,
-        ref_here,
-        values_here,
+        *whole((old, ref, values)),
         finished,
         config.sampling.max_completion_length,
     )
-    targets = None if values is None else ValueTargets(values, task.layout.rows(returns))
-    batch = batch.replace(
-        advantages=task.layout.rows(advantages),
+    counted = drop_truncated(mask, finished) if loss.mask_truncated else mask
+    batch = UpdateBatch(
+        tokens=sequences.tokens,
+        mask=sequences.mask,
+        completion_ids=sequences.completion_ids,
+        completion_mask=layout.rows(counted),
+        advantages=layout.rows(advantages),
         old_per_token_logps=old,
         ref_per_token_logps=ref,
-        values=targets,
+        values=None if values is None else ValueTargets(values, layout.rows(returns)),
     )
     return batch, features if stage.name == "classifier" else None
 
 
 def run_epochs(
-    task: Task,
-    config: RunConfig,
+    task: Task[RunConfig],
     state: TrainState,
     stage: Stage,
     batch: UpdateBatch,
@@ -174,12 +151,9 @@ def run_epochs(
     rate: float,
 ) -> tuple[TrainState, dict[str, jax.Array]]:
     """All inner epochs of one step; the metrics are the last one's."""
-    moving, frozen = trainable(config.optim, stage.name, state.params)
-    of_loss = frozen.keys() if features is None else frozen.keys() - {"backbone"}
-    needed = {part: frozen[part] for part in of_loss}
-    if state.head_share is not None:
-        state = state.replace(head_share=jnp.zeros_like(state.head_share))
-    state = state.replace(params=moving)
+    config = task.config
+    state, frozen = split_state(task, state, stage)
+    needed = frozen if features is None else {k: v for k, v in frozen.items() if k != "backbone"}
     take: Any = update
     if config.train.update == "pmap":
         take = functools.partial(pmap_update, task.layout)
@@ -198,3 +172,11 @@ def run_epochs(
             max_completion_length=config.sampling.max_completion_length,
         )
     return state.replace(params=merge(state.params, frozen)), metrics
+
+
+def split_state(task: Task, state: TrainState, stage: Stage) -> tuple[TrainState, dict[str, Any]]:
+    """The state of the parameters that a stage moves, with nothing applied yet, and the others."""
+    moving, frozen = trainable(task.config.optim, stage.name, state.params)
+    if state.head_share is not None:
+        state = state.replace(head_share=jnp.zeros_like(state.head_share))
+    return state.replace(params=moving), frozen

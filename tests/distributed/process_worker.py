@@ -40,9 +40,10 @@ def kernel(output: str) -> None:
     The parameters are every process's own, then divided among all of them.
     """
     from jaxdyn import kernels
-    from jaxdyn.distributed import Layout, MeshConfig, make_mesh, shard_model
+    from jaxdyn.distributed import Layout, make_mesh, shard_model
     from jaxdyn.distributed.processes import start_processes
     from jaxdyn.models import LanguageModel, gpt_neox
+    from jaxdyn.sections import MeshConfig
     from jaxdyn.types import Sites
 
     number = start_processes()

@@ -13,9 +13,9 @@ import numpy as np
 import pytest
 import tiny_runs
 
-from jaxdyn.config import save_config
 from jaxdyn.distributed import processes
 from jaxdyn.distributed.processes import Cluster, NotJoined, find_cluster, take_roll_call
+from jaxdyn.grammar import save_config
 from jaxdyn.types import JaxdynError
 
 WORKER = Path(__file__).parent / "process_worker.py"

@@ -11,14 +11,16 @@ import numpy as np
 import pytest
 
 from jaxdyn import kernels
-from jaxdyn.distributed import Layout, MeshConfig, make_mesh, one_device, shard_model
+from jaxdyn.distributed import Layout, make_mesh, one_device, shard_model
 from jaxdyn.dynamics import measure_state, measure_update, site_state
 from jaxdyn.models import LanguageModel, LoraConfig, add_adapters, gpt_neox
 from jaxdyn.optim import OptimConfig, make_optimizer, trainable
 from jaxdyn.rl import LossConfig
 from jaxdyn.rollout import generate
+from jaxdyn.sections import MeshConfig
+from jaxdyn.train import TrainState, UpdateBatch, update
 from jaxdyn.train.pmap import pmap_update, require_copies
-from jaxdyn.train.update import TrainState, UpdateBatch, policy_logps, update
+from jaxdyn.train.policy import policy_logps
 from jaxdyn.types import JaxdynError, PromptBatch, Sites
 
 MESHES = [(8, 1, 1), (1, 8, 1), (1, 1, 8), (2, 2, 2)]
@@ -27,9 +29,16 @@ NEOX = gpt_neox(vocab_size=64, width=32, num_layers=2, num_heads=8, rotary_fract
 CONFIGS = {
     "untied": NEOX,
     "tied": dataclasses.replace(NEOX, tied=True),
-    # Sizes that the axes do not divide: 61 tokens; shared keys, gated, no biases.
+    # Sizes that the axes do not divide: 61 tokens; shared keys, gated, no biases, more norms.
     "odd": dataclasses.replace(
-        NEOX, vocab_size=61, gated_mlp=True, norm="rms", parallel_residual=False, qkv_bias=False
+        NEOX,
+        vocab_size=61,
+        gated_mlp=True,
+        norm="rms",
+        parallel_residual=False,
+        qkv_bias=False,
+        query_key_norm="head",
+        norm_placement="both",
     ),
 }
 OPTIM = OptimConfig(learning_rate=1e-2, weight_decay=0.01)
@@ -199,6 +208,32 @@ def test_adapters_on_a_mesh():
         np.testing.assert_allclose(np.asarray(x), np.asarray(y), rtol=1e-9, atol=1e-9)
 
 
+@pytest.mark.parametrize("normed", ["head", "projection"])
+def test_norms_inside_attention_on_a_mesh(normed):
+    """The backbone opened, whose norms of queries and keys are divided as the heads are."""
+    config = dataclasses.replace(CONFIGS["odd"], num_kv_heads=4, query_key_norm=normed)
+    model = LanguageModel(config, jnp.float64)
+    backbone = jax.tree.map(lambda x: x.astype(jnp.float64), model.init(jax.random.key(0)))
+    backbone = {**backbone["backbone"], "norm": {"scale": jnp.linspace(0.5, 2, 32)}}
+    batch = batch_of(61)
+
+    @functools.partial(jax.jit, static_argnums=0)
+    def run(model, backbone, tokens, mask):
+        phi, inputs, pull = model.opened(backbone, tokens, mask)
+        return phi, inputs, pull(jnp.sin(jnp.arange(phi.size)).reshape(phi.shape))
+
+    layout = layout_of((2, 2, 2))
+    alone = run(model, backbone, batch.tokens, batch.mask)
+    rows = [layout.rows(x) for x in (batch.tokens, batch.mask)]
+    there = run(
+        shard_model(model, layout.mesh), layout.place({"backbone": backbone})["backbone"], *rows
+    )
+    slots = (SLOTS + LENGTH) * (8 if normed == "head" else 1)
+    assert alone[1]["layers"]["attention"]["query_norm"].shape[:3] == (2, len(batch.tokens), slots)
+    for x, y in zip(*map(jax.tree.leaves, (there, alone)), strict=True):
+        np.testing.assert_allclose(np.asarray(x), np.asarray(y), rtol=1e-9, atol=1e-9)
+
+
 @pytest.mark.slow
 def test_kernels_on_a_mesh():
     results = []
@@ -238,6 +273,22 @@ def compiled(function, *arguments, **static):
         return function.lower(*arguments, **static).compile()
     finally:
         jaxtyping.config.update("jaxtyping_disable", False)
+
+
+@pytest.mark.parametrize("normed", ["head", "projection"])
+def test_norms_inside_attention_gather_no_heads(normed):
+    """Where heads are divided, so are their norms: no more is gathered than without them."""
+    layout = layout_of((1, 1, 8))
+
+    def gathers(query_key_norm):
+        config = dataclasses.replace(CONFIGS["odd"], query_key_norm=query_key_norm)
+        model = shard_model(LanguageModel(config), layout.mesh)
+        params = layout.place(model.init(jax.random.key(0)))
+        batch = layout.rows(batch_of(61))
+        program = compiled(jax.jit(model.features), params["backbone"], batch.tokens, batch.mask)
+        return len(COLLECTIVE.findall(program.as_text()))
+
+    assert gathers(normed) == gathers("none") > 0
 
 
 WIDE = gpt_neox(vocab_size=4096, width=64, num_layers=6, num_heads=8, rotary_fraction=0.5)

@@ -155,11 +155,11 @@ def kernels_by_kind(name, g, rows, columns, preconditioned=False):
     flat = lambda trees, depth: np.concatenate(
         [x.reshape(8, depth, -1) for tree in trees for x in jax.tree.leaves(tree)], axis=2
     )
-    layers = j["layers"]
+    layers = {**j["layers"], **j["layers"]["attention"]}  # no two of them share a name
     found = {
-        "attention": flat([layers["attention"]], 2),
+        "attention": flat([layers[name] for name in ("query", "key", "value", "out")], 2),
         "mlp": flat([layers["mlp"]], 2),
-        "norms": flat([layers["attention_norm"], layers["mlp_norm"]], 2),
+        "norms": flat([layer for name, layer in layers.items() if name.endswith("_norm")], 2),
         "embedding": flat([j["embed"], j.get("position", {})], 1),
         "final_norm": flat([j["norm"]], 1),
     }

@@ -9,10 +9,12 @@ import oracles
 import pytest
 from flax import linen as nn
 from flax.traverse_util import flatten_dict
+from kernel_oracles import all_sites, assert_components, kernels_by_kind, scalars, theta, traces
 
+from jaxdyn import kernels
 from jaxdyn.models import decoder
 
-FAMILIES = ["gpt_neox-untied", "llama-untied", "gpt2-tied"]
+FAMILIES = ["gpt_neox-untied", "llama-untied", "gpt2-tied", "heads-tied", "projections-untied"]
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -43,15 +45,34 @@ def test_inputs_and_cotangents_make_every_gradient(name, x64):
         np.testing.assert_allclose(made, expected, atol=1e-11, err_msg=f"{layer} {parameter}")
 
 
-def test_closed_hooks_leave_the_program_as_it_is(monkeypatch):
+@pytest.mark.parametrize("name", oracles.NORMED)
+def test_kernels_of_a_model_with_more_norms(name, x64):
+    """Of each head, of whole projections, and of what is written; as parts, they are norms."""
+    model, params = oracles.tiny_model(name)
+    sites, score = all_sites(), theta(name)[1]
+    result = kernels.log_prob_kernel(model, params, sites, method="gram")
+    assert_components(result, scalars(name, score), 1e-9)
+    for method in ("gram", "plain"):
+        parts = kernels.update_kernel_by_part(
+            model, params, sites, cotangents_a=jnp.asarray(score), method=method
+        )
+        for kind, expected in kernels_by_kind(name, score, slice(None), slice(None)).items():
+            scale = abs(expected).max()
+            np.testing.assert_allclose(parts[kind], expected, rtol=0, atol=1e-9 * scale)
+    result = kernels.trace_kernel(model, params, sites)
+    assert_components(result, traces(name, slice(None), slice(None)), 1e-9)
+
+
+@pytest.mark.parametrize("name", ["gpt2-tied", "heads-untied"])
+def test_closed_hooks_leave_the_program_as_it_is(name, monkeypatch):
     """The jaxpr of the features is, letter by letter, that of Flax's own layers."""
-    model, params = oracles.tiny_model("gpt2-tied", jnp.float32)
+    model, params = oracles.tiny_model(name, jnp.float32)
     sites = oracles.tiny_sites()
     run = lambda b: model.features(b, sites.tokens, sites.mask)
     hooked = str(jax.make_jaxpr(run)(params["backbone"]))
     plain_dense = lambda *arguments, lora_scale, **options: nn.Dense(*arguments, **options)
     monkeypatch.setattr(decoder, "Dense", plain_dense)
-    for name in ("Embed", "LayerNorm"):
-        monkeypatch.setattr(decoder, name, getattr(nn, name))
+    for layer in ("Embed", "LayerNorm", "RMSNorm"):
+        monkeypatch.setattr(decoder, layer, getattr(nn, layer))
     bare = str(jax.make_jaxpr(lambda b: run(b))(params["backbone"]))
     assert hooked == bare

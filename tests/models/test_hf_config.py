@@ -190,7 +190,7 @@ REFUSED = [
     (LLAMA, {"num_local_experts": 8}, "num_local_experts = 8", "none"),
     (LLAMA, {"num_key_value_heads": 5}, "num_heads (32)", "num_kv_heads (5)"),
     (PYTHIA_2_8B, {"rotary_pct": 1.5}, "partial_rotary_factor = 1.5", "up to 1"),
-    (PYTHIA_2_8B, {"num_attention_heads": 48}, "attention heads = 48", "divisors of 2560"),
+    (PYTHIA_2_8B, {"num_attention_heads": 48}, "num_heads (48)", "width (2560) must be a multiple"),
     (QWEN_2_5_HALF_B, {"use_sliding_window": True}, "use_sliding_window = True", "false"),
     (
         QWEN_2_5_HALF_B,

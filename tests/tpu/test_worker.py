@@ -135,7 +135,7 @@ def test_both_workers_run_the_same_command_at_once_each_with_its_log(box, write_
 @pytest.mark.slow
 def test_both_workers_train_one_model(box, write_job, wait_for):
     """The command itself: the processes of the two workers find each other and are one run."""
-    config = tiny_runs.sft_config(box.root, "run", steps=1)
+    config = tiny_runs.sft_config(box.root, "run", train__steps=1)
     save_config(config, box.root / "config.json")
     write_job("sft", "--config", str(box.root / "config.json"), "--output", config.output)
     with socket.socket() as free:

@@ -12,9 +12,9 @@ import pytest
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from jaxdyn.config import TrainConfig
+from jaxdyn.sections import TrainConfig
 from jaxdyn.train.checkpoint import Checkpoints
-from jaxdyn.train.rl import require_measured
+from jaxdyn.train.loop import require_measured
 from jaxdyn.types import JaxdynError
 
 Renamed = atomicity.AtomicRenameTemporaryPath
@@ -144,7 +144,7 @@ def test_restored_onto_other_devices(tmp_path):
 
 
 def test_the_best_is_by_a_metric_that_evaluations_measure():
-    with pytest.raises(JaxdynError, match="such as eval_reward; got 'reward'"):
+    with pytest.raises(JaxdynError, match="such as eval_reward, got 'reward'"):
         TrainConfig(keep_best="reward")
     require_measured("", {})
     require_measured("eval_reward", {"eval_reward": 1.0})

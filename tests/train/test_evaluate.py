@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 import tiny_runs
 
-from jaxdyn.config import EvaluationConfig
 from jaxdyn.dynamics.sampling import mean_with_interval
+from jaxdyn.sections import EvaluationConfig
 from jaxdyn.train import run_rl
-from jaxdyn.train.evaluate import SAMPLES, at_temperature, sample_held_out, utility
+from jaxdyn.train.evaluate import SAMPLES, sample_held_out, utility
 from jaxdyn.train.run_directory import RunDirectory
 from jaxdyn.train.task import open_task
 from jaxdyn.types import JaxdynError
@@ -95,19 +95,19 @@ def config(root):
 def test_a_metric_that_does_not_exist_is_refused_before_any_work(config):
     wrong = tiny_runs.replaced(config, {"evaluation__metrics": ("acuracy",)})
     with pytest.raises(JaxdynError, match=r"evaluation.metrics: unknown reward 'acuracy'"):
-        open_task(wrong, 8)
+        open_task(wrong)
 
 
 def test_temperatures_are_traced(config):
     """After the first, no temperature compiles anything."""
-    task = open_task(config, 8)
-    sample_held_out(task, task.params, config)
+    task = open_task(config)
+    sample_held_out(task, task.params)
     compiled = []
     listen = lambda name, *_, **__: compiled.append(name) if "backend_compile" in name else None
     jax.monitoring.register_event_duration_secs_listener(listen)
     try:
         for temperature in (0.0, 0.3, 2.0):
-            sample_held_out(task, task.params, at_temperature(config, temperature))
+            sample_held_out(task.at_temperature(temperature), task.params)
     finally:
         jax.monitoring.unregister_event_duration_listener(listen)
     assert compiled == []

@@ -7,14 +7,13 @@ import tiny_runs
 from flax.traverse_util import flatten_dict
 from test_resume import Killed, assert_same_run, at_call
 
-from jaxdyn.config import RunConfig, load_config
-from jaxdyn.kernel_command import open_subject
-from jaxdyn.kernel_config import KernelConfig
+from jaxdyn.commands.kernel import open_subject
+from jaxdyn.commands.kernel_options import KernelConfig
+from jaxdyn.config import RunConfig
+from jaxdyn.grammar import load_config
 from jaxdyn.kernels import log_prob_kernel
 from jaxdyn.models import LoraConfig, has_adapters, load_pretrained
-from jaxdyn.train import analyze, export, rl, run_rl
-from jaxdyn.train.analyze import open_run
-from jaxdyn.train.rl import begin_or_resume, plan_of
+from jaxdyn.train import analyze, export, loop, open_run, run_rl
 from jaxdyn.types import JaxdynError, Sites
 
 pytestmark = pytest.mark.slow
@@ -35,10 +34,8 @@ def lora_config(root, output, backbone, classifier, **changes):
 
 def end_of(run):
     """A run's model, its parameters at the start and at the end."""
-    config, task, checkpoints = open_run(run)
-    state, _ = begin_or_resume(task, config, plan_of(config), checkpoints)
-    checkpoints.close()
-    return task.model, task.params, state.params
+    with open_run(run) as saved:
+        return saved.loaded.model, saved.loaded.params, saved.state().params
 
 
 @pytest.fixture(scope="module")
@@ -85,7 +82,7 @@ def test_what_is_labelled_moves_and_nothing_else(root, backbone, classifier, req
 def test_killed_and_started_again(root, both_run, tmp_path, monkeypatch):
     config = lora_config(root, str(tmp_path / "run"), "lora", "lora")
     with monkeypatch.context() as patched, pytest.raises(Killed):
-        patched.setattr(rl, "take_step", at_call(5, rl.take_step))
+        patched.setitem(loop.STEPS, "rl", at_call(5, loop.STEPS["rl"]))
         run_rl(config)
     assert_same_run(run_rl(config), both_run)
     assert load_config(RunConfig, both_run / "config.json").lora == config.lora

@@ -16,7 +16,7 @@ from tiny_runs import assert_same_run
 
 from jaxdyn import cli
 from jaxdyn.errors import Preempted
-from jaxdyn.train import rl, run_rl, run_sft, sft
+from jaxdyn.train import loop, run_rl, run_sft
 from jaxdyn.train.checkpoint import Checkpoints
 from jaxdyn.train.preemption import Preemption
 
@@ -81,25 +81,25 @@ def test_preempted_and_started_again(schedule, root, joint_run, first_run, tmp_p
     for number in (2, 1):
         done += number
         with monkeypatch.context() as patched, pytest.raises(Preempted) as ended:
-            patched.setattr(rl, "take_step", told_in_call(number, rl.take_step))
+            patched.setitem(loop.STEPS, "rl", told_in_call(number, loop.STEPS["rl"]))
             run_rl(config)
         last = 9 if schedule == "classifier_first" else 6
         assert str(ended.value) == f"preempted; {done} of {last} steps are in {config.output}"
         assert Checkpoints(tmp_path / "run" / "checkpoints").steps()[-1] == done
         assert tiny_runs.lines(tmp_path / "run", "metrics.jsonl")[-1]["step"] == done - 1
     with monkeypatch.context() as patched:  # in its last step a run just ends
-        patched.setattr(rl, "take_step", told_in_call(last - done, rl.take_step))
+        patched.setitem(loop.STEPS, "rl", told_in_call(last - done, loop.STEPS["rl"]))
         run = run_rl(config)
     assert_same_run(run, joint_run if schedule == "joint" else first_run)
 
 
 @pytest.mark.slow
 def test_supervised_training_preempted_and_started_again(root, tmp_path, monkeypatch):
-    changes = {"steps": 4, "checkpoint_every": 100}
+    changes = {"train__steps": 4, "train__checkpoint_every": 100}
     whole = run_sft(tiny_runs.sft_config(root, str(tmp_path / "whole"), **changes)).parent
     config = tiny_runs.sft_config(root, str(tmp_path / "run"), **changes)
-    with monkeypatch.context() as patched, pytest.raises(Preempted, match="2 steps are in"):
-        patched.setattr(sft, "sft_update", told_in_call(2, sft.sft_update))
+    with monkeypatch.context() as patched, pytest.raises(Preempted, match="2 of 4 steps are in"):
+        patched.setitem(loop.STEPS, "sft", told_in_call(2, loop.STEPS["sft"]))
         run_sft(config)
     run = run_sft(config).parent
     got, expected = (tiny_runs.lines(r, "metrics.jsonl") for r in (run, whole))

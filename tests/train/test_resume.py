@@ -12,8 +12,9 @@ import pytest
 import tiny_runs
 from tiny_runs import assert_same_run
 
-from jaxdyn.config import save_config
-from jaxdyn.train import rl, run_directory, run_rl, run_sft, sft
+from jaxdyn.data import Tokenizer
+from jaxdyn.grammar import save_config
+from jaxdyn.train import loop, open_run, run_directory, run_rl, run_sft
 from jaxdyn.train.run_directory import RunDirectory
 from jaxdyn.types import JaxdynError
 
@@ -62,12 +63,12 @@ POINTS = {
     "writing the configuration": lambda m: m.setattr(
         run_directory, "save_config", at_call(1, run_directory.save_config, before=False)
     ),
-    "before a step": lambda m: m.setattr(rl, "take_step", at_call(5, rl.take_step)),
+    "before a step": lambda m: m.setitem(loop.STEPS, "rl", at_call(5, loop.STEPS["rl"])),
     "before a checkpoint": lambda m: m.setattr(
-        rl.Checkpoints, "save", at_call(1, rl.Checkpoints.save)
+        loop.Checkpoints, "save", at_call(1, loop.Checkpoints.save)
     ),
     "after a checkpoint": lambda m: m.setattr(
-        rl.Checkpoints, "save", at_call(1, rl.Checkpoints.save, before=False)
+        loop.Checkpoints, "save", at_call(1, loop.Checkpoints.save, before=False)
     ),
     "inside the first checkpoint": lambda m: before_rename(m, 1),
     "inside a later checkpoint": lambda m: before_rename(m, 5),
@@ -96,7 +97,7 @@ def test_killed_again_and_again(root, joint_run, tmp_path, monkeypatch):
     config = tiny_runs.rl_config(root, str(tmp_path / "run"))
     for calls in (2, 3, 4, 1):
         with monkeypatch.context() as patched, pytest.raises(Killed):
-            patched.setattr(rl, "take_step", at_call(calls, rl.take_step))
+            patched.setitem(loop.STEPS, "rl", at_call(calls, loop.STEPS["rl"]))
             run_rl(config)
     assert_same_run(run_rl(config), joint_run)
     assert_same_run(run_rl(config), joint_run)  # a finished run stays as it is
@@ -106,7 +107,8 @@ SCRIPT = """
 import os, signal, sys
 from pathlib import Path
 import orbax.checkpoint._src.path.atomicity as atomicity
-from jaxdyn.config import RunConfig, load_config
+from jaxdyn.config import RunConfig
+from jaxdyn.grammar import load_config
 from jaxdyn.train import run_rl
 calls, original = [0], atomicity.AtomicRenameTemporaryPath.finalize
 def finalize(*args, **kwargs):
@@ -141,16 +143,16 @@ def test_supervised_training_killed_and_started_again(root, tmp_path, monkeypatc
     config = tiny_runs.sft_config(root, str(tmp_path / "run"))
     for calls in (4, 2):
         with monkeypatch.context() as patched, pytest.raises(Killed):
-            patched.setattr(sft, "sft_update", at_call(calls, sft.sft_update))
+            patched.setitem(loop.STEPS, "sft", at_call(calls, loop.STEPS["sft"]))
             run_sft(config)
     with monkeypatch.context() as patched, pytest.raises(Killed):
-        patched.setattr(sft, "save_pretrained", at_call(1, sft.save_pretrained))
+        patched.setattr(Tokenizer, "save", at_call(1, Tokenizer.save))
         run_sft(config)
     model = run_sft(config)
     got, expected = (tiny_runs.lines(r, "metrics.jsonl") for r in (model.parent, whole))
-    assert [line["step"] for line in expected] == list(range(6))
-    assert expected[-1]["loss"] < expected[0]["loss"]
-    assert [x["step"] for x in expected if "eval_reward" in x] == [2, 5]
+    assert [line["step"] for line in expected] == list(range(-1, 6))
+    assert expected[-1]["loss"] < expected[1]["loss"]
+    assert [x["step"] for x in expected if "eval_reward" in x] == [-1, 2, 5]
     assert tiny_runs.without_times(got) == tiny_runs.without_times(expected)
     assert (model / "model.safetensors").read_bytes() == (
         whole / "model" / "model.safetensors"
@@ -160,11 +162,14 @@ def test_supervised_training_killed_and_started_again(root, tmp_path, monkeypatc
 @pytest.mark.slow
 def test_supervised_training_stops_at_its_target(root):
     config = tiny_runs.sft_config(
-        root, "sft-target", target_reward=1e-9, steps=9, evaluate_every=1, reward__pattern=""
+        root, "sft-target", train__target_reward=1e-9, train__steps=9, evaluation__every=1
     )
     config = tiny_runs.replaced(config, {"reward__functions": ("length",)})
-    model = run_sft(config)
-    assert [line["step"] for line in tiny_runs.lines(model.parent, "metrics.jsonl")] == [0]
+    for _ in range(2):  # and started again it stays as it is
+        run = run_sft(config).parent
+        assert [line["step"] for line in tiny_runs.lines(run, "metrics.jsonl")] == [-1, 0]
+    with open_run(run) as saved:
+        assert saved.steps == [1] and not saved.follows(1)
 
 
 # -- the run's directory alone --------------------------------------------------------------------

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import tiny_runs
 
-from jaxdyn.train import analyze, export, rl, run_rl, step
+from jaxdyn.train import analyze, export, open_run, policy, run_rl, step
 from jaxdyn.train.checkpoint import Checkpoints
 from jaxdyn.types import JaxdynError
 
@@ -153,13 +153,14 @@ def test_the_body_is_passed_once_a_rollout_batch_however_many_inner_epochs(root,
     """Stage 1 with a KL penalty and old log-probs: everything comes from decoding's features."""
     calls = {"batch_features": 0, "update": 0, "policy_logps": 0}
     for name in calls:
-        original = getattr(step, name)
+        module = policy if name == "policy_logps" else step
+        original = getattr(module, name)
 
         def counted(*args, _name=name, _original=original, **kwargs):
             calls[_name] += 1
             return _original(*args, **kwargs)
 
-        monkeypatch.setattr(step, name, counted)
+        monkeypatch.setattr(module, name, counted)
     changes = {"train__steps": 0, "train__num_iterations": 3, "loss__beta": 0.1}
     schedule = {"optim__schedule": "classifier_first", "evaluation__every": 0}
     run_rl(tiny_runs.rl_config(root, "epochs", **changes, **schedule))
@@ -227,14 +228,12 @@ def test_an_exported_model_is_the_checkpoints_and_can_be_trained_on(root, joint_
 
     from jaxdyn.models import load_pretrained
 
-    config = tiny_runs.rl_config(root, "joint")
     for step_of, name in ((None, "exported"), (3, "exported-3")):
         model, params = load_pretrained(export(joint_run, root / name, step_of))
-        task = rl.open_task(config, 8)
-        checkpoints = Checkpoints(joint_run / "checkpoints")
-        state, position = rl.begin_or_resume(task, config, rl.plan_of(config), checkpoints, step_of)
-        assert position["step"] == (step_of or 6)
-        assert model == task.model
+        with open_run(joint_run) as run:
+            assert run.find(step_of) == (step_of or 6)
+            assert model == run.loaded.model
+            state = run.state(step_of)
         same = jax.tree.map(lambda a, b: bool((a == b).all()), params, state.params)
         assert all(jax.tree.leaves(same))
     changes = {"model__path": str(root / "exported"), "train__steps": 1}

@@ -15,8 +15,7 @@ from tiny_runs import assert_same_run
 from jaxdyn import cli
 from jaxdyn.paths import common_parent, in_bucket, open_path, require_writable
 from jaxdyn.report import load_run, write_report
-from jaxdyn.train import export, rl, run_rl
-from jaxdyn.train.analyze import open_run
+from jaxdyn.train import export, loop, open_run, run_rl
 from jaxdyn.train.run_directory import RunDirectory
 from jaxdyn.types import JaxdynError
 
@@ -93,7 +92,7 @@ def test_a_run_in_a_bucket_is_the_run_on_disk(root, joint_run, store, tmp_path, 
     """Killed on the way, taken up with nothing left on disk, reported, exported."""
     output = "gs://bucket/runs/one"
     config = dataclasses.replace(tiny_runs.rl_config(root, "x"), output=output)
-    original = rl.take_step
+    original = loop.STEPS["rl"]
 
     def take_step(*args):
         if args[-1] == 4:
@@ -102,7 +101,7 @@ def test_a_run_in_a_bucket_is_the_run_on_disk(root, joint_run, store, tmp_path, 
         return original(*args)
 
     with monkeypatch.context() as patched, pytest.raises(Killed):
-        patched.setattr(rl, "take_step", take_step)
+        patched.setitem(loop.STEPS, "rl", take_step)
         run_rl(config)
     store.refuses = False
     there = tmp_path / "store" / "bucket" / "runs" / "one"
@@ -125,7 +124,8 @@ def test_a_run_in_a_bucket_is_the_run_on_disk(root, joint_run, store, tmp_path, 
     assert weights[0].read_bytes() == weights[1].read_bytes()
     with pytest.raises(JaxdynError, match="written on disk, got gs://b/model"):
         export(joint_run, open_path("gs://b/model"))
-    assert open_run(open_path(output))[2].steps() == [3, 6]
+    with open_run(output) as saved:
+        assert saved.steps == [3, 6]
 
 
 def test_only_what_changed_is_published(root, store, tmp_path):
@@ -180,7 +180,7 @@ def test_of_many_processes_one_writes(root, tmp_path):
 
 
 def test_a_bucket_that_cannot_be_written_is_refused_first(root, store, monkeypatch, capsys):
-    monkeypatch.setattr(rl, "open_task", lambda *_: pytest.fail("something heavy"))
+    monkeypatch.setattr(loop, "open_task", lambda *_: pytest.fail("something heavy"))
     store.refuses = True
     with pytest.raises(SystemExit) as ended:
         cli.main(["rl", "--output", "gs://b/run"])

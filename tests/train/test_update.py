@@ -13,12 +13,8 @@ import pytest
 from jaxdyn.models import LanguageModel, gpt_neox
 from jaxdyn.optim import OptimConfig, make_optimizer, trainable
 from jaxdyn.rl import LossConfig
-from jaxdyn.train.update import (
-    TrainState,
-    UpdateBatch,
-    batch_features,
-    update,
-)
+from jaxdyn.train import TrainState, UpdateBatch, fresh_state, update
+from jaxdyn.train.policy import batch_features
 
 B, S, C = 4, 3, 4
 ADAM = OptimConfig(eps=1e-3, weight_decay=0.1)
@@ -46,14 +42,9 @@ def tiny_batch(vocab=oracles.VOCAB, with_old=True):
 
 
 def fresh(model, params, optim, stage="joint"):
-    """A state of its own copies, since the update takes its buffers."""
-    params = jax.tree.map(jnp.copy, params)
-    moving, _ = trainable(optim, stage, params)
-    state = TrainState(moving, make_optimizer(optim).init(moving))
-    if model.config.tied:
-        zeros = jnp.zeros_like(params["backbone"]["embed"]["embedding"])
-        state = state.replace(head_moment=zeros, head_share=jnp.copy(zeros))
-    return state
+    """The state of what moves, of copies, since the update takes its buffers."""
+    state = fresh_state(model, params, optim, stage)
+    return state.replace(params=trainable(optim, stage, state.params)[0])
 
 
 def joint(model, params, batch, loss=GRPO, optim=ADAM, rate=RATE, microbatches=1):

@@ -19,16 +19,16 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from jaxdyn.config import ModelSource, RunConfig, TrainConfig
-from jaxdyn.distributed import MeshConfig, make_mesh, require_divisible
-from jaxdyn.distributed.chips import Chip, Topology, open_topology
-from jaxdyn.distributed.hlo_text import Number
-from jaxdyn.distributed.mesh import AXES
-from jaxdyn.distributed.plan import Demand, Program, demand_of
+from jaxdyn.config import RunConfig
+from jaxdyn.distributed import make_mesh, require_divisible
 from jaxdyn.models import ModelConfig
-from jaxdyn.plan_programs import Setting
+from jaxdyn.plan.chips import Chip, Topology, open_topology
+from jaxdyn.plan.demand import Demand, Program, demand_of
+from jaxdyn.plan.programs import Setting
+from jaxdyn.plan.text import Number
 from jaxdyn.presets import SHAPES, preset
 from jaxdyn.rollout import SamplingConfig
+from jaxdyn.sections import AXES, MeshConfig, ModelSource, TrainConfig
 from jaxdyn.train.progress import Progress
 from jaxdyn.types import JaxdynError
 

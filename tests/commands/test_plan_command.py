@@ -5,11 +5,11 @@ import json
 import jax
 import pytest
 
-from jaxdyn import plan_command
 from jaxdyn.cli import main
-from jaxdyn.distributed.hlo import Cost
-from jaxdyn.distributed.plan import Demand
+from jaxdyn.commands import plan as command
 from jaxdyn.models import LanguageModel
+from jaxdyn.plan.demand import Demand
+from jaxdyn.plan.hlo import Cost
 from jaxdyn.presets import SHAPES
 
 
@@ -20,7 +20,7 @@ def refused(capsys, monkeypatch):
     def never(program):
         raise AssertionError(f"compiled {program.name}")
 
-    monkeypatch.setattr(plan_command, "demand_of", never)
+    monkeypatch.setattr(command, "demand_of", never)
 
     def run(*arguments):
         with pytest.raises(SystemExit) as stop:
@@ -76,7 +76,7 @@ def compiled(monkeypatch):
         peak = program_rows(program) * 2**20 + 2**30
         return Demand(program.name, {"parameters": 2**30}, 0, peak, peak, Cost(flops=1e12, bytes=1))
 
-    monkeypatch.setattr(plan_command, "demand_of", demand)
+    monkeypatch.setattr(command, "demand_of", demand)
     return seen
 
 

@@ -4,7 +4,7 @@ import sys
 
 import pytest
 
-from jaxdyn.distributed.chips import CHIPS, GIB, chip_of, open_topology, shape_of, slices
+from jaxdyn.plan.chips import CHIPS, GIB, chip_of, open_topology, shape_of, slices
 from jaxdyn.types import JaxdynError
 
 

@@ -22,17 +22,19 @@ from jax.sharding import PartitionSpec as P
 from jaxdyn.config import RunConfig
 from jaxdyn.distributed import shard_model, shardings
 from jaxdyn.distributed.mesh import ROWS
-from jaxdyn.distributed.plan import Program
 from jaxdyn.distributed.rules import fitting
 from jaxdyn.dynamics import propagate, site_state
 from jaxdyn.kernels.gram import contract, factorize
 from jaxdyn.kernels.sites import Rows
 from jaxdyn.models import LanguageModel, ModelConfig
 from jaxdyn.optim import make_optimizer, trainable
+from jaxdyn.plan.demand import Program
 from jaxdyn.rollout import generate
 from jaxdyn.rollout.generate import cache_sizes
 from jaxdyn.rollout.sampling import sample_token
-from jaxdyn.train.update import TrainState, UpdateBatch, policy_logps, update
+from jaxdyn.train.policy import UpdateBatch, policy_logps
+from jaxdyn.train.state import TrainState
+from jaxdyn.train.update import update
 from jaxdyn.types import KVCache, PromptBatch, Sites
 
 WORKSPACE = 2**27

@@ -7,8 +7,8 @@ import pytest
 import tiny_runs
 
 from jaxdyn.cli import main
-from jaxdyn.config import save_config
-from jaxdyn.evaluate_command import EvaluateOptions
+from jaxdyn.commands.evaluate import EvaluateOptions
+from jaxdyn.grammar import save_config
 from jaxdyn.train import export, run_rl
 from jaxdyn.types import JaxdynError
 

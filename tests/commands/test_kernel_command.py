@@ -11,11 +11,12 @@ import numpy as np
 import pytest
 import tiny_runs
 
-from jaxdyn import kernel_command, kernels
+from jaxdyn import kernels
 from jaxdyn.cli import main
+from jaxdyn.commands import kernel as command
+from jaxdyn.commands.kernel import run_kernel
+from jaxdyn.commands.kernel_options import KernelConfig, bytes_of
 from jaxdyn.data import load_tokenizer
-from jaxdyn.kernel_command import run_kernel
-from jaxdyn.kernel_config import KernelConfig, bytes_of
 from jaxdyn.models import load_pretrained
 from jaxdyn.optim import make_optimizer
 from jaxdyn.report import kernel_figure
@@ -42,7 +43,7 @@ def root(tmp_path_factory):
 @pytest.fixture
 def undrawn(monkeypatch):
     """A picture takes a second, and is looked at elsewhere."""
-    monkeypatch.setattr(kernel_command, "draw_kernel", lambda path, png: png.touch())
+    monkeypatch.setattr(command, "draw_kernel", lambda path, png: png.touch())
 
 
 def config_of(root, output, model="model", completed=True, **changes):

@@ -7,7 +7,7 @@ import pytest
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from jaxdyn.distributed.hlo import cost_of
+from jaxdyn.plan.hlo import cost_of
 
 
 def compiled(function, *shapes):

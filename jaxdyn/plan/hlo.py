@@ -25,8 +25,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from jaxdyn.distributed.hlo_loops import Scope, loop
-from jaxdyn.distributed.hlo_text import (
+from jaxdyn.plan.loops import Scope, loop
+from jaxdyn.plan.text import (
     COLLECTIVES,
     Computation,
     Instruction,

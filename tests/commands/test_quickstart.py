@@ -2,9 +2,9 @@ import dataclasses
 
 import pytest
 
-from jaxdyn import quickstart as module
+from jaxdyn.commands import quickstart as command
+from jaxdyn.commands.quickstart import quickstart
 from jaxdyn.presets import RL, SFT
-from jaxdyn.quickstart import quickstart
 from jaxdyn.types import JaxdynError
 
 
@@ -15,7 +15,8 @@ def small(monkeypatch, tmp_path):
     few = {"num_prompts": 2, "num_generations": 2}
     sft, rl = SFT["anagrams"], RL["anagrams"]
     evaluation = dataclasses.replace(rl.evaluation, every=0, **few)
-    sft = dataclasses.replace(sft, steps=2, evaluation=evaluation, evaluate_every=2)
+    train = dataclasses.replace(sft.train, steps=2)
+    sft = dataclasses.replace(sft, evaluation=evaluation, train=train)
     rl = dataclasses.replace(
         rl,
         evaluation=evaluation,
@@ -38,8 +39,8 @@ def test_the_whole_story_and_started_again(small, tmp_path, capsys):
     for stage in ("sft · supervised  2/2", "joint · joint  2/2", "classifier_first  3/3"):
         assert stage in said.err
     logs = [output / run / "metrics.jsonl" for run in ("sft", "joint", "classifier_first")]
-    # A line a step, and for RL one before the first.
-    assert [len(log.read_text().splitlines()) for log in logs] == [2, 3, 4]
+    # A line a step, and one before the first.
+    assert [len(log.read_text().splitlines()) for log in logs] == [3, 3, 4]
     before = [log.read_bytes() for log in logs]
     page.unlink()
     assert quickstart(output, seed=1) == page and page.is_file()
@@ -49,12 +50,12 @@ def test_the_whole_story_and_started_again(small, tmp_path, capsys):
 
 
 def test_an_output_that_holds_something_else(tmp_path, monkeypatch):
-    monkeypatch.setattr(module, "make_model", lambda *_: pytest.fail("work was done"))
+    monkeypatch.setattr(command, "make_model", lambda *_: pytest.fail("work was done"))
     (tmp_path / "notes.txt").write_text("mine")
     with pytest.raises(JaxdynError, match=r"already holds notes.txt; choose another output"):
         quickstart(tmp_path)
     with pytest.raises(JaxdynError, match=r"notes.txt is not a directory"):
         quickstart(tmp_path / "notes.txt")
-    with pytest.raises(JaxdynError, match="seed must not be negative, got -1"):
+    with pytest.raises(JaxdynError, match="seed must be at least 0, got -1"):
         quickstart(tmp_path / "new", seed=-1)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["notes.txt"]

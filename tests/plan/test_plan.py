@@ -13,13 +13,14 @@ from collections import Counter
 import jax
 import pytest
 
-from jaxdyn.distributed import MeshConfig, make_mesh
-from jaxdyn.distributed.chips import CHIPS
-from jaxdyn.distributed.hlo import Cost
-from jaxdyn.distributed.plan import Demand, demand_of, exhausted
-from jaxdyn.plan_command import PlanConfig
-from jaxdyn.plan_programs import Setting
+from jaxdyn.commands.plan import PlanConfig
+from jaxdyn.distributed import make_mesh
+from jaxdyn.plan.chips import CHIPS
+from jaxdyn.plan.demand import Demand, demand_of, exhausted
+from jaxdyn.plan.hlo import Cost
+from jaxdyn.plan.programs import Setting
 from jaxdyn.presets import SHAPES
+from jaxdyn.sections import MeshConfig
 
 ROWS, PROMPT, COMPLETION = (4, 2), 16, 16
 OPTIONS = {

@@ -16,9 +16,9 @@ from typing import Any
 
 import jax
 
-from jaxdyn.distributed.chips import Chip
-from jaxdyn.distributed.hlo import Cost, cost_of
-from jaxdyn.distributed.hlo_text import Number
+from jaxdyn.plan.chips import Chip
+from jaxdyn.plan.hlo import Cost, cost_of
+from jaxdyn.plan.text import Number
 
 UNITS = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 

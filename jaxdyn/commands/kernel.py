@@ -22,20 +22,18 @@ from rich.table import Table
 
 import jaxdyn
 from jaxdyn import kernels
-from jaxdyn.config import ModelSource
+from jaxdyn.commands.kernel_options import KernelConfig, bytes_of
+from jaxdyn.commands.kernel_places import Places, Texts, completion_places, prompt_places
 from jaxdyn.data import Tokenizer
 from jaxdyn.data.jsonl import JsonlFile, read_jsonl
-from jaxdyn.distributed import Layout, MeshConfig, make_mesh, require_divisible, shard_model
+from jaxdyn.distributed import Layout, make_mesh, require_divisible, shard_model
 from jaxdyn.hosts import fetch
-from jaxdyn.kernel_config import KernelConfig, bytes_of
-from jaxdyn.kernel_places import Places, Texts, completion_places, prompt_places
-from jaxdyn.models import LanguageModel, merge_adapters
-from jaxdyn.paths import open_path
+from jaxdyn.models import LanguageModel
 from jaxdyn.report.kernel_figure import draw_kernel
 from jaxdyn.report.kernel_file import COMPONENTS, SavedKernel
-from jaxdyn.train.analyze import open_run
+from jaxdyn.sections import MeshConfig, ModelSource
 from jaxdyn.train.progress import Progress
-from jaxdyn.train.rl import begin_or_resume, plan_of
+from jaxdyn.train.saved import open_run
 from jaxdyn.train.task import open_model
 from jaxdyn.types import Components, JaxdynError, Params, Sites
 
@@ -123,25 +121,21 @@ def open_subject(config: KernelConfig) -> Subject:
             model, params = shard_model(model, mesh), Layout(mesh).place(params)
         name = Path(str(config.model)).resolve().name
     else:
-        run = open_path(config.run)
-        settings, task, checkpoints = open_run(run)
-        step = checkpoints.find(config.step)
-        state, _ = begin_or_resume(task, settings, plan_of(settings), checkpoints, step)
-        checkpoints.close()
-        model, params, tokenizer = task.model, state.params, task.tokenizer
-        if not config.preconditioned:  # Adam's metric is that of the adapters themselves
-            model, params = merge_adapters(model, params)
-        name = f"{run.resolve().name}, step {step}"
-        if config.preconditioned:
-            optim = settings.optim
-            if optim.optimizer != "adamw":
-                raise JaxdynError(
-                    f"--preconditioned takes Adam's second moments; {run} was trained with "
-                    f"{optim.optimizer}"
+        with open_run(config.run) as run:
+            step = run.find(config.step)
+            # Adam's metric is that of the adapters themselves.
+            model, params = run.policy(step, merged=not config.preconditioned)
+            tokenizer, optim = run.loaded.tokenizer, run.config.optim
+            name = f"{run.path.resolve().name}, step {step}"
+            if config.preconditioned:
+                if optim.optimizer != "adamw":
+                    raise JaxdynError(
+                        f"--preconditioned takes Adam's second moments; {run.path} was trained "
+                        f"with {optim.optimizer}"
+                    )
+                preconditioner = kernels.adam_preconditioner(
+                    run.state(step).opt_state, params, b2=optim.b2, eps=optim.eps
                 )
-            preconditioner = kernels.adam_preconditioner(
-                state.opt_state, params, b2=optim.b2, eps=optim.eps
-            )
     dtype = jnp.dtype(config.dtype).type
     if config.dtype == "float64":
         widen = lambda x: x.astype(dtype)

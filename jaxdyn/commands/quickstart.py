@@ -12,13 +12,14 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from jaxdyn.config import ModelSource
 from jaxdyn.data import AnagramsConfig, character_tokenizer
-from jaxdyn.models import LanguageModel, gpt_neox, save_pretrained
+from jaxdyn.models import LanguageModel, gpt_neox
 from jaxdyn.optim import Schedule
 from jaxdyn.presets import RL, SFT
 from jaxdyn.report import load_run, write_report
+from jaxdyn.sections import ModelSource
 from jaxdyn.train import Progress, run_rl, run_sft
+from jaxdyn.train.export import save_policy
 from jaxdyn.types import JaxdynError
 
 SCHEDULES: tuple[Schedule, ...] = ("joint", "classifier_first")
@@ -78,8 +79,7 @@ def make_model(directory: Path, data: AnagramsConfig, seed: int) -> None:
     )
     model = LanguageModel(config)
     params = model.init(jax.random.key(seed))
-    save_pretrained(directory, model, params, stop_ids=tokenizer.stop_ids)
-    tokenizer.save(directory)
+    save_policy(directory, model, params, tokenizer)
 
 
 def print_summary(runs: list[Path], page: Path) -> None:

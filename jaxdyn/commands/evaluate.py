@@ -15,14 +15,15 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from jaxdyn.config import ModelSource, RunConfig, load_config, to_dict
+from jaxdyn.config import KINDS, Config
+from jaxdyn.grammar import load_config, to_dict
 from jaxdyn.paths import AnyPath, open_path, write_whole
 from jaxdyn.presets import RL, preset
-from jaxdyn.train.analyze import open_run
-from jaxdyn.train.evaluate import at_temperature, sample_held_out
+from jaxdyn.sections import ModelSource
+from jaxdyn.train.evaluate import sample_held_out
 from jaxdyn.train.progress import Progress
-from jaxdyn.train.rl import begin_or_resume, plan_of
-from jaxdyn.train.task import Task, make_metrics, open_task
+from jaxdyn.train.saved import open_run
+from jaxdyn.train.task import Task, open_task
 from jaxdyn.types import JaxdynError, Params
 
 
@@ -99,14 +100,15 @@ def run_evaluate(options: EvaluateOptions, progress: Progress | None = None) -> 
     if path.exists():
         raise JaxdynError(f"{path} already exists; choose another --output")
     progress = progress or Progress()
-    config, task, view, step = open_policy(options)
+    task, params, step = open_policy(options)
+    config = task.config
     own = config.sampling.temperature
     temperatures = tuple(sorted({*(options.temperatures or (own,))}))
     lines = []
     name = open_path(options.run or str(options.model)).resolve().name
     with progress.start(f"evaluate {name}", len(temperatures)):
         for temperature in temperatures:
-            experience, metrics = sample_held_out(task, view, at_temperature(config, temperature))
+            experience, metrics = sample_held_out(task.at_temperature(temperature), params)
             rows = [{k: v for k, v in r.items() if k != "step"} for r in experience.records(0)]
             lines.append({"temperature": temperature, **metrics, "samples": rows})
             progress.advance(temperature=temperature, reward=metrics["reward"])
@@ -118,42 +120,37 @@ def run_evaluate(options: EvaluateOptions, progress: Progress | None = None) -> 
     return path
 
 
-def open_policy(options: EvaluateOptions) -> tuple[RunConfig, Task, Params, int | None]:
-    """The configuration with the options in it, what it works on, the policy and its step."""
+def open_policy(options: EvaluateOptions) -> tuple[Task, Params, int | None]:
+    """What a run works on, told the options, the policy's parameters and its step."""
     if options.run is None:
-        config = preset(RL, options.preset) if options.preset else from_file(options)
+        config: Config = preset(RL, options.preset) if options.preset else from_file(options)
         config = dataclasses.replace(config, model=ModelSource(str(options.model), options.untie))
-        config = chosen(config, options)
-        task = open_task(config, config.train.max_prompt_length)
-        return config, task, task.model.view(task.params), None
-    run = open_path(options.run)
-    trained, task, checkpoints = open_run(run)
-    config = chosen(trained, options)
-    task = dataclasses.replace(task, metrics=make_metrics(config))
-    step = checkpoints.find(options.step)
-    state, _ = begin_or_resume(task, trained, plan_of(trained), checkpoints, step)
-    checkpoints.close()
-    return config, task, task.model.view(state.params), step
+        task = open_task(dataclasses.replace(config, **chosen(config, options)))
+        return task, task.params, None
+    with open_run(options.run) as run:
+        step = run.find(options.step)
+        task = run.task.told(**chosen(run.config, options))
+        return task, run.state(step).params, step
 
 
-def from_file(options: EvaluateOptions) -> RunConfig:
+def from_file(options: EvaluateOptions) -> Config:
     """The configuration that --config names: a file, or a run's directory."""
     path = open_path(str(options.config))
-    return load_config(RunConfig, path / "config.json" if path.is_dir() else path)
+    return load_config(KINDS, path / "config.json" if path.is_dir() else path)
 
 
-def chosen(config: RunConfig, options: EvaluateOptions) -> RunConfig:
-    """The configuration with what the options say of the evaluation."""
+def chosen(config: Config, options: EvaluateOptions) -> dict[str, Any]:
+    """What the options change of the configuration."""
     names = ("num_prompts", "num_generations", "metrics", "pass_at", "success_threshold")
     given: dict[str, Any] = {n: v for n in names if (v := getattr(options, n)) is not None}
     if "num_generations" in given:  # the run's own sizes may not fit
         given.setdefault("pass_at", ())
     evaluation = dataclasses.replace(config.evaluation, temperatures=options.temperatures, **given)
     seed = config.seed if options.seed is None else options.seed
-    return dataclasses.replace(config, evaluation=evaluation, seed=seed)
+    return {"evaluation": evaluation, "seed": seed}
 
 
-def print_table(name: str, config: RunConfig, lines: Sequence[dict[str, Any]]) -> None:
+def print_table(name: str, config: Config, lines: Sequence[dict[str, Any]]) -> None:
     """A row a measure, a column a temperature."""
     evaluation = config.evaluation
     each = evaluation.num_generations

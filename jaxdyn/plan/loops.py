@@ -10,7 +10,7 @@ import re
 from collections.abc import Callable
 from typing import Any
 
-from jaxdyn.distributed.hlo_text import Computation, Instruction, called_by
+from jaxdyn.plan.text import Computation, Instruction, called_by
 
 ARITHMETIC: dict[str, Callable] = {
     "copy": lambda x: x,

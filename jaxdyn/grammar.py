@@ -1,0 +1,94 @@
+"""The grammar of configurations: frozen dataclasses to JSON and back, every refusal by name.
+
+Imports no JAX, so that options can be read and refused before anything heavy is.
+"""
+
+import dataclasses
+import difflib
+import json
+import types
+import typing
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+from jaxdyn.errors import JaxdynError
+from jaxdyn.paths import AnyPath
+
+Config = TypeVar("Config")
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """The configuration as nested plain data."""
+    return dataclasses.asdict(config)
+
+
+def save_config(config: Any, path: Path) -> None:
+    """Write the configuration as JSON."""
+    path.write_text(json.dumps(to_dict(config), indent=2) + "\n")
+
+
+def load_config(kind: type[Config] | Mapping[str, type[Config]], path: AnyPath) -> Config:
+    """Read a configuration back.
+
+    Args:
+      kind: its class, or the classes by what a file's `kind` may be: the first where it has none.
+
+    Raises:
+      JaxdynError: for a file that is not one, naming the field.
+    """
+    try:
+        data = json.loads(path.read_text())
+    except FileNotFoundError as error:
+        raise JaxdynError(f"no such configuration file: {path}") from error
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise JaxdynError(f"{path} is not a JSON file: {error}") from error
+    if isinstance(kind, Mapping):
+        named = data.get("kind") if isinstance(data, dict) else None
+        kind = kind.get(str(named), next(iter(kind.values())))
+    return from_dict(kind, data, where=str(path))
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """A hint at the nearest known name, for error messages; empty if none is near."""
+    close = difflib.get_close_matches(name, list(known), n=1)
+    return f"; did you mean {close[0]!r}?" if close else ""
+
+
+def from_dict(kind: type[Config], data: Any, where: str = "config") -> Config:
+    """Build a configuration from plain data, refusing unknown fields and wrong types by name."""
+    if not isinstance(data, dict):
+        raise JaxdynError(f"{where}: expected an object with fields, got {data!r}")
+    fields = {f.name: f.type for f in dataclasses.fields(kind)}  # type: ignore[arg-type]
+    for name in data:
+        if name not in fields:
+            raise JaxdynError(f"{where}: unknown field {name!r}{nearest(name, fields)}")
+    hints = typing.get_type_hints(kind)
+    return kind(**{n: _value(hints[n], v, f"{where}: {n}") for n, v in data.items()})
+
+
+def _value(hint: Any, value: Any, where: str) -> Any:
+    """`value` checked against a field's type: dataclass, Literal, optional, tuple or plain."""
+    if dataclasses.is_dataclass(hint):
+        return from_dict(hint, value, where)  # type: ignore[arg-type]
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (types.UnionType, typing.Union):
+        if value is None and type(None) in arguments:
+            return None
+        (inner,) = (a for a in arguments if a is not type(None))
+        return _value(inner, value, where)
+    if origin is Literal:
+        if value not in arguments:
+            raise JaxdynError(f"{where}: expected one of {arguments}, got {value!r}")
+        return value
+    if origin is tuple and isinstance(value, list | tuple):
+        kinds = [arguments[0]] * len(value) if arguments[-1] is Ellipsis else arguments
+        if len(kinds) != len(value):
+            raise JaxdynError(f"{where}: expected {len(kinds)} values, got {value!r}")
+        pairs = zip(kinds, value, strict=True)
+        return tuple(_value(k, v, f"{where}[{i}]") for i, (k, v) in enumerate(pairs))
+    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if not isinstance(value, hint) or (hint is not bool and isinstance(value, bool)):
+        raise JaxdynError(f"{where}: expected {hint.__name__}, got {value!r}")
+    return value

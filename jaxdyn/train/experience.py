@@ -1,0 +1,137 @@
+"""A batch of experience: completions that the policy sampled, their texts, and their rewards."""
+
+import dataclasses
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from jaxdyn.data import columns, decode_completions, encode_prompts
+from jaxdyn.dynamics.diversity import diversity_metrics
+from jaxdyn.hosts import gather, share_of, whole
+from jaxdyn.rewards import RewardOutput
+from jaxdyn.rollout import generate
+from jaxdyn.train.task import Task
+from jaxdyn.types import Params, Rollout
+
+
+@dataclasses.dataclass(frozen=True)
+class Experience:
+    """A rollout with its texts and rewards: B = P * G rows, a prompt's generations together."""
+
+    rollout: Rollout
+    prompts: list[str]
+    completions: list[str]
+    finished: list[bool]
+    completion_ids: list[list[int]]
+    columns: dict[str, list]
+    rewards: RewardOutput
+    num_generations: int
+    reward_seconds: float
+
+    def groups(self) -> list[list[list[int]]]:
+        """Completion token ids by prompt and generation."""
+        rows, g = self.completion_ids, self.num_generations
+        return [rows[i : i + g] for i in range(0, len(rows), g)]
+
+    def records(self, step: int, limit: int | None = None) -> list[dict[str, Any]]:
+        """The completions in readable form."""
+        rows = range(len(self.completions))[:limit]
+        return [
+            {
+                "step": step,
+                "prompt_index": row // self.num_generations,
+                "prompt": self.prompts[row],
+                "completion": self.completions[row],
+                "reward": float(self.rewards.total[row]),
+                "finished": bool(self.finished[row]),
+            }
+            for row in rows
+        ]
+
+
+def gather_experience(
+    task: Task,
+    params: Params,
+    examples: Sequence[dict[str, Any]],
+    key: jax.Array,
+    num_generations: int,
+    harvest: bool = False,
+) -> Experience:
+    """Sample `num_generations` completions of each example's prompt and score them.
+
+    `harvest` keeps the features that predicted the tokens (`Rollout.features`).
+    """
+    tokenizer, sampling = task.tokenizer, task.config.sampling
+    longest = task.config.train.max_prompt_length
+    prompts = encode_prompts(tokenizer, [e["prompt"] for e in examples], longest)
+    rollout = generate(
+        task.model,
+        {part: params[part] for part in ("backbone", "classifier")},
+        task.layout.rows(prompts),
+        task.layout.everywhere(key),
+        num_generations=num_generations,
+        max_completion_length=sampling.max_completion_length,
+        temperature=sampling.temperature,
+        top_k=sampling.top_k,
+        top_p=sampling.top_p,
+        stop_ids=tokenizer.stop_ids,
+        pad_id=tokenizer.pad_id,
+        harvest=harvest,
+    )
+    here = whole(dataclasses.replace(rollout, features=None))
+    rollout = dataclasses.replace(here, features=rollout.features)
+    texts, finished, ids = decode_completions(
+        tokenizer, rollout.completion_ids, rollout.completion_mask
+    )
+    repeated = [example for example in examples for _ in range(num_generations)]
+    table = columns(repeated)
+    asked = table.pop("prompt")
+    table.pop("completion", None)
+    table |= {"finished": finished, "completion_ids": ids}
+    began = time.perf_counter()
+    rewards = score(task.reward, asked, texts, table)
+    seconds = time.perf_counter() - began
+    return Experience(
+        rollout, asked, texts, finished, ids, table, rewards, num_generations, seconds
+    )
+
+
+def score(
+    reward: Callable[..., RewardOutput],
+    prompts: list[str],
+    completions: list[str],
+    columns: dict[str, list],
+) -> RewardOutput:
+    """The rewards of all completions, of which each process scores its share."""
+    if jax.process_count() == 1:
+        return reward(prompts, completions, columns)
+    mine = share_of(len(completions))
+    part = {name: column[mine] for name, column in columns.items()}
+    scored = reward(prompts[mine], completions[mine], part)
+    values = {name: gather(value, len(completions)) for name, value in scored.values.items()}
+    return RewardOutput(gather(scored.total, len(completions)), values)
+
+
+def experience_metrics(experience: Experience, vocab_size: int) -> dict[str, float]:
+    """Reward, length and diversity of a batch of experience, under the peers' names."""
+    total = experience.rewards.total
+    groups = total.reshape(-1, experience.num_generations)
+    spread = np.std(groups, axis=1, ddof=1) if groups.shape[1] > 1 else np.zeros(len(groups))
+    lengths = np.array([len(ids) for ids in experience.completion_ids])
+    metrics = {
+        "reward": float(total.mean()),
+        "reward_std": float(np.mean(spread)),
+        "frac_reward_zero_std": float(np.mean(spread < 1e-8)),
+    }
+    metrics |= {f"rewards/{n}/mean": mean for n, mean in experience.rewards.means.items()}
+    metrics |= {
+        "completions/mean_length": float(lengths.mean()),
+        "completions/min_length": int(lengths.min()),
+        "completions/max_length": int(lengths.max()),
+        "completions/clipped_ratio": 1 - float(np.mean(experience.finished)),
+    }
+    diversity = diversity_metrics(experience.groups(), vocab_size)
+    return metrics | {f"diversity/{k}": v for k, v in diversity.items()}

@@ -1,0 +1,213 @@
+"""The training loop: take a step, watch what it did, write it down.
+
+RL and supervised training supply a step; everything around it is here. A run that was killed
+anywhere and starts again with the same command ends with the same metrics, bit for bit (times
+apart): the state comes from the newest checkpoint, everything else from the step's number.
+"""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+
+from jaxdyn.config import Config
+from jaxdyn.errors import Preempted
+from jaxdyn.grammar import nearest
+from jaxdyn.optim import Stage, stage_at, stages
+from jaxdyn.paths import AnyPath, open_path, require_writable
+from jaxdyn.train.checkpoint import Checkpoints, require_finite
+from jaxdyn.train.evaluate import evaluate, sweep_temperatures
+from jaxdyn.train.preemption import Preemption
+from jaxdyn.train.probe import Probe, remember
+from jaxdyn.train.progress import Progress
+from jaxdyn.train.run_directory import RunDirectory
+from jaxdyn.train.sft import take_supervised_step
+from jaxdyn.train.state import TrainState, begin_stage, fresh_state
+from jaxdyn.train.step import Taken, take_step
+from jaxdyn.train.task import LoadedModel, Task, open_task
+from jaxdyn.types import JaxdynError
+
+STEPS: dict[str, Callable[[Any, TrainState, Stage, int], Taken]] = {
+    "rl": take_step,
+    "sft": take_supervised_step,
+}
+"""How each kind of run takes a step."""
+
+SHOWN = {"rl": ("reward",), "sft": ("loss", "eval_reward")}
+"""The metrics that the progress bar shows, where a step has them."""
+
+
+def run(
+    config: Config,
+    progress: Progress | None = None,
+    at_end: Callable[[Task, TrainState, RunDirectory], None] | None = None,
+) -> AnyPath:
+    """Run, or resume, the run that `config` describes; returns its directory.
+
+    Args:
+      at_end: what is left to do with the last state, before the directory is closed.
+
+    Raises:
+      JaxdynError: for what the user can mend, before any work; and, naming the step and the last
+        good checkpoint, when a metric stops being finite.
+      Preempted: after SIGTERM, once the step in progress is saved.
+    """
+    plan = plan_of(config)
+    require_writable(open_path(config.output))
+    task = open_task(config)
+    require_untied(task, plan)
+    keep, metric = config.train.keep_checkpoints, config.train.keep_best
+    with (
+        RunDirectory(config.output, config, writes=jax.process_index() == 0) as directory,
+        Checkpoints(directory.checkpoints, keep, metric) as checkpoints,
+    ):
+        state = train(task, plan, directory, checkpoints, progress or Progress())
+        if at_end is not None:
+            at_end(task, state, directory)
+    return directory.path
+
+
+def train(
+    task: Task,
+    plan: tuple[Stage, ...],
+    directory: RunDirectory,
+    checkpoints: Checkpoints,
+    progress: Progress,
+) -> TrainState:
+    """The loop, from the newest checkpoint or the start; returns the last state."""
+    config, take = task.config, STEPS[task.config.kind]
+    state, position = begin_or_resume(task, config, checkpoints)
+    probe = Probe(task) if config.probe.every else None
+    if checkpoints.steps():
+        directory.rewind(position["step"])
+    else:
+        directory.rewind(-1)
+        record_start(task, probe, directory)
+
+    first, last = position["step"], plan[-1].end
+    if position.get("reached"):
+        last = first
+    title = f"{directory.path.name} · {config.title}"
+    with progress.start(title, last, first), Preemption() as preemption:
+        for step in range(first, last):
+            stage = stage_at(plan, step)
+            if step == stage.start > 0:
+                state = begin_stage(task.layout, config.optim, stage, state)
+            before = remember(state) if probe and probe.due(step) else None
+            state, metrics, num_tokens, completions = take(task, state, stage, step)
+            require_finite(metrics, step, checkpoints)
+            if probe and before is not None:
+                scalars, arrays = probe.measure(before, state)
+                record_probe(directory, step, {"cfrl/stage": stage.number, **scalars}, arrays)
+            position["num_tokens"] += num_tokens
+            position["time/wall"] += metrics["step_time"]
+            totals = {name: position[name] for name in ("num_tokens", "time/wall")}
+            metrics = {"step": step, **metrics, **totals}
+
+            ends, every = step + 1 == last, config.evaluation.every
+            if ends or (every and (step + 1) % every == 0):
+                sampled, measured = evaluate(task, state.params, directory, step)
+                metrics |= as_evaluation(measured)
+                goal = config.train.target_reward
+                position["reached"] = bool(goal and measured.get("reward", -math.inf) >= goal)
+                ends = ends or position["reached"]
+                if ends:
+                    sweep_temperatures(task, state.params, directory, step, sampled, measured)
+            directory.log("metrics.jsonl", metrics)
+            directory.log("completions.jsonl", *completions)
+
+            preempted = not ends and preemption.reached()
+            due = ends or (step + 1) % config.train.checkpoint_every == 0
+            if due or preempted or checkpoints.improves(metrics):
+                position |= {"step": step + 1, "stage": stage.name}
+                directory.publish()
+                checkpoints.save(step + 1, state, position, metrics)
+            shown = (name for name in SHOWN[config.kind] if name in metrics)
+            progress.advance(**{name: metrics[name] for name in shown})
+            if preempted:
+                checkpoints.wait()
+                raise Preempted(f"preempted; {step + 1} of {last} steps are in {directory.path}")
+            if ends:
+                break
+    return state
+
+
+def record_start(task: Task, probe: Probe | None, directory: RunDirectory) -> None:
+    """The state before training, as step -1."""
+    sampled, measured = evaluate(task, task.params, directory, step=-1)
+    baseline = as_evaluation(measured)
+    directory.log("metrics.jsonl", {"step": -1, **baseline})
+    sweep_temperatures(task, task.params, directory, -1, sampled, measured)
+    require_measured(task.config.train.keep_best, baseline)
+    if probe is not None:
+        record_probe(directory, -1, *probe.measure_state(task.params))
+
+
+def record_probe(
+    directory: RunDirectory, step: int, scalars: dict[str, Any], arrays: dict[str, Any]
+) -> None:
+    """A line of `dynamics.jsonl`, and the arrays over sites."""
+    directory.log("dynamics.jsonl", {"step": step, **scalars})
+    directory.save_arrays(step, arrays)
+
+
+def as_evaluation(measured: dict[str, float]) -> dict[str, float]:
+    """The metrics of an evaluation as they are logged beside a step's own."""
+    return {f"eval_{name}": value for name, value in measured.items()}
+
+
+# -- how a run begins -----------------------------------------------------------------------------
+
+
+def plan_of(config: Config) -> tuple[Stage, ...]:
+    """The run's stages; JaxdynError if it would have no step at all."""
+    plan = stages(config.optim.schedule, config.train.steps, config.optim.classifier_steps)
+    if not plan:
+        raise JaxdynError(
+            f"nothing to do: train.steps is {config.train.steps} and optim.classifier_steps "
+            f"{config.optim.classifier_steps} under the schedule {config.optim.schedule}"
+        )
+    return plan
+
+
+def begin_or_resume(
+    loaded: LoadedModel, config: Config, checkpoints: Checkpoints, step: int | None = None
+) -> tuple[TrainState, dict[str, Any]]:
+    """The state and position of a checkpoint (the newest), or those a run starts with."""
+    if saved := checkpoints.steps():
+        position = checkpoints.position(saved[-1] if step is None else step)
+    else:
+        position = {
+            "step": 0,
+            "seed": config.seed,
+            "stage": plan_of(config)[0].name,
+            "num_tokens": 0,
+            "time/wall": 0.0,
+            "reached": False,
+        }
+    fresh = lambda params: fresh_state(
+        loaded.model, params, config.optim, position["stage"], config.critic
+    )
+    if saved:
+        like = loaded.layout.shapes(jax.eval_shape(fresh, loaded.params))
+        return checkpoints.state(position["step"], like), position
+    return loaded.layout.place(fresh(loaded.params)), position
+
+
+def require_measured(metric: str, baseline: dict[str, float]) -> None:
+    """The metric that chooses the best checkpoint has to be one that evaluations measure."""
+    if metric and metric not in baseline:
+        raise JaxdynError(
+            f"train.keep_best is {metric}, which no evaluation measures{nearest(metric, baseline)}"
+        )
+
+
+def require_untied(task: Task, plan: tuple[Stage, ...]) -> None:
+    """A stage that moves the classifier alone needs a classifier that is not the embedding."""
+    config = task.config
+    if task.model.config.tied and any(stage.name == "classifier" for stage in plan):
+        raise JaxdynError(
+            f"schedule {config.optim.schedule} moves the classifier alone, but {config.model.path} "
+            "ties it to the embedding; set model.untie to give it a copy of its own"
+        )

@@ -1,0 +1,124 @@
+"""What a policy says of sampled completions: log-probs, entropy, confidence, values.
+
+A policy is a model with parameters and, where they are known already, the features of the batch:
+in a classifier stage decoding has computed them, and while only the classifier has moved they are
+the reference's too.
+"""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+from jax.typing import ArrayLike
+from jaxtyping import Array, Bool, Float, Int
+
+from jaxdyn.models import state_values
+from jaxdyn.rl import Normalizer, TokenStatistics, feature_statistics, normalizer_of
+from jaxdyn.types import Model, Params, Rollout
+
+
+class ValueTargets(struct.PyTreeNode):
+    """What the value head is held to: its estimates before the update, and the returns."""
+
+    old: Float[Array, "B C"]
+    returns: Float[Array, "B C"]
+
+
+class UpdateBatch(struct.PyTreeNode):
+    """What a policy-gradient update needs of B sampled sequences of S + C slots."""
+
+    tokens: Int[Array, "B T"]
+    mask: Bool[Array, "B T"]
+    completion_ids: Int[Array, "B C"]
+    completion_mask: Bool[Array, "B C"]
+    advantages: Float[Array, " B"] | Float[Array, "B C"]
+    old_per_token_logps: Float[Array, "B C"] | None = None
+    ref_per_token_logps: Float[Array, "B C"] | None = None
+    values: ValueTargets | None = None
+
+
+Sequences = UpdateBatch | Rollout
+"""What has `tokens`, `mask` and `completion_ids`."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Policy:
+    """A model's policy, with the features [B, C, D] of a batch if they are known."""
+
+    model: Model
+    params: Params
+    features: jax.Array | None = None
+
+    def logps(self, batch: Sequences, temperature: ArrayLike) -> Float[Array, "B C"]:
+        """Teacher-forced log π / temperature of the batch's completion tokens, in nats."""
+        if self.features is None:
+            return policy_logps(self.model, self.params, batch, temperature)
+        ids = batch.completion_ids
+        return classifier_logps(self.model, self.params, self.features, ids, temperature)
+
+
+def completion_features(model: Model, backbone: Params, batch: Sequences) -> Float[Array, "B C D"]:
+    """φ at the slots that predict each completion token."""
+    slots = batch.completion_ids.shape[1]
+    return model.features(backbone, batch.tokens, batch.mask)[:, -slots - 1 : -1]
+
+
+batch_features = jax.jit(completion_features, static_argnums=0)
+"""`completion_features`, jitted: one pass over a rollout batch for all its inner epochs."""
+
+batch_values = jax.jit(state_values)
+"""The value head's estimates from features, before an update."""
+
+
+def completion_statistics(
+    model: Model, classifier: Params, features: jax.Array, ids: jax.Array, temperature: ArrayLike
+) -> TokenStatistics:
+    """`feature_statistics` of the model's policy."""
+    return feature_statistics(
+        model.logits, classifier, features, ids, temperature, shards=model.shards
+    )
+
+
+@functools.partial(jax.jit, static_argnames="model")
+def classifier_logps(
+    model: Model, params: Params, features: jax.Array, ids: jax.Array, temperature: ArrayLike
+) -> Float[Array, "B C"]:
+    """Per-token log-probs of `ids` from features."""
+    classifier = model.view(params)["classifier"]
+    return completion_statistics(model, classifier, features, ids, temperature).logps
+
+
+@functools.partial(jax.jit, static_argnames="model")
+def policy_logps(
+    model: Model, params: Params, batch: Sequences, temperature: ArrayLike
+) -> Float[Array, "B C"]:
+    """Teacher-forced per-token log-probs of the batch's completions."""
+    features = completion_features(model, params["backbone"], batch)
+    return classifier_logps(model, params, features, batch.completion_ids, temperature)
+
+
+@functools.partial(jax.jit, static_argnames="model")
+def policy_certainty(
+    model: Model, params: Params, rollout: Rollout, temperature: ArrayLike
+) -> dict[str, jax.Array]:
+    """Means over a rollout's completion tokens: entropy, confidence, sampled log-prob."""
+    view = model.view(params)
+    features = completion_features(model, view["backbone"], rollout)
+    ids, mask = rollout.completion_ids, rollout.completion_mask
+    statistics = completion_statistics(model, view["classifier"], features, ids, temperature)
+    return certainty(statistics, mask, normalizer_of(mask))
+
+
+def certainty(
+    statistics: TokenStatistics, mask: jax.Array, normalizer: Normalizer
+) -> dict[str, jax.Array]:
+    """Entropy (nats), largest probability and sampled log-prob, summed over tokens / all tokens."""
+    token_mean = lambda x: jnp.sum(jnp.where(mask, x, 0)) / normalizer.tokens
+    return {
+        "entropy": token_mean(statistics.entropy),
+        "confidence/max_prob": token_mean(statistics.max_prob),
+        "confidence/sampled_logp": token_mean(statistics.logps),
+        "confidence/margin": token_mean(statistics.margin),
+    }
