@@ -59,13 +59,12 @@ def run(directory: Path, name: str) -> dict:
     """Classifier stage, then joint, with probes and evaluations; programs compiled in each step."""
     import engine
     import jax
-    from jaxdyn.train.rl import plan_of
 
-    from jaxdyn.config import EvaluationConfig, ModelSource
     from jaxdyn.data import DataConfig
     from jaxdyn.optim import stage_at
-    from jaxdyn.train import run_rl
-    from jaxdyn.train.progress import Progress
+    from jaxdyn.sections import EvaluationConfig, ModelSource
+    from jaxdyn.train import Progress, run_rl
+    from jaxdyn.train.loop import plan_of
 
     shape = Shape(**json.loads((directory / "shape.json").read_text()))
     config = engine.config_of(shape, steps=8)

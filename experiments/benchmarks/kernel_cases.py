@@ -106,7 +106,9 @@ def neural_tangents(implementation: str, what: str, batched: bool = False):
             x = jnp.concatenate([x, sites.targets[:, None]], axis=1)
         squeezed = lambda k: k.reshape(k.shape[:2])
         if batched:
-            tiled = nt.batch(kernel, batch_size=shape.batch, store_on_device=False)
+            # In turn on one device, as ours.
+            options = {"batch_size": shape.batch, "device_count": 1, "store_on_device": False}
+            tiled = nt.batch(kernel, **options)
             return lambda: squeezed(tiled(x, None, params))
         compiled = jax.jit(lambda params, x: squeezed(kernel(x, None, params)))
         return lambda: compiled(params, x)

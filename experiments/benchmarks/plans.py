@@ -85,11 +85,12 @@ def stored_on_one(name: str) -> list[dict]:
     import jax
 
     from jaxdyn.commands.plan import PlanConfig
-    from jaxdyn.distributed import MeshConfig, make_mesh
+    from jaxdyn.distributed import make_mesh
     from jaxdyn.plan.chips import CHIPS
     from jaxdyn.plan.demand import bytes_of
     from jaxdyn.plan.programs import Setting
     from jaxdyn.presets import SHAPES
+    from jaxdyn.sections import MeshConfig
 
     mesh = make_mesh(MeshConfig(), jax.devices()[:1])
     setting = Setting(SHAPES["pythia-2.8b"], PlanConfig("pythia-2.8b").run, mesh)
@@ -178,19 +179,20 @@ def scaling(sizes: dict[str, int]) -> dict:
     """The updates of a float32 GPT-NeoX on meshes of 1 to 8 devices."""
     import jax
 
-    from jaxdyn.config import RunConfig, TrainConfig
-    from jaxdyn.distributed import MeshConfig, make_mesh
+    from jaxdyn.config import RunConfig
+    from jaxdyn.distributed import make_mesh
     from jaxdyn.models import gpt_neox
     from jaxdyn.plan.demand import demand_of
     from jaxdyn.plan.programs import Setting
     from jaxdyn.rollout import SamplingConfig
+    from jaxdyn.sections import MeshConfig, TrainConfig
 
     model = gpt_neox(**sizes)
     rows = []
     for axis in ("data", "fsdp"):
         for count in DEVICES:
-            sizes = {"data": 1, "fsdp": 1, axis: count}
-            mesh = make_mesh(MeshConfig(**sizes), jax.devices()[:count])
+            ways = {"data": 1, "fsdp": 1, axis: count}
+            mesh = make_mesh(MeshConfig(**ways), jax.devices()[:count])
             train = TrainConfig(num_prompts=count, num_generations=8, max_prompt_length=64)
             run = RunConfig(train=train, sampling=SamplingConfig(max_completion_length=64))
             setting = Setting(model, run, mesh)
