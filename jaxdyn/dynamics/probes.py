@@ -2,7 +2,7 @@
 
 import dataclasses
 
-from jaxdyn.types import JaxdynError
+from jaxdyn.ranges import at_least
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,11 +24,5 @@ class ProbeConfig:
     sites_per_completion: int = 3
 
     def __post_init__(self):
-        if self.every < 0:
-            raise JaxdynError(f"probe.every must not be negative, got {self.every}")
-        if self.num_prompts < 2:
-            raise JaxdynError(f"probe.num_prompts must be at least 2, got {self.num_prompts}")
-        if self.sites_per_completion < 0:
-            raise JaxdynError(
-                f"probe.sites_per_completion must not be negative, got {self.sites_per_completion}"
-            )
+        at_least(0, self, "probe", "every", "sites_per_completion")
+        at_least(2, self, "probe", "num_prompts")
