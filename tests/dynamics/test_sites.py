@@ -5,6 +5,7 @@ import numpy as np
 
 from jaxdyn.data import (
     character_tokenizer,
+    decode_completions,
     encode_prompts,
     encode_supervised,
 )
@@ -78,9 +79,6 @@ def test_given_completions_are_cut():
     prompts = encode_prompts(TOKENIZER, ASKED, 16)
     encoded = encode_supervised(TOKENIZER, ASKED, SAID, 16)
     given = rollout_from_texts(prompts, *encoded, max_completion_length=2)
-    kept = [
-        np.asarray(r)[np.asarray(m)] for r, m in zip(given.completion_ids, given.completion_mask)
-    ]
-    decoded = [TOKENIZER.decode_completion(ids.tolist()) for ids in kept]
-    assert decoded == ["ab", "b", "aa"]
+    texts, finished, _ = decode_completions(TOKENIZER, given.completion_ids, given.completion_mask)
+    assert texts == ["ab", "b", "aa"] and finished == [False, True, False]
     np.testing.assert_array_equal(given.prompt_ids, prompts.prompt_ids)
