@@ -58,7 +58,7 @@ def confidence(runs: Sequence[Run]) -> Exhibit | None:
         "diversity": (
             Panel("diversity/distinct_2", "Diversity: distinct 2-grams", "share of 2-grams", True),
             Panel("diversity/vendi", "… Vendi score", "effective number of samples", True),
-            Panel("diversity/self_bleu", "Likeness: self-BLEU", "BLEU against the others", True),
+            Panel("diversity/unique", "… unique completions", "share of a prompt's samples", True),
         ),
     }
     figure, axes = grid_of_panels(3, 3, height=2.5)
