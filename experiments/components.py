@@ -23,14 +23,13 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxdyn.train.rl import begin_or_resume, plan_of
 
 from jaxdyn import kernels
 from jaxdyn.dynamics import sites_from_rollout
 from jaxdyn.rollout import step_key
-from jaxdyn.train.analyze import open_run
-from jaxdyn.train.task import gather_experience
-from jaxdyn.types import Components
+from jaxdyn.train import open_run
+from jaxdyn.train.experience import gather_experience
+from jaxdyn.types import COMPONENTS, Components
 
 COLUMNS = ("run", "step", "between", "metric", "pairs", "representation", "gradient", "positive")
 
@@ -38,8 +37,7 @@ COLUMNS = ("run", "step", "between", "metric", "pairs", "representation", "gradi
 def shares(kernel: kernels.Kernel, off_diagonal: bool) -> tuple[float, float, float]:
     """Of the representation and the gradient component; and how many entries are positive."""
     keep = np.eye(len(kernel.total), dtype=bool) ^ off_diagonal
-    parts = [jnp.asarray(np.asarray(getattr(kernel, name))[keep]) for name in
-             ("representation", "gradient", "cross")]  # fmt: skip
+    parts = [jnp.asarray(np.asarray(getattr(kernel, name))[keep]) for name in COMPONENTS]
     found = kernels.component_shares(Components(*parts))
     positive = float(np.mean(np.asarray(kernel.total)[keep] > 0))
     return float(found.representation), float(found.gradient), positive
@@ -47,25 +45,19 @@ def shares(kernel: kernels.Kernel, off_diagonal: bool) -> tuple[float, float, fl
 
 def rows_of(run: Path, num_prompts: int) -> list[tuple]:
     """The table's rows of a run's newest checkpoint."""
-    config, task, checkpoints = open_run(run)
-    step = checkpoints.steps()[-1]
-    state, _ = begin_or_resume(task, config, plan_of(config), checkpoints, step)
-    prompts = task.test[:num_prompts]
-    experience = gather_experience(
-        task, state.params, prompts, step_key(0, "probe", step), config, 1,
-        config.train.max_prompt_length,
-    )  # fmt: skip
-    adam = kernels.adam_preconditioner(
-        state.opt_state, state.params, b2=config.optim.b2, eps=config.optim.eps
-    )
-    sites = sites_from_rollout(experience.rollout, 1, 0)
+    with open_run(run) as saved:
+        step, task, state = saved.steps[-1], saved.task, saved.state()
+    model, params, optim = task.model, state.params, task.config.optim
+    prompts, key = task.test[:num_prompts], step_key(0, "probe", step)
+    rollout = gather_experience(task, params, prompts, key, 1).rollout
+    adam = kernels.adam_preconditioner(state.opt_state, params, b2=optim.b2, eps=optim.eps)
+    sites = sites_from_rollout(rollout, 1, 0)
     found = []
     for metric, preconditioner in (("plain", None), ("Adam", adam)):
         options = {"preconditioner": preconditioner, "method": "gram"}
-        model, params = task.model, state.params
         between = {
             "sites": kernels.log_prob_kernel(model, params, sites, **options),
-            "completions": kernels.sequence_kernel(model, params, experience.rollout, **options),
+            "completions": kernels.sequence_kernel(model, params, rollout, **options),
         }
         for name, kernel in between.items():
             for pairs, off_diagonal in (("different", True), ("itself", False)):

@@ -20,9 +20,9 @@ import argparse
 import dataclasses
 from pathlib import Path
 
-from jaxdyn.config import ModelSource
 from jaxdyn.presets import RL
 from jaxdyn.report import write_report
+from jaxdyn.sections import ModelSource
 from jaxdyn.train import run_rl
 
 SCHEDULES = ("joint", "classifier_first", "joint_extra")

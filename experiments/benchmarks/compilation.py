@@ -4,12 +4,12 @@ import argparse
 import dataclasses
 import json
 import os
-import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
 
+import harness
 from peers.protocol import END, Shape, random_prompts
 
 
@@ -26,14 +26,9 @@ def suite(shape: Shape, chosen: argparse.Namespace) -> dict:
         }
         for name in ("cold", "warm"):
             began = time.time()
-            done = subprocess.run(
-                [sys.executable, __file__, directory, name],
-                env=os.environ | cache,
-                stdout=subprocess.PIPE,
-                text=True,
-                check=True,
+            run = found[name] = harness.in_a_process(
+                f"compile, cache {name}", [__file__, directory, name], environ=os.environ | cache
             )
-            run = found[name] = json.loads(done.stdout.splitlines()[-1])
             pairs = zip(run["compiled"], run["first_of_kind"], strict=True)
             run["compiled_after_the_first_of_each_kind"] = sum(n for n, first in pairs if not first)
             run["first_step_seconds"] = run["ended"][0] - began
@@ -64,13 +59,12 @@ def run(directory: Path, name: str) -> dict:
     """Classifier stage, then joint, with probes and evaluations; programs compiled in each step."""
     import engine
     import jax
-    from jaxdyn.train.rl import plan_of
 
-    from jaxdyn.config import EvaluationConfig, ModelSource
     from jaxdyn.data import DataConfig
     from jaxdyn.optim import stage_at
-    from jaxdyn.train import run_rl
-    from jaxdyn.train.progress import Progress
+    from jaxdyn.sections import EvaluationConfig, ModelSource
+    from jaxdyn.train import Progress, run_rl
+    from jaxdyn.train.loop import plan_of
 
     shape = Shape(**json.loads((directory / "shape.json").read_text()))
     config = engine.config_of(shape, steps=8)

@@ -1,6 +1,7 @@
 """jaxdyn's side of the RL benchmarks: a task in memory at any shape, and what its programs cost."""
 
 import dataclasses
+import functools
 import itertools
 import math
 from collections.abc import Callable
@@ -9,45 +10,31 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import tokenizers
+from jax.extend import core as jax_core
 from peers.protocol import BEGIN, END, PAD, WORDS, Shape, even_words, random_prompts
 
-from jaxdyn.config import RunConfig, TrainConfig
+from jaxdyn.config import RunConfig
 from jaxdyn.data import Tokenizer
-from jaxdyn.models import LanguageModel, config_from_hf, gpt_neox
+from jaxdyn.models import LanguageModel, gpt_neox, llama
 from jaxdyn.models.decoder import Remat
-from jaxdyn.optim import OptimConfig, Stage, make_optimizer, trainable
-from jaxdyn.optim.stages import StageName
+from jaxdyn.optim import OptimConfig, Stage, StageName, make_optimizer
 from jaxdyn.rewards import RewardConfig, make_reward
 from jaxdyn.rl import LossConfig
 from jaxdyn.rollout import SamplingConfig, step_key
-from jaxdyn.train.step import make_batch, prompts_of_step, take_step
-from jaxdyn.train.task import Task, gather_experience
-from jaxdyn.train.update import TrainState, UpdateBatch, update
+from jaxdyn.sections import TrainConfig
+from jaxdyn.train import TrainState, UpdateBatch, fresh_state, update
+from jaxdyn.train.experience import gather_experience
+from jaxdyn.train.step import examples_of, make_batch, split_state, take_step
+from jaxdyn.train.task import Task
 
 REWARD = RewardConfig(functions=(f"{even_words.__module__}:even_words",))
 
 
 def model_of(shape: Shape, architecture: str, remat: Remat = "dots") -> LanguageModel:
     """The decoder that the peers build, untied."""
-    positions = max(512, shape.slots)
-    if architecture == "gpt_neox":
-        sizes = (shape.vocab, shape.width, shape.layers, shape.heads, shape.mlp, positions)
-        config = gpt_neox(*sizes)
-    else:
-        config = config_from_hf(
-            {
-                "model_type": "llama",
-                "vocab_size": shape.vocab,
-                "hidden_size": shape.width,
-                "intermediate_size": shape.mlp,
-                "num_hidden_layers": shape.layers,
-                "num_attention_heads": shape.heads,
-                "max_position_embeddings": positions,
-                "rope_theta": 10000.0,
-                "rms_norm_eps": 1e-5,
-                "tie_word_embeddings": False,
-            }
-        )
+    families = {"gpt_neox": gpt_neox, "llama": functools.partial(llama, norm_eps=1e-5)}
+    sizes = (shape.vocab, shape.width, shape.layers, shape.heads, shape.mlp, max(512, shape.slots))
+    config = families[architecture](*sizes)
     return LanguageModel(config, jnp.dtype(shape.dtype).type, remat)
 
 
@@ -61,13 +48,19 @@ def tokenizer_of(shape: Shape) -> Tokenizer:
     return Tokenizer(backend, PAD, (END,), BEGIN)
 
 
-def task_of(shape: Shape, architecture: str, remat: Remat = "dots") -> Task:
+def task_of(shape: Shape, architecture: str, remat: Remat = "dots", **train: Any) -> Task:
     """Random parameters, prompts of random words, and the peers' reward."""
     model = model_of(shape, architecture, remat)
-    params = jax.jit(model.init)(jax.random.key(0))
     examples = [{"prompt": prompt} for prompt in random_prompts(shape, 2048)]
-    held_out = examples[:32]
-    return Task(model, params, tokenizer_of(shape), examples, held_out, make_reward(REWARD))
+    return Task(
+        model=model,
+        params=jax.jit(model.init)(jax.random.key(0)),
+        tokenizer=tokenizer_of(shape),
+        config=config_of(shape, **train),
+        train=examples,
+        test=examples[:32],
+        reward=make_reward(REWARD),
+    )
 
 
 def config_of(shape: Shape, **train: Any) -> RunConfig:
@@ -86,56 +79,40 @@ def config_of(shape: Shape, **train: Any) -> RunConfig:
     )
 
 
-def fresh_state(task: Task, config: RunConfig, stage: str) -> TrainState:
-    """Copies of the task's parameters, for an update donates them, and a stage's optimizer."""
-    params = jax.tree.map(jnp.copy, task.params)
-    moving, _ = trainable(config.optim, stage, params)
-    return TrainState(params, make_optimizer(config.optim).init(moving))
+def state_of(task: Task, stage: StageName) -> TrainState:
+    """The state in which a stage begins, where a run has it."""
+    return task.layout.place(fresh_state(task.model, task.params, task.config.optim, stage))
 
 
 class Problem:
     """A task, a rollout batch of it with harvested features, and what either stage does with it."""
 
     def __init__(self, shape: Shape, architecture: str, remat: Remat, microbatches: int):
-        self.task = task_of(shape, architecture, remat)
-        self.config = config_of(shape, microbatches=microbatches)
-        self.reference = jax.tree.map(jnp.copy, self.task.model.view(self.task.params))
+        self.task = task_of(shape, architecture, remat, microbatches=microbatches)
+        key, examples = step_key(0, "rollout", 0), examples_of(self.task, 0)
         self.experience = gather_experience(
-            self.task,
-            self.reference,
-            prompts_of_step(self.task, self.config, 0),
-            step_key(0, "rollout", 0),
-            self.config,
-            shape.generations,
-            shape.prompt_length,
-            harvest=True,
+            self.task, self.task.params, examples, key, shape.generations, harvest=True
         )
 
-    def update(self, stage: StageName) -> tuple[Any, tuple, dict[str, Any]]:
+    def update(self, name: StageName) -> tuple[Any, tuple, dict[str, Any]]:
         """The jitted update, its arguments, its static arguments."""
-        state = fresh_state(self.task, self.config, stage)
-        batch, features = make_batch(
-            self.task, self.config, state, Stage(stage, 0, 1), self.reference, self.experience
-        )
-        moving, frozen = trainable(self.config.optim, stage, state.params)
-        needed = frozen.keys() - {"backbone"} if stage == "classifier" else frozen.keys()
-        frozen = {part: frozen[part] for part in needed}
-        rate, temperature = jnp.float32(1e-6), jnp.float32(1.0)
-        arguments = (state.replace(params=moving), frozen, batch, features, rate, temperature)
-        return update, arguments, static_of(self.task.model, self.config)
+        stage, state = Stage(name, 0, 1), state_of(self.task, name)
+        batch, features = make_batch(self.task, state, stage, self.experience)
+        state, frozen = split_state(self.task, state, stage)
+        if name == "classifier":
+            frozen.pop("backbone")
+        arguments = (state, frozen, batch, features, jnp.float32(1e-6), jnp.float32(1.0))
+        return update, arguments, static_of(self.task.model, self.task.config)
 
-    def steps(self, stage: StageName) -> Callable[[], tuple[TrainState, dict[str, Any]]]:
+    def steps(self, name: StageName) -> Callable[[], TrainState]:
         """A function that takes one step of the stage after another."""
-        state = fresh_state(self.task, self.config, stage)
+        state, stage = state_of(self.task, name), Stage(name, 0, 10**6)
         numbers = itertools.count()
 
         def step():
             nonlocal state
-            whole = Stage(stage, 0, 10**6)
-            state, _, metrics = take_step(
-                self.task, self.config, self.reference, state, whole, next(numbers)
-            )
-            return state, metrics
+            state = take_step(self.task, state, stage, next(numbers)).state
+            return state
 
         return step
 
@@ -229,6 +206,6 @@ def products(jaxpr: Any, trips: bool = True) -> float:
             total += 2.0 * inner * math.prod(equation.outvars[0].aval.shape)
         times = equation.params["length"] if trips and equation.primitive.name == "scan" else 1
         total += times * sum(
-            products(inner, trips) for inner in jax.core.jaxprs_in_params(equation.params)
+            products(inner, trips) for inner in jax_core.jaxprs_in_params(equation.params)
         )
     return total

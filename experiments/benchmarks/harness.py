@@ -1,18 +1,21 @@
 """What the benchmarks share: processes, medians, peak memory, a thermometer of the machine.
 
 A case runs in a process of its own, so that its peak memory is its own; one that only prepares the
-problem is run beside them, and peak memory is reported beyond its.
+problem is run beside them, and peak memory is reported beyond its. A case that fails ends the
+benchmark, unless it is declared that it cannot be done.
 """
 
+import argparse
 import json
 import os
 import platform
 import resource
+import signal
 import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -74,18 +77,39 @@ def measure(function: Callable[[], Any], repeats: int, check: Callable[[Any], An
     }
 
 
-def in_a_process(script: str, case: list[str], timeout: float) -> dict:
-    """The JSON that `python script --case ...` prints last, or what became of it."""
-    command = [sys.executable, script, "--case", *case]
+def in_a_process(
+    name: str,
+    command: list[str],
+    timeout: float = 1800.0,
+    cannot: str = "",
+    environ: Mapping[str, str] = os.environ,
+) -> dict:
+    """The JSON that `python *command` prints last.
+
+    `cannot` declares why it may run out of memory or of time: what then became of it is "error" in
+    the result. Every other failure ends the benchmark, with the last line that was said.
+    """
+    command = [sys.executable, *command]
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=timeout)
+        done = subprocess.run(
+            command, capture_output=True, text=True, timeout=timeout, env=dict(environ)
+        )
     except subprocess.TimeoutExpired:
-        return {"error": f"stopped after {timeout:.0f} s"}
-    if done.returncode:
-        said = done.stderr.strip().splitlines() or [""]
-        died = "killed (out of memory?)" if done.returncode < 0 else said[-1][:200]
-        return {"error": died}
-    return json.loads(done.stdout.splitlines()[-1])
+        too_much, why = True, f"stopped after {timeout:.0f} s"
+    else:
+        if not done.returncode:
+            return json.loads(done.stdout.splitlines()[-1])
+        killed = done.returncode == -signal.SIGKILL
+        too_much = killed or "RESOURCE_EXHAUSTED" in done.stderr
+        why = "killed (out of memory?)" if killed else last_line(done.stderr)
+    if cannot and too_much:
+        return {"error": f"{why} ({cannot})"}
+    raise SystemExit(f"{name}: {why}")
+
+
+def last_line(said: str) -> str:
+    """What a process said last, at most 300 characters of it."""
+    return (said.strip().splitlines() or ["ended without a word"])[-1][:300]
 
 
 def machine() -> dict:
@@ -103,10 +127,22 @@ def machine() -> dict:
     }
 
 
-def write(name: str, content: dict) -> Path:
-    """Write results/NAME.json."""
-    RESULTS.mkdir(exist_ok=True)
-    path = RESULTS / f"{name}.json"
+def known(chosen: list[str], names: Iterable[str]) -> list[str]:
+    """What was chosen of the names, all of them without a choice; SystemExit for another."""
+    if unknown := set(chosen) - set(names):
+        raise SystemExit(f"unknown {min(unknown)!r}; there are {', '.join(names)}")
+    return chosen or list(names)
+
+
+def add_output(parser: argparse.ArgumentParser) -> None:
+    words = "directory of the results (results/ beside the script)"
+    parser.add_argument("--output", type=Path, default=RESULTS, help=words)
+
+
+def write(directory: Path, name: str, content: dict) -> Path:
+    """Write NAME.json."""
+    directory.mkdir(parents=True, exist_ok=True)
+    path = directory / f"{name}.json"
     path.write_text(json.dumps({"machine": machine(), **content}, indent=1) + "\n")
     return path
 

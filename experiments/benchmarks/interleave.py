@@ -10,6 +10,7 @@ import contextlib
 import dataclasses
 import json
 import os
+import select
 import statistics
 import subprocess
 import sys
@@ -24,31 +25,38 @@ from peers.protocol import Shape
 HERE = Path(__file__).parent
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # several share an accelerator
 ARCHITECTURES = ("llama", "gpt_neox")
+PEERS = ("tunix", "trl")
+PATIENCE = 1800.0  # seconds for a line: a large shape's first step compiles
 
 
 def add_peer_arguments(parser: argparse.ArgumentParser) -> None:
-    for peer in ("tunix", "trl"):
-        words = f"the Python that has {peer} (see peers/{peer}_worker.py); left out without one"
+    for peer in PEERS:
+        words = f"the Python that has {peer} (see peers/{peer}_worker.py)"
         parser.add_argument(f"--{peer}-python", help=words)
+    words = "peers to leave out, which the result then says"
+    parser.add_argument("--without", nargs="+", choices=PEERS, default=[], help=words)
     parser.add_argument("--rounds", type=int, default=15, help="measured ones (15)")
     parser.add_argument("--warm-up", type=int, default=3, help="rounds before them (3)")
 
 
 def frameworks(chosen: argparse.Namespace) -> dict[str, list[str]]:
-    """The command of every framework whose Python is at hand; says which are left out."""
+    """The command of every framework; SystemExit where one's Python is not named."""
+    for peer in PEERS:
+        if peer not in chosen.without and not getattr(chosen, f"{peer}_python"):
+            raise SystemExit(
+                f"{peer}: no Python that has it; give --{peer}-python PATH (peers/{peer}_worker.py "
+                f"says what it needs), or leave it out by --without {peer}"
+            )
     script = lambda name: str(HERE / "peers" / f"{name}.py")
     found = {
         f"jaxdyn {a}": [sys.executable, str(HERE / "jaxdyn_worker.py"), a] for a in ARCHITECTURES
     }
     found["floor"] = [sys.executable, script("floor")]
-    if chosen.tunix_python:
+    if "tunix" not in chosen.without:
         found["tunix llama"] = [chosen.tunix_python, script("tunix_worker")]
-    if chosen.trl_python:
+    if "trl" not in chosen.without:
         for a in ARCHITECTURES:
             found[f"trl {a}"] = [chosen.trl_python, script("trl_worker"), a]
-    for peer in ("tunix", "trl"):
-        if not getattr(chosen, f"{peer}_python"):
-            print(f"{peer} left out: --{peer}-python names no Python that has it")
     return found
 
 
@@ -83,12 +91,14 @@ class Worker:
         self._process.stdout.close()
 
     def _read(self) -> dict:
+        if not select.select([self._process.stdout], [], [], PATIENCE)[0]:
+            self._process.kill()
+            raise SystemExit(f"{self.name}: stopped after {PATIENCE:.0f} s without an answer")
         line = self._process.stdout.readline()
         if not line:
             self._process.wait()
             self._said.seek(0)
-            last = self._said.read().strip().splitlines()[-3:]
-            raise SystemExit(f"{self.name} stopped: {' | '.join(last)}")
+            raise SystemExit(f"{self.name}: {harness.last_line(self._said.read())}")
         return json.loads(line)
 
 
@@ -104,16 +114,14 @@ def started(commands: dict[str, list[str]], shape: Shape, task: str) -> Iterator
         yield workers
 
 
-def interleaved(
-    commands: dict[str, list[str]], shape: Shape, task: str, rounds: int, warm_up: int
-) -> dict:
-    """`rounds` rounds of every framework's `task` after a warm-up, and what they summarise to."""
+def interleaved(shape: Shape, task: str, chosen: argparse.Namespace) -> dict:
+    """Rounds of every framework's `task` after a warm-up, and what they summarise to."""
     print(f"\n{task}: {json.dumps(dataclasses.asdict(shape))}")
     measured, gflops = [], []
-    with started(commands, shape, task) as workers:
+    with started(frameworks(chosen), shape, task) as workers:
         about = {worker.name: worker.about for worker in workers}
         first = {worker.name: worker.work()[task] for worker in workers}
-        for number in range(1 - warm_up, rounds + 1):
+        for number in range(1 - chosen.warm_up, chosen.rounds + 1):
             heat = harness.thermometer()
             answers = {worker.name: worker.work() for worker in workers}
             said = "  ".join(f"{name} {parts[task]:.3f}" for name, parts in answers.items())
@@ -123,6 +131,7 @@ def interleaved(
                 gflops.append(heat)
     return {
         "shape": dataclasses.asdict(shape),
+        "without": chosen.without,
         "about": about,
         "first_seconds": first,
         "gflops": gflops,

@@ -13,7 +13,7 @@ import engine  # noqa: E402
 import jax  # noqa: E402
 
 from jaxdyn.data import encode_prompts  # noqa: E402
-from jaxdyn.optim import stages  # noqa: E402
+from jaxdyn.optim import Stage  # noqa: E402
 from jaxdyn.rollout import generate, step_key  # noqa: E402
 from jaxdyn.train.step import take_step  # noqa: E402
 
@@ -22,11 +22,10 @@ def sample(shape, task):
     prompts = encode_prompts(
         task.tokenizer, random_prompts(shape, shape.prompts), shape.prompt_length
     )
-    view = task.model.view(task.params)
     for turn in runner.turns():
         rollout = generate(
             task.model,
-            view,
+            task.params,
             prompts,
             step_key(0, "rollout", turn),
             num_generations=shape.generations,
@@ -37,12 +36,9 @@ def sample(shape, task):
 
 
 def learn(shape, task):
-    config = engine.config_of(shape, steps=10**6)
-    (joint,) = stages("joint", config.train.steps, 0)
-    state = engine.fresh_state(task, config, "joint")
-    reference = jax.tree.map(jax.numpy.copy, task.model.view(task.params))
+    state, joint = engine.state_of(task, "joint"), Stage("joint", 0, 10**6)
     for turn in runner.turns():
-        state, _, metrics = take_step(task, config, reference, state, joint, turn)
+        state, metrics, *_ = take_step(task, state, joint, turn)
         parts = {"generate": "rollout", "reference": "reference", "update": "update"}
         runner.parts = {part: metrics[f"time/{name}"] for part, name in parts.items()}
 

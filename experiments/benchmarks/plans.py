@@ -31,6 +31,7 @@ CASES = [
     for topology in ("v5e-64", "v5p-8", "v6e-16")
 ]
 DEVICES = (1, 2, 4, 8)
+MODEL = {"vocab_size": 2048, "width": 256, "num_layers": 4, "num_heads": 8}
 
 
 # -- plans ----------------------------------------------------------------------------------------
@@ -47,15 +48,15 @@ def plan(preset: str, topology: str) -> dict:
         return json.loads(path.read_text())
 
 
-def plans(cases: list[str]) -> None:
+def plans(cases: list[str], output: Path) -> None:
     """Each case's plan, written as soon as it is there beside those of earlier runs."""
-    path = harness.RESULTS / "plans.json"
+    path = output / "plans.json"
     found = json.loads(path.read_text())["plans"] if path.exists() else {}
     for case in cases:
         found[case] = plan(*case.split())
-        done = {case: found[case] for case in CASES if case in found}
+        done = {case: found[case] for case in [*CASES, *cases] if case in found}
         content = {"plans": done, "memory": memory(list(done.values()))}
-        harness.write("plans", content)
+        harness.write(output, "plans", content)
         path.with_suffix(".md").write_text(markdown(content))
 
 
@@ -83,15 +84,17 @@ def stored_on_one(name: str) -> list[dict]:
     """What a run stores on one chip that holds all of it, without temporaries."""
     import jax
 
-    from jaxdyn.commands.plan import PlanConfig
-    from jaxdyn.distributed import MeshConfig, make_mesh
+    from jaxdyn.commands.plan import planned_run
+    from jaxdyn.commands.plan_options import PlanOptions
+    from jaxdyn.distributed import make_mesh
     from jaxdyn.plan.chips import CHIPS
     from jaxdyn.plan.demand import bytes_of
     from jaxdyn.plan.programs import Setting
     from jaxdyn.presets import SHAPES
+    from jaxdyn.sections import MeshConfig
 
     mesh = make_mesh(MeshConfig(), jax.devices()[:1])
-    setting = Setting(SHAPES["pythia-2.8b"], PlanConfig("pythia-2.8b").run, mesh)
+    setting = Setting(SHAPES["pythia-2.8b"], planned_run(PlanOptions("pythia-2.8b")), mesh)
     rows = []
     for stage in ("classifier", "joint"):
         program = setting.update(stage)
@@ -173,23 +176,24 @@ def line(name: str, program: dict, chip: dict) -> str:
 # -- weak scaling ---------------------------------------------------------------------------------
 
 
-def scaling() -> dict:
-    """The updates of a float32 model, 4 layers of width 256, on meshes of 1 to 8 devices."""
+def scaling(sizes: dict[str, int]) -> dict:
+    """The updates of a float32 GPT-NeoX on meshes of 1 to 8 devices."""
     import jax
 
-    from jaxdyn.config import RunConfig, TrainConfig
-    from jaxdyn.distributed import MeshConfig, make_mesh
+    from jaxdyn.config import RunConfig
+    from jaxdyn.distributed import make_mesh
     from jaxdyn.models import gpt_neox
     from jaxdyn.plan.demand import demand_of
     from jaxdyn.plan.programs import Setting
     from jaxdyn.rollout import SamplingConfig
+    from jaxdyn.sections import MeshConfig, TrainConfig
 
-    model = gpt_neox(vocab_size=2048, width=256, num_layers=4, num_heads=8)
+    model = gpt_neox(**sizes)
     rows = []
     for axis in ("data", "fsdp"):
         for count in DEVICES:
-            sizes = {"data": 1, "fsdp": 1, axis: count}
-            mesh = make_mesh(MeshConfig(**sizes), jax.devices()[:count])
+            ways = {"data": 1, "fsdp": 1, axis: count}
+            mesh = make_mesh(MeshConfig(**ways), jax.devices()[:count])
             train = TrainConfig(num_prompts=count, num_generations=8, max_prompt_length=64)
             run = RunConfig(train=train, sampling=SamplingConfig(max_completion_length=64))
             setting = Setting(model, run, mesh)
@@ -209,7 +213,7 @@ def scaling() -> dict:
                         "own": demand.own,
                     }
                 )
-    return {"model": "gpt_neox, 4 layers, width 256, vocabulary 2048, float32", "rows": rows}
+    return {"model": {"architecture": "gpt_neox", **sizes, "dtype": "float32"}, "rows": rows}
 
 
 def expected(setting, axis: str, count: int, stage: str) -> float:
@@ -239,7 +243,7 @@ def expected(setting, axis: str, count: int, stage: str) -> float:
 
 
 def print_scaling(found: dict) -> None:
-    print(f"\nweak scaling: {found['model']}; 8 sequences of 128 tokens a device")
+    print(f"\nweak scaling: {json.dumps(found['model'])}; 8 sequences of 128 tokens a device")
     print(f"{'axis':6}{'devices':>8}  {'update':8}{'Gflop':>8}{'MB sent':>10}{'expected':>10}")
     for row in found["rows"]:
         print(
@@ -250,17 +254,20 @@ def print_scaling(found: dict) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("suites", nargs="*", default=["plans", "scaling"])
-    parser.add_argument("--cases", nargs="+", default=CASES, choices=CASES)
+    parser.add_argument("suites", nargs="*", help="plans, scaling")
+    words = "a preset and a topology each"
+    parser.add_argument("--cases", nargs="+", default=CASES, help=words)
+    harness.add_output(parser)
     options = parser.parse_args()
+    suites = harness.known(options.suites, ("plans", "scaling"))
     os.environ["JAX_PLATFORMS"] = "cpu"
     os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
-    if "plans" in options.suites:
-        plans(options.cases)
-    if "scaling" in options.suites:
-        found = scaling()
+    if "plans" in suites:
+        plans(options.cases, options.output)
+    if "scaling" in suites:
+        found = scaling(MODEL)
         print_scaling(found)
-        harness.write("plans_scaling", found)
+        harness.write(options.output, "plans_scaling", found)
 
 
 if __name__ == "__main__":

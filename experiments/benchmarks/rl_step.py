@@ -26,9 +26,9 @@ rollout.py times generation alone.
 
 import argparse
 import dataclasses
+import itertools
 import json
 import statistics
-import sys
 import tempfile
 import time
 from pathlib import Path
@@ -42,8 +42,7 @@ from peers.protocol import Shape, add_shape_arguments, name_of, shape_from
 
 def peers(shape: Shape, chosen: argparse.Namespace) -> dict:
     """Whole steps of every framework, interleaved."""
-    commands = interleave.frameworks(chosen)
-    found = interleave.interleaved(commands, shape, "step", chosen.rounds, chosen.warm_up)
+    found = interleave.interleaved(shape, "step", chosen)
     interleave.report(found, ["step", "generate", "reference", "update"])
     return found
 
@@ -102,10 +101,10 @@ def harvest_agreement(problem: Any) -> dict[str, float]:
     """Largest difference of harvested features from a teacher-forced pass's, beside their size."""
     import jax.numpy as jnp
 
-    from jaxdyn.train.update import batch_features
+    from jaxdyn.train.policy import batch_features
 
-    rollout = problem.experience.rollout
-    again = batch_features(problem.task.model, problem.reference["backbone"], rollout)
+    task, rollout = problem.task, problem.experience.rollout
+    again = batch_features(task.model, task.params["backbone"], rollout)
     of_tokens = lambda x: jnp.where(rollout.completion_mask[..., None], x, 0)
     features = of_tokens(again).astype(jnp.float32)
     gap = jnp.abs(of_tokens(rollout.features).astype(jnp.float32) - features)
@@ -113,6 +112,9 @@ def harvest_agreement(problem: Any) -> dict[str, float]:
         "largest_difference": float(gap.max()),
         "largest_feature": float(jnp.abs(features).max()),
     }
+
+
+LAYOUTS = ((32, 1), (16, 3))  # prompts, and sites in a completion beside its first
 
 
 def telemetry(shape: Shape, chosen: argparse.Namespace) -> dict:
@@ -123,7 +125,7 @@ def telemetry(shape: Shape, chosen: argparse.Namespace) -> dict:
     print(f"\ntelemetry: {json.dumps(dataclasses.asdict(shape))}")
     print(f"{'prompts':>8}{'sites':>7}{'probe s':>10}{'step s':>9}{'of the run':>12}{'start s':>9}")
     layouts = []
-    for num_prompts, inside in ((32, 1), (16, 3)):
+    for num_prompts, inside in LAYOUTS:
         found = probed_run(problem, num_prompts, inside, chosen.rounds, chosen.warm_up)
         layouts.append(found)
         print(
@@ -139,24 +141,24 @@ def probed_run(problem: Any, num_prompts: int, inside: int, rounds: int, warm_up
     import jax
 
     from jaxdyn.dynamics import ProbeConfig
-    from jaxdyn.train.probe import Probe
+    from jaxdyn.train.probe import Probe, remember
     from jaxdyn.train.run_directory import RunDirectory
 
     every = 10
     layout = ProbeConfig(every=every, num_prompts=num_prompts, sites_per_completion=inside)
-    config = dataclasses.replace(problem.config, probe=layout)
+    task = problem.task.told(probe=layout)
     step = problem.steps("joint")
-    start_seconds, probe = harness.timed(lambda: Probe(problem.task, config, problem.reference))
+    start_seconds, probe = harness.timed(lambda: Probe(task))
     steps, probes = [], []
     with tempfile.TemporaryDirectory() as directory:
-        run = RunDirectory(Path(directory) / "run", config)
-        state, _ = step()
+        run = RunDirectory(Path(directory) / "run", task.config)
+        state = step()
         for number in range((warm_up + rounds) * every):
             due = probe.due(number)
             began = time.perf_counter()
-            before = jax.block_until_ready(probe.remember(state)) if due else None
+            before = jax.block_until_ready(remember(state)) if due else None
             remembered = time.perf_counter()
-            state, _ = step()
+            state = step()
             stepped = time.perf_counter()
             if due:
                 scalars, arrays = probe.measure(before, state)
@@ -182,6 +184,9 @@ def probed_run(problem: Any, num_prompts: int, inside: int, rounds: int, warm_up
     }
 
 
+VARIANTS = tuple(itertools.product(("float32", "bfloat16"), ("none", "dots", "full"), (1, 4)))
+
+
 def memory(shape: Shape, chosen: argparse.Namespace) -> dict:
     """The joint update's peak by the compiler's account, nothing run."""
     import engine
@@ -189,19 +194,16 @@ def memory(shape: Shape, chosen: argparse.Namespace) -> dict:
     found = []
     print(f"\nmemory: {json.dumps(dataclasses.asdict(shape))}")
     print(f"{'dtype':<10}{'remat':<7}{'micro':>6}{'peak MiB':>10}{'temp MiB':>10}{'Gflop':>9}")
-    for dtype in ("float32", "bfloat16"):
-        for remat in ("none", "dots", "full"):
-            for microbatches in (1, 4):
-                shaped = dataclasses.replace(shape, dtype=dtype)
-                cost = engine.joint_update_cost(shaped, chosen.architecture, remat, microbatches)
-                case = {"dtype": dtype, "remat": remat, "microbatches": microbatches}
-                found.append(case | dataclasses.asdict(cost))
-                print(
-                    f"{dtype:<10}{remat:<7}{microbatches:>6}"
-                    f"{harness.mebibytes(cost.peak_bytes):>10}"
-                    f"{harness.mebibytes(cost.temporary_bytes):>10}{cost.flops / 1e9:>9.1f}",
-                    flush=True,
-                )
+    for dtype, remat, microbatches in VARIANTS:
+        shaped = dataclasses.replace(shape, dtype=dtype)
+        cost = engine.joint_update_cost(shaped, chosen.architecture, remat, microbatches)
+        case = {"dtype": dtype, "remat": remat, "microbatches": microbatches}
+        found.append(case | dataclasses.asdict(cost))
+        print(
+            f"{dtype:<10}{remat:<7}{microbatches:>6}{harness.mebibytes(cost.peak_bytes):>10}"
+            f"{harness.mebibytes(cost.temporary_bytes):>10}{cost.flops / 1e9:>9.1f}",
+            flush=True,
+        )
     return {"shape": dataclasses.asdict(shape), "cases": found}
 
 
@@ -252,13 +254,14 @@ def main():
     parser.add_argument("--microbatches", type=int, default=1)
     add_shape_arguments(parser)
     interleave.add_peer_arguments(parser)
+    harness.add_output(parser)
     chosen = parser.parse_args()
-    if unknown := set(chosen.suites) - set(SUITES):
-        sys.exit(f"unknown suite {min(unknown)!r}; there are {', '.join(SUITES)}")
-    shape = shape_from(chosen)
-    for name in chosen.suites or SUITES:
-        path = harness.write(f"rl_step_{name}{name_of(shape)}", SUITES[name](shape, chosen))
-        print(f"-> {path}")
+    shape, suites = shape_from(chosen), harness.known(chosen.suites, SUITES)
+    if "peers" in suites:
+        interleave.frameworks(chosen)  # ends here, not after an hour, where one is missing
+    for name in suites:
+        found = SUITES[name](shape, chosen)
+        print(f"-> {harness.write(chosen.output, f'rl_step_{name}{name_of(shape)}', found)}")
 
 
 if __name__ == "__main__":

@@ -19,7 +19,6 @@ call's whole time counts, prefill and sampling included. Of a small shape on a C
 
 import argparse
 import dataclasses
-import sys
 
 import harness
 import interleave
@@ -58,9 +57,9 @@ def report(found: dict, shape: Shape) -> None:
         )
 
 
-def case(shape: Shape, commands: dict[str, list[str]], rounds: int, warm_up: int) -> dict:
+def case(shape: Shape, chosen: argparse.Namespace) -> dict:
     """Every framework's sampler at a shape, interleaved."""
-    found = interleave.interleaved(commands, shape, "generate", rounds, warm_up)
+    found = interleave.interleaved(shape, "generate", chosen)
     bandwidth = harness.copy_rate()
     found["copy_bytes_per_second"] = bandwidth
     found["speed"] = {
@@ -83,17 +82,14 @@ def main():
     parser.add_argument("cases", nargs="*", help=", ".join(CASES))
     add_shape_arguments(parser)
     interleave.add_peer_arguments(parser)
+    harness.add_output(parser)
     chosen = parser.parse_args()
-    if unknown := set(chosen.cases) - set(CASES):
-        sys.exit(f"unknown case {min(unknown)!r}; there are {', '.join(CASES)}")
-    shape, commands = shape_from(chosen), interleave.frameworks(chosen)
+    shape = shape_from(chosen)
     cases = {
-        name: case(
-            dataclasses.replace(shape, **CASES[name]), commands, chosen.rounds, chosen.warm_up
-        )
-        for name in chosen.cases or CASES
+        name: case(dataclasses.replace(shape, **CASES[name]), chosen)
+        for name in harness.known(chosen.cases, CASES)
     }
-    print(f"-> {harness.write(f'rollout{name_of(shape)}', cases)}")
+    print(f"-> {harness.write(chosen.output, f'rollout{name_of(shape)}', cases)}")
 
 
 if __name__ == "__main__":

@@ -212,12 +212,15 @@ class Backbone(nn.Module):
     each layer's input and dense outputs ("dots"), its input alone ("full"), or all but the
     attention's weights ("none"). "dots" is also the fastest on a CPU: what is cheap to compute is
     dearer to write to the layers' stack and read back.
+
+    Unless `stacked`, each layer has parameters of its own, "layer_0" and so on, and no scan.
     """
 
     config: ModelConfig
     dtype: Any
     keep_cache: bool = False
     remat: Remat = "none"
+    stacked: bool = True
 
     @nn.compact
     def __call__(
@@ -241,14 +244,23 @@ class Backbone(nn.Module):
         block = Block
         if self.remat != "none":
             block = nn.remat(Block, prevent_cse=False, policy=_REMAT_POLICIES[self.remat])
-        layers = nn.scan(
-            block,
-            variable_axes={"params": 0, "intermediates": 0, "perturbations": 0},
-            split_rngs={"params": True},
-            in_axes=(0, nn.broadcast, nn.broadcast, nn.broadcast, nn.broadcast),
-            length=c.num_layers,
-        )(c, self.dtype, self.keep_cache, name="layers")
-        (x, cache), written = layers(
-            (x, cache), jnp.arange(c.num_layers, dtype=jnp.int32), tables, mask, prompt, slot
-        )
+        layer = lambda kind, name: kind(c, self.dtype, self.keep_cache, name=name)
+        carry, still = (x, cache), (tables, mask, prompt, slot)
+        if self.stacked:
+            scanned = nn.scan(
+                block,
+                variable_axes={"params": 0, "intermediates": 0, "perturbations": 0},
+                split_rngs={"params": True},
+                in_axes=(0, nn.broadcast, nn.broadcast, nn.broadcast, nn.broadcast),
+                length=c.num_layers,
+            )
+            numbers = jnp.arange(c.num_layers, dtype=jnp.int32)
+            carry, written = layer(scanned, "layers")(carry, numbers, *still)
+        else:
+            each = []
+            for i in range(c.num_layers):
+                carry, kept = layer(block, f"layer_{i}")(carry, jnp.int32(i), *still)
+                each.append(kept)
+            written = jax.tree.map(lambda *x: jnp.stack(x), *each)
+        x, cache = carry
         return _norm(c, self.dtype, "norm")(x), (written if self.keep_cache else cache)

@@ -72,6 +72,15 @@ def times(kernels, field, rows=slice(None), columns=slice(None)):
     }
 
 
+def room_for(model, slots, most, sequences):
+    """A budget for so many sequences at a time, of T slots and at most so many sites each."""
+    return sequences * operator.sequence_bytes(model, slots, most)
+
+
+def one_at_a_time(model):
+    return {"memory_budget": room_for(model, 6, 3, 1)}
+
+
 def longer(sites):
     """The same sites with two slots of padding more on either side."""
     return dataclasses.replace(
@@ -89,7 +98,7 @@ def test_apply_is_the_kernel_times_the_field(name, x64):
     sites, field = all_sites(), random_cotangents()[B]
     expected = times(theta(name)[0], field, A, B)
     apply = functools.partial(apply_kernel, model, params, some(sites, A), field)
-    result = apply(some(longer(sites), B), batch_size=2)
+    result = apply(some(longer(sites), B), memory_budget=room_for(model, 10, 3, 2))
     assert_components(result, expected, 1e-9)
     assert not result.preconditioned
     assert (np.abs(result.cross).max() > 0) == model.config.tied
@@ -103,26 +112,31 @@ def test_apply_in_a_metric(name, x64):
     expected = times(preconditioned_theta(name), random_cotangents())
     for p in (metric, model.view(metric)):
         result = apply_kernel(
-            model, params, all_sites(), random_cotangents(), preconditioner=p, batch_size=2
-        )
+            model, params, all_sites(), random_cotangents(), preconditioner=p,
+            memory_budget=room_for(model, 6, 3, 2),
+        )  # fmt: skip
         assert_components(result, expected, 1e-9)
         assert result.preconditioned
 
 
-@pytest.mark.parametrize("batch_size", [None, 1, 3, 50])
-def test_batches_change_nothing(batch_size, x64):
+@pytest.mark.parametrize("sequences", [1, 2, 50])
+def test_batches_change_nothing(sequences, x64):
     """Sites in an order that is not their sequences', and one sequence with none."""
     model, params = tiny_model("gpt2-tied")
     order = np.array([7, 0, 5, 6, 1, 0])
     sites, field = some(all_sites(), order), random_cotangents()[:6]
-    result = apply_kernel(model, params, sites, field, batch_size=batch_size)
+    budget = room_for(model, 6, 4, sequences)
+    assert len(operator.batches_of(model, sites, "sites", {"memory_budget": budget}).real) == (
+        2 if sequences == 1 else 1
+    )
+    result = apply_kernel(model, params, sites, field, memory_budget=budget)
     assert_components(result, times(theta("gpt2-tied")[0], field, order, order), 1e-12)
 
 
 def test_batches_hold_every_site_once(x64):
     model, _ = tiny_model("gpt2-tied")
     sites = some(all_sites(), np.array([7, 0, 5, 6, 1]))  # three of one sequence, two of another
-    batches = operator.batches_of(model, sites, "sites", 1)
+    batches = operator.batches_of(model, sites, "sites", one_at_a_time(model))
     assert batches.sites["tokens"].shape == (2, 1, 6) and batches.numbers.shape == (2, 3)
     assert sorted(batches.numbers[batches.real]) == [0, 1, 2, 3, 4]
     np.testing.assert_array_equal(batches.numbers.ravel()[batches.places], np.arange(5))
@@ -145,9 +159,9 @@ def test_float32(name):
 def test_a_second_call_compiles_nothing(x64):
     model, params = tiny_model("gpt_neox-untied")
     sites, field = all_sites(), random_cotangents()
-    apply_kernel(model, params, sites, field, batch_size=2)
+    apply_kernel(model, params, sites, field, memory_budget=room_for(model, 6, 3, 2))
     before = operator.apply._cache_size()
-    again = apply_kernel(model, params, sites, 2 * field, batch_size=2)
+    again = apply_kernel(model, params, sites, 2 * field, memory_budget=room_for(model, 6, 3, 2))
     assert operator.apply._cache_size() == before
     assert_components(again, times(theta("gpt_neox-untied")[0], 2 * field), 1e-9)
 
@@ -161,7 +175,7 @@ def test_memory_does_not_grow_with_the_sequences(x64):
     many = dataclasses.replace(many, rows=many.rows + 3 * jnp.repeat(jnp.arange(4), 8))
 
     def needed(sites):
-        batches = operator.batches_of(model, sites, "sites", 1)
+        batches = operator.batches_of(model, sites, "sites", one_at_a_time(model))
         field = jnp.ones((len(batches.places), V))
         lowered = operator.apply.lower(model, model.view(params), None, batches, None, field)
         return lowered.compile().memory_analysis().temp_size_in_bytes
@@ -213,7 +227,7 @@ def test_eigenpairs_in_a_metric_and_of_cotangents(x64):
         3,
         cotangents=g,
         preconditioner=random_metric(model, params),
-        batch_size=2,
+        memory_budget=room_for(model, 6, 3, 2),
         tolerance=1e-10,
     )
     np.testing.assert_allclose(found.values, values[::-1][:3], rtol=1e-9)
@@ -249,8 +263,8 @@ def test_what_cannot_be_applied(x64):
     apply = functools.partial(apply_kernel, model, params, sites)
     with pytest.raises(JaxdynError, match=r"field must be \[M, V\] = \(4, 11\), got \(8, 11\)"):
         apply(field, some(sites, B))
-    with pytest.raises(JaxdynError, match="batch_size must be at least 1, got 0"):
-        apply(field, batch_size=0)
+    with pytest.raises(JaxdynError, match=r"too small for one sequence: .* bytes, got 10$"):
+        apply(field, memory_budget=10)
     with pytest.raises(JaxdynError, match="the parameters' own shapes"):
         apply(field, preconditioner={"backbone": params["backbone"]})
     outside = dataclasses.replace(sites, positions=sites.positions + 2)

@@ -11,13 +11,15 @@ import sys
 from collections import Counter
 
 import jax
+import plans
 import pytest
 
-from jaxdyn.commands.plan import PlanConfig
+from jaxdyn.commands.plan import planned_run
+from jaxdyn.commands.plan_options import PlanOptions
 from jaxdyn.distributed import make_mesh
 from jaxdyn.plan.chips import CHIPS
+from jaxdyn.plan.cost import Cost
 from jaxdyn.plan.demand import Demand, demand_of, exhausted
-from jaxdyn.plan.hlo import Cost
 from jaxdyn.plan.programs import Setting
 from jaxdyn.presets import SHAPES
 from jaxdyn.sections import MeshConfig
@@ -34,7 +36,7 @@ TINY = SHAPES["tiny"]
 
 def setting(data, fsdp, tensor):
     mesh = make_mesh(MeshConfig(data, fsdp, tensor), jax.devices()[: data * fsdp * tensor])
-    return Setting(TINY, PlanConfig("tiny", **OPTIONS).run, mesh)
+    return Setting(TINY, planned_run(PlanOptions("tiny", **OPTIONS)), mesh)
 
 
 @pytest.fixture(scope="module")
@@ -114,6 +116,24 @@ def test_a_plan_has_every_program_and_its_limit(plan):
     assert rollout["flops"] == pytest.approx(products, rel=0.15)
     assert 0 < found["stage_1_share"]["flops"] < 1
     assert "stage 1's update against stage 2's" in text
+
+
+def test_the_benchmark_of_plans_writes_it_down(plan, monkeypatch, tmp_path):
+    figures = {**plan[1], "largest_batch": {"num_prompts": 6}}
+    monkeypatch.setattr(plans, "plan", lambda preset, topology: figures)
+    monkeypatch.setenv("JAX_PLATFORMS", "cpu")  # as the command sets it
+    monkeypatch.setenv("XLA_FLAGS", os.environ["XLA_FLAGS"])
+    command = ["plans.py", "plans", "--cases", "tiny v5e-4", "--output", str(tmp_path)]
+    monkeypatch.setattr(sys, "argv", command)
+    plans.main()
+    written = json.loads((tmp_path / "plans.json").read_text())
+    assert written["plans"] == {"tiny v5e-4": figures}
+    assert [row["chips"] for row in written["memory"]] == ["h200 (1)"] * 2
+    page = (tmp_path / "plans.md").read_text().splitlines()
+    assert "## tiny on v5e:2x2 (4 chips, data 2 x fsdp 2 x tensor 1)" in page
+    assert any(line.endswith("Largest batch: 6 prompts.") for line in page)
+    rows = [line.split(" | ")[0] for line in page if line.startswith("| ")]
+    assert rows[1 : 1 + len(figures["programs"])] == [f"| {name}" for name in figures["programs"]]
 
 
 def test_a_program_that_was_refused_says_what_it_needed():

@@ -7,15 +7,16 @@ import pytest
 from kernel_oracles import all_sites, rollout, tiny_model
 
 from jaxdyn import kernels
-from jaxdyn.kernels import empirical, trace
+from jaxdyn.kernels import contractions, passes, trace
 from jaxdyn.types import JaxdynError
 
 
 @pytest.fixture
 def model_and_params(monkeypatch):
     """A model that must not be run."""
-    for module in (empirical, trace):
+    for module in (contractions, trace):
         monkeypatch.setattr(module, "plain_kernels", None)
+    for module in (contractions, passes):
         monkeypatch.setattr(module, "assemble", None)
     return tiny_model("gpt_neox-untied", jnp.float32)
 

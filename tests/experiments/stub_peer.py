@@ -1,0 +1,22 @@
+"""A peer without a model: speaks the runners' protocol, as `python stub_peer.py SCRIPT SHAPE TASK`.
+
+A SCRIPT that names "dies" stops in the middle of its work, one that names "hangs" never answers.
+"""
+
+import sys
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "experiments/benchmarks/peers"))
+script = sys.argv.pop(1)
+
+from protocol import Runner  # noqa: E402
+
+runner = Runner()
+runner.ready(versions={}, device="none", parameters=2 * runner.shape.vocab * runner.shape.width)
+for turn in runner.turns():
+    if "dies" in script and turn == 1:
+        raise RuntimeError("out of ideas")
+    if "hangs" in script and turn == 1:
+        time.sleep(600)
+    runner.parts = {part: 1e-4 for part in ("generate", "reference", "update")}

@@ -1,0 +1,289 @@
+"""Every suite of every benchmark at a toy shape, so that none can rot; and how they fail."""
+
+import argparse
+import functools
+import json
+import stat
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+
+import compilation
+import harness
+import interleave
+import jax
+import jaxtyping
+import kernel_cases
+import kernels
+import numpy as np
+import plans
+import pytest
+import rl_step
+import rollout
+from peers.protocol import SHAPES
+
+STUB = Path(__file__).with_name("stub_peer.py")
+TOY = SHAPES["toy"]
+
+
+@pytest.fixture
+def run(monkeypatch, tmp_path):
+    """Run a benchmark's `main` as its command would; its results by name."""
+    monkeypatch.setattr(harness, "thermometer", lambda: 1.0)
+
+    def run(script, *words):
+        command = [script.__file__, *words, "--output", str(tmp_path / "results")]
+        monkeypatch.setattr(sys, "argv", command)
+        script.main()
+        found = (tmp_path / "results").glob("*.json")
+        return {path.stem: json.loads(path.read_text()) for path in found}
+
+    return run
+
+
+def stub(directory: Path, name: str = "works") -> str:
+    """A "Python" that runs the stub, whatever script it is given."""
+    path = directory / name
+    path.write_text(f'#!/bin/sh\nshift\nexec {sys.executable} {STUB} {name} "$@"\n')
+    path.chmod(path.stat().st_mode | stat.S_IXUSR)
+    return str(path)
+
+
+# -- how a case fails -----------------------------------------------------------------------------
+
+
+def case(code: str, cannot: str = "", timeout: float = 60.0) -> dict:
+    return harness.in_a_process("peer", ["-c", code], timeout, cannot)
+
+
+def test_a_case_is_the_last_line_of_its_process():
+    assert case("print('noise'); print('{\"a\": 1}')") == {"a": 1}
+
+
+@pytest.mark.parametrize("cannot", ["", "it is too large"])
+def test_a_case_that_fails_ends_the_benchmark_with_its_last_line(cannot):
+    with pytest.raises(SystemExit, match=r"^peer: ValueError: no such thing$"):
+        case("raise ValueError('no such thing')", cannot)
+    with pytest.raises(SystemExit, match=r"^peer: ended without a word$"):
+        case("raise SystemExit(3)", cannot)
+
+
+TOO_MUCH = {
+    "killed": ("import os; os.kill(os.getpid(), 9)", 60.0),
+    "RESOURCE_EXHAUSTED": ("raise RuntimeError('RESOURCE_EXHAUSTED: 18 TB')", 60.0),
+    "stopped after 0 s": ("import time; time.sleep(60)", 0.3),
+}
+
+
+@pytest.mark.parametrize("words", TOO_MUCH)
+def test_only_a_declared_case_may_run_out_of_memory_or_time(words):
+    code, timeout = TOO_MUCH[words]
+    with pytest.raises(SystemExit, match=f"^peer: .*{words}"):
+        case(code, "", timeout)
+    error = case(code, "it is too large", timeout)["error"]
+    assert words in error and error.endswith("(it is too large)")
+
+
+def test_an_unknown_suite_is_named(run):
+    for script in (kernels, rl_step, rollout, plans):
+        with pytest.raises(SystemExit, match=r"^unknown 'fast'; there are "):
+            run(script, "fast")
+
+
+# -- kernels --------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def here(monkeypatch):
+    """Cases in this process, and neural-tangents' own habits."""
+
+    def in_this_process(name, command, timeout, cannot):
+        assert command[0] == kernel_cases.__file__
+        return json.loads(json.dumps(kernel_cases.run_case(**json.loads(command[1]))))
+
+    monkeypatch.setattr(harness, "in_a_process", in_this_process)
+    monkeypatch.setattr(kernel_cases, "problem", functools.cache(kernel_cases.problem))
+    with jax.numpy_rank_promotion("allow"), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "No Jacobian rule found")
+        yield
+
+
+@pytest.mark.slow
+def test_kernels(run, here, monkeypatch, tmp_path):
+    monkeypatch.setattr(kernels, "AXES", {"sites": [1, 2], "slots": [0.5, 1]})
+    found = run(kernels, "--toy")
+    assert found.keys() == {f"kernels_{suite}_toy" for suite in kernels.SUITES}
+    for suite in ("small", "trace", "pythia", "large"):
+        cases = found[f"kernels_{suite}_toy"]["cases"]
+        assert all(case["median_seconds"] > 0 for case in cases.values())
+    peers = [name for name in kernels.METHODS if name.startswith("nt ")]
+    ran = found["kernels_small_toy"]["cases"] | found["kernels_trace_toy"]["cases"]
+    assert set(peers) < set(ran)
+    assert set(found["kernels_large_toy"]["nt_batch"]) == {"4", "6"}
+    axes = found["kernels_scaling_toy"]["axes"]
+    values = {axis: x["values"] for axis, x in axes.items()}
+    assert values == {"sites": [6, 12], "slots": [3, 6]}
+    assert (tmp_path / "results/kernels_scaling_toy.png").stat().st_size > 5000
+
+
+@pytest.mark.slow
+def test_a_kernels_case_in_a_process_of_its_own():
+    found = kernels.case("nt contraction", kernels.TOY, repeats=1)
+    kernel = kernel_cases.METHODS["plain"].prepare(kernels.TOY)()
+    np.testing.assert_allclose(found["check"], [np.sum(kernel), np.trace(kernel)], rtol=1e-5)
+
+
+def test_a_peer_with_other_numbers_ends_the_benchmark():
+    checks = {"gram": [1000.0, 600.0], "nt contraction": [1000.009, 600.0]}
+    kernels.agree(checks)
+    kernels.agree({**checks, "trace": [5.0, 5.0], "trace, 64 probes": [6.0, 6.0]})
+    for wrong in ([1000.02, 600.0], [1000.0, 599.98], [float("nan"), 600.0]):
+        with pytest.raises(SystemExit, match=r"^nt contraction: sum and trace .*by gram"):
+            kernels.agree({**checks, "nt contraction": wrong})
+
+
+# -- RL steps and rollouts ------------------------------------------------------------------------
+
+
+def settings(*words: str) -> tuple[str, ...]:
+    return "--shape", "toy", "--rounds", "2", "--warm-up", "1", *words
+
+
+@pytest.fixture
+def untyped():
+    """Lowering puts descriptions into a batch where its types want arrays."""
+    jaxtyping.config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", False)
+
+
+@pytest.mark.slow
+def test_rl_step_alone(run, untyped, monkeypatch):
+    """All suites without peers."""
+    monkeypatch.setattr(rl_step, "LAYOUTS", ((3, 1),))
+    monkeypatch.setattr(rl_step, "VARIANTS", (("float32", "none", 1), ("bfloat16", "full", 2)))
+    found = run(rl_step, "stages", "telemetry", "memory", "rate", *settings())
+    ratios = found["rl_step_stages_toy"]["ratios"]
+    assert ratios["product_flops"] > 5 and ratios["peak_bytes"] > 3
+    assert found["rl_step_stages_toy"]["harvest"]["largest_difference"] < 1e-5
+    (layout,) = found["rl_step_telemetry_toy"]["layouts"]
+    assert layout["sites"] == 6 and len(layout["probe_seconds"]) == 2
+    wide, narrow = found["rl_step_memory_toy"]["cases"]
+    assert 0 < narrow["temporary_bytes"] < wide["temporary_bytes"]
+    rate = found["rl_step_rate_toy"]
+    assert rate["model_flops"] == pytest.approx(wide["product_flops"]) and rate["share"] > 0
+
+
+@pytest.mark.slow
+def test_rl_step_compiles_nothing_after_the_first_of_each_kind(run, monkeypatch):
+    in_this_process = lambda name, command, **_: compilation.run(Path(command[1]), command[2])
+    monkeypatch.setattr(harness, "in_a_process", in_this_process)
+    found = run(rl_step, "compile", *settings("--architecture", "gpt_neox"))
+    for one in found["rl_step_compile_toy"]["runs"].values():
+        assert len(one["ended"]) == len(one["compiled"]) == 16
+        assert one["compiled_after_the_first_of_each_kind"] == 0
+
+
+@pytest.mark.slow
+def test_rl_step_beside_its_peers(run, monkeypatch, tmp_path):
+    """Ours and the floor really, the others as stubs."""
+    monkeypatch.setattr(interleave, "ARCHITECTURES", ("llama",))
+    python = stub(tmp_path)
+    found = run(rl_step, "peers", *settings("--tunix-python", python, "--trl-python", python))
+    found = found["rl_step_peers_toy"]
+    assert found["about"].keys() == {"jaxdyn llama", "floor", "tunix llama", "trl llama"}
+    assert found["without"] == [] and len(found["rounds"]) == 2
+    for seconds in found["medians"].values():
+        assert seconds.keys() == {"step", "generate", "reference", "update"}
+    assert found["ratios"].keys() == {"floor", "tunix llama", "trl llama"}
+
+
+@pytest.mark.slow
+def test_rollout(run, monkeypatch, tmp_path):
+    """One case really, the others by stubs."""
+    monkeypatch.setattr(interleave, "ARCHITECTURES", ("llama",))
+    found = run(rollout, "plain", *settings("--without", "tunix", "trl"))["rollout_toy"]["plain"]
+    assert found["speed"].keys() == {"jaxdyn llama", "floor"}
+    assert found["without"] == ["tunix", "trl"]
+    assert found["about"]["jaxdyn llama"]["parameters"] == found["about"]["floor"]["parameters"]
+    python = stub(tmp_path)
+    stubs = {name: [python, "some_worker.py"] for name in ("jaxdyn llama", "tunix llama")}
+    monkeypatch.setattr(interleave, "frameworks", lambda chosen: stubs)
+    found = run(rollout, *settings())["rollout_toy"]
+    assert found.keys() - {"machine"} == rollout.CASES.keys()
+    assert found["long"]["shape"]["completion_length"] == 256
+
+
+def test_the_bandwidth_floor_reads_weights_and_filled_slots_once_a_step():
+    # 5 steps; 1000 weights less the embedding's 32 * 16, and 4 rows of 4 + 3 slots of 2 * 16.
+    assert rollout.bytes_of_decoding(TOY, 1000) == 5 * 4 * (1000 - 512 + 4 * 7 * 32)
+
+
+@pytest.mark.parametrize("given, missing", [((), "tunix"), (("--without", "tunix"), "trl")])
+def test_a_peer_without_a_python_ends_the_benchmark(given, missing, run, monkeypatch):
+    monkeypatch.setattr(rl_step, "SUITES", dict.fromkeys(rl_step.SUITES))  # nothing runs before
+    words = f"^{missing}: no Python that has it; give --{missing}-python PATH .*--without {missing}"
+    for script, suites in ((rl_step, ["stages", "peers"]), (rollout, [])):
+        with pytest.raises(SystemExit, match=words):
+            run(script, *suites, *settings(*given))
+
+
+@pytest.mark.parametrize(
+    "name, words",
+    [("dies", "peer: RuntimeError: out of ideas"), ("hangs", "peer: stopped after 2 s without an")],
+)
+def test_a_peer_that_stops_ends_the_benchmark(name, words, monkeypatch, tmp_path):
+    monkeypatch.setattr(harness, "thermometer", lambda: 1.0)
+    monkeypatch.setattr(interleave, "PATIENCE", 2.0)
+    command = {"peer": [stub(tmp_path, name), "some_worker.py"]}
+    monkeypatch.setattr(interleave, "frameworks", lambda chosen: command)
+    chosen = argparse.Namespace(rounds=2, warm_up=1, without=[])
+    with pytest.raises(SystemExit, match=f"^{words}"):
+        interleave.interleaved(TOY, "step", chosen)
+
+
+# -- plans ----------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def as_the_command_sets_it(monkeypatch):
+    for name in ("JAX_PLATFORMS", "XLA_FLAGS"):
+        monkeypatch.setenv(name, "")  # to be set back
+
+
+def test_a_plan_that_cannot_be_made_ends_the_benchmark(run, as_the_command_sets_it, capfd):
+    """And the command knows every option that it is given."""
+    with pytest.raises(subprocess.CalledProcessError):
+        run(plans, "plans", "--cases", "tiny v9:1x1")
+    assert "no chip 'v9' in topology 'v9:1x1'" in capfd.readouterr().err
+
+
+def test_what_a_run_of_the_papers_model_stores():
+    """Weights, the reference's, and two moments of what moves, in float32; counted by hand."""
+    width, vocab, layers = 2560, 50304, 32
+    head = vocab * width
+    whole = 2 * head + layers * (12 * width**2 + 13 * width) + 2 * width
+    stored = {row["stage"]: row["stored"] for row in plans.stored_on_one("h200")}
+    assert stored == {
+        "stage 1": pytest.approx(4 * (2 * whole + 2 * head), abs=100),
+        "stage 2": pytest.approx(4 * 4 * whole, abs=100),
+    }
+
+
+@pytest.mark.slow
+def test_weak_scaling(run, as_the_command_sets_it, monkeypatch):
+    sizes = {"vocab_size": 32, "width": 16, "num_layers": 1, "num_heads": 2}
+    monkeypatch.setattr(plans, "MODEL", sizes)
+    monkeypatch.setattr(plans, "DEVICES", (2,))
+    rows = run(plans, "scaling")["plans_scaling"]["rows"]
+    found = {(row["axis"], row["stage"]): row for row in rows}
+    for axis in ("data", "fsdp"):
+        # A device's 8 sequences of 64 tokens, forward, and backward to W alone.
+        assert found[axis, "stage 1"]["flops"] == 2 * 2 * (8 * 64) * 32 * 16
+        assert found[axis, "stage 2"]["flops"] > 10 * found[axis, "stage 1"]["flops"]
+    for stage in ("stage 1", "stage 2"):
+        data, fsdp = found["data", stage], found["fsdp", stage]
+        # Beside the gradients' sum, a few metrics.
+        assert 0 < data["collective_bytes"] - data["expected_bytes"] < 100
+        assert fsdp["collective_bytes"] > fsdp["expected_bytes"] > data["expected_bytes"]
