@@ -10,6 +10,8 @@ The empirical NTK splits exactly at that cut into a representation and a gradien
 """
 
 import importlib
+import os
+from glob import glob
 
 __version__ = "0.1.0"
 
@@ -28,6 +30,15 @@ _ROOMS = (
     "types",
 )
 __all__ = [*_ROOMS, "__version__"]
+
+NO_TPU = {"TPU_ACCELERATOR_TYPE": "v5litepod-1", "TPU_WORKER_HOSTNAMES": "localhost"}
+"""What libtpu wants to know of its machine; one that is told nothing complains at length."""
+
+# JAX asks libtpu for a TPU wherever it is installed. Where there is one it has a device file (or is
+# far away, and forced); elsewhere this is said, and nothing found, as quietly as without libtpu.
+if not (glob("/dev/accel*") or glob("/dev/vfio/*") or "JAX_FORCE_TPU_INIT" in os.environ):
+    for _name, _value in NO_TPU.items():
+        os.environ.setdefault(_name, _value)
 
 
 def __getattr__(name: str):

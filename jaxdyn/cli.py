@@ -6,88 +6,101 @@ Ctrl-C (exit code 130), from the newest checkpoint.
 """
 
 import contextlib
-import dataclasses
+import importlib
 import io
 import os
 import sys
 import traceback
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any, Literal, NamedTuple
 
-import tyro
-
+from jaxdyn.commands.arguments import parse
 from jaxdyn.errors import JaxdynError, Preempted
+from jaxdyn.grammar import nearest
+
+
+class Command(NamedTuple):
+    """What it does, in a line, and where the rest of it is; that is imported when it is given.
+
+    Attributes:
+      text: the line.
+      options: the dataclass of its options; it imports no JAX, but that of a run.
+      function: what is called with them.
+      result: the line to print of what that returns.
+      presets: options with a name, to start from by `--preset NAME` (or `--config FILE`).
+      done_by: of the processes that are given the command all, or the first, which needs no
+        others; or it must be given to one.
+    """
+
+    text: str
+    options: str
+    function: str
+    result: str = ""
+    presets: str = ""
+    done_by: Literal["all", "first", "one"] = "all"
+
 
 COMMANDS = {
-    "quickstart": "make a small model, train it, run RL and classifier-first RL, write the report",
-    "sft": "supervised training on a data set's completions",
-    "rl": "an RL run: standard or classifier-first, watched at probe sites",
-    "evaluate": "reward, pass@k and best-of-N of a run or a model on held-out prompts",
-    "analyze": "what the updates of a finished run did, recomputed from its checkpoints",
-    "kernel": "the empirical NTK of a model between your prompts, by component: a file, a picture",
-    "plan": "memory, time and limits of a run on a TPU slice that need not be there",
-    "report": "one HTML page of figures and tables about one or more runs",
-    "export": "write a run's model as a Hugging Face directory",
+    "quickstart": Command(
+        "make a small model, train it, run RL and classifier-first RL, write the report",
+        "commands.options:QuickstartOptions",
+        "commands.quickstart:run",
+        "report: {}",
+        done_by="one",
+    ),
+    "sft": Command(
+        "supervised training on a data set's completions",
+        "config:SFTConfig",
+        "train:run_sft",
+        "model: {}",
+        presets="presets:SFT",
+    ),
+    "rl": Command(
+        "an RL run: standard or classifier-first, watched at probe sites",
+        "config:RunConfig",
+        "train:run_rl",
+        "run: {0}   (jaxdyn report {0})",
+        presets="presets:RL",
+    ),
+    "evaluate": Command(
+        "reward, pass@k and best-of-N of a run or a model on held-out prompts",
+        "commands.evaluate_options:EvaluateOptions",
+        "commands.evaluate:run",
+        "evaluation: {}",
+    ),
+    "analyze": Command(
+        "what the updates of a finished run did, recomputed from its checkpoints",
+        "commands.options:AnalyzeOptions",
+        "commands.analyze:run",
+        "analysis: {}",
+    ),
+    "kernel": Command(
+        "the empirical NTK of a model between your prompts, by component: a file, a picture",
+        "commands.kernel_options:KernelOptions",
+        "commands.kernel:run",
+        "kernel: {}",
+    ),
+    "plan": Command(
+        "memory, time and limits of a run on a TPU slice that need not be there",
+        "commands.plan_options:PlanOptions",
+        "commands.plan:run",
+        done_by="first",
+    ),
+    "report": Command(
+        "one HTML page of figures and tables about one or more runs",
+        "commands.options:ReportOptions",
+        "commands.report:run",
+        "report: {}",
+        done_by="first",
+    ),
+    "export": Command(
+        "write a run's model as a Hugging Face directory",
+        "commands.options:ExportOptions",
+        "commands.export:run",
+        "model: {}",
+    ),
 }
-
-ALONE = ("report", "plan")
-"""What one process does of many that are given the command."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Quickstart:
-    """Make a small Pythia-like model, train it on anagrams until it is partly right, run standard
-    and classifier-first RL from that checkpoint, and write the report. Needs no network.
-
-    Attributes:
-      output: where everything goes.
-      seed: seed of the model, the data order and the sampling.
-    """
-
-    output: str = "runs/quickstart"
-    seed: int = 0
-
-
-@dataclasses.dataclass(frozen=True)
-class Analyze:
-    """Take again the update that follows each checkpoint of RUN, and measure what it did.
-
-    Attributes:
-      run: the run's directory.
-      output: where to write; RUN/analysis when not given.
-    """
-
-    run: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
-    output: str | None = None
-
-
-@dataclasses.dataclass(frozen=True)
-class Report:
-    """Figures, tables and one self-contained HTML page about the runs.
-
-    Attributes:
-      runs: run directories.
-      output: where to write; by default `report` in the run, or in the runs' common parent.
-    """
-
-    runs: Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
-    output: str | None = None
-
-
-@dataclasses.dataclass(frozen=True)
-class Export:
-    """Write the model of RUN as a Hugging Face directory.
-
-    Attributes:
-      run: the run's directory.
-      output: the directory to write.
-      step: which checkpoint, or "best" (train.keep_best); the newest when not given.
-    """
-
-    run: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
-    output: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="OUTPUT")]
-    step: int | Literal["best"] | None = None
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -161,7 +174,7 @@ def of_many() -> bool:
     return jax.distributed.is_initialized()
 
 
-def join_others(command: str, arguments: list[str]) -> bool:
+def has_work(command: str, arguments: list[str]) -> bool:
     """Start JAX on many processes if the environment says so; whether this one has work.
 
     Only the first prints. What needs no device it does alone.
@@ -170,12 +183,12 @@ def join_others(command: str, arguments: list[str]) -> bool:
         return True
     from jaxdyn.distributed.processes import find_cluster, join
 
-    cluster = find_cluster()
-    if cluster is None or command in ALONE:
+    cluster, done_by = find_cluster(), COMMANDS[command].done_by
+    if cluster is None or done_by == "first":
         return cluster is None or cluster.index == 0
-    if command == "quickstart":
+    if done_by == "one":
         raise JaxdynError(
-            f"jaxdyn quickstart is for one process, got {cluster.processes}; of many, jaxdyn sft "
+            f"jaxdyn {command} is for one process, got {cluster.processes}; of many, jaxdyn sft "
             "and jaxdyn rl make use"
         )
     join(cluster)
@@ -185,180 +198,28 @@ def join_others(command: str, arguments: list[str]) -> bool:
 
 
 def run_command(arguments: list[str]) -> None:
+    """Do what the first word says, with the options that the others do."""
     if not arguments or arguments[0] in ("-h", "--help"):
         print("usage: jaxdyn COMMAND [options]\n\nWhat one RL update does to a language model.\n")
-        for name, text in COMMANDS.items():
-            print(f"  {name:<11} {text}")
+        for name, command in COMMANDS.items():
+            print(f"  {name:<11} {command.text}")
         print("\n`jaxdyn COMMAND --help` lists a command's options.")
         return
-    command, rest = arguments[0], arguments[1:]
-    if command not in COMMANDS:
-        from jaxdyn.grammar import nearest
-
-        raise JaxdynError(f"unknown command {command!r}{nearest(command, COMMANDS)}")
-    if not join_others(command, rest):
-        return
-    {
-        "quickstart": quickstart_command,
-        "sft": sft_command,
-        "rl": rl_command,
-        "evaluate": evaluate_command,
-        "analyze": analyze_command,
-        "kernel": kernel_command,
-        "plan": plan_command,
-        "report": report_command,
-        "export": export_command,
-    }[command](rest)
+    name, rest = arguments[0], arguments[1:]
+    if name not in COMMANDS:
+        raise JaxdynError(f"unknown command {name!r}{nearest(name, COMMANDS)}")
+    if has_work(name, rest):
+        command = COMMANDS[name]
+        options = parse(f"jaxdyn {name}", rest, found(command.options), found(command.presets))
+        result = found(command.function)(options)
+        if command.result:
+            print(command.result.format(result))
 
 
-def quickstart_command(arguments: list[str]) -> None:
-    chosen = parse(Quickstart, "jaxdyn quickstart", arguments)
-    from jaxdyn.commands.quickstart import quickstart
-
-    quickstart(Path(chosen.output), chosen.seed)
-
-
-def sft_command(arguments: list[str]) -> None:
-    from jaxdyn.config import SFTConfig
-    from jaxdyn.presets import SFT
-
-    config = configure(SFTConfig, SFT, "jaxdyn sft", arguments)
-    from jaxdyn.train import run_sft
-
-    print(f"model: {run_sft(config)}")
-
-
-def rl_command(arguments: list[str]) -> None:
-    from jaxdyn.config import RunConfig
-    from jaxdyn.presets import RL
-
-    config = configure(RunConfig, RL, "jaxdyn rl", arguments)
-    from jaxdyn.train import run_rl
-
-    run = run_rl(config)
-    print(f"run: {run}   (jaxdyn report {run})")
-
-
-def evaluate_command(arguments: list[str]) -> None:
-    from jaxdyn.commands.evaluate import EvaluateOptions, run_evaluate
-
-    run_evaluate(parse(EvaluateOptions, "jaxdyn evaluate", arguments))
-
-
-def analyze_command(arguments: list[str]) -> None:
-    chosen = parse(Analyze, "jaxdyn analyze", arguments)
-    from jaxdyn.paths import open_path
-    from jaxdyn.train import analyze
-
-    run = open_path(chosen.run)
-    print(f"analysis: {analyze(run, open_path(chosen.output or run / 'analysis'))}")
-
-
-def kernel_command(arguments: list[str]) -> None:
-    from jaxdyn.commands.kernel_options import KernelConfig
-
-    config = parse(KernelConfig, "jaxdyn kernel", arguments)
-    from jaxdyn.commands.kernel import run_kernel
-
-    run_kernel(config)
-
-
-def plan_command(arguments: list[str]) -> None:
-    from jaxdyn.commands.plan import PlanConfig, run_plan
-
-    run_plan(parse(PlanConfig, "jaxdyn plan", arguments))
-
-
-def report_command(arguments: list[str]) -> None:
-    chosen = parse(Report, "jaxdyn report", arguments)
-    if not chosen.runs:
-        raise JaxdynError("jaxdyn report needs at least one run directory")
-    from jaxdyn.report import write_report
-
-    print(f"report: {write_report(chosen.runs, chosen.output)}")
-
-
-def export_command(arguments: list[str]) -> None:
-    chosen = parse(Export, "jaxdyn export", arguments)
-    from jaxdyn.paths import open_path
-    from jaxdyn.train import export
-
-    print(f"model: {export(open_path(chosen.run), open_path(chosen.output), chosen.step)}")
-
-
-def configure(kind: type, presets: dict[str, Any], program: str, arguments: list[str]) -> Any:
-    """A configuration from `--preset NAME` or `--config FILE`, then nested overrides."""
-    from jaxdyn.grammar import load_config
-    from jaxdyn.presets import preset
-
-    name, arguments = take_option(arguments, "--preset")
-    path, arguments = take_option(arguments, "--config")
-    if name and path:
-        raise JaxdynError("give --preset or --config, not both")
-    default = preset(presets, name) if name else kind()
-    if path:
-        default = load_config(kind, Path(path))
-    what = (kind.__doc__ or "").split("\n\n")[0]
-    text = (
-        f"{what}\n\n--preset NAME starts from a preset ({', '.join(presets)}), --config FILE "
-        "from a run's config.json; the options below override either."
-    )
-    return parse(kind, program, arguments, default, text)
-
-
-def take_option(arguments: list[str], name: str) -> tuple[str | None, list[str]]:
-    """The value of `name VALUE` or `name=VALUE`, and the arguments without it."""
-    for i, argument in enumerate(arguments):
-        if argument.startswith(f"{name}="):
-            return argument.split("=", 1)[1], arguments[:i] + arguments[i + 1 :]
-        if argument == name:
-            if i + 1 == len(arguments):
-                raise JaxdynError(f"{name} needs a value")
-            return arguments[i + 1], arguments[:i] + arguments[i + 2 :]
-    return None, arguments
-
-
-def parse(
-    kind: type,
-    program: str,
-    arguments: list[str],
-    default: Any = tyro.MISSING_NONPROP,
-    description: str | None = None,
-) -> Any:
-    """`tyro.cli`, with its boxed complaints turned into one line."""
-    said = io.StringIO()
-    columns = os.environ.get("COLUMNS")
-    helping = any(a in ("-h", "--help") for a in arguments)
-    os.environ["COLUMNS"] = columns or "100" if helping else "1000"
-    try:
-        with contextlib.redirect_stderr(said):
-            return tyro.cli(
-                kind, prog=program, args=arguments, default=default, description=description
-            )
-    except SystemExit as stop:
-        if stop.code in (0, None):
-            raise
-        raise JaxdynError(one_line(said.getvalue())) from None
-    finally:
-        os.environ.pop("COLUMNS")
-        if columns is not None:
-            os.environ["COLUMNS"] = columns
-
-
-def one_line(box: str) -> str:
-    """What a boxed message says: its first paragraph, and the nearest option if it names some."""
-    from jaxdyn.grammar import nearest
-
-    rows = [row.strip("│╭╮╰╯ ").removeprefix("─ ") for row in box.splitlines()]
-    rows = [row for row in rows if row.strip("─-")]  # rules are of dashes where a box is ASCII
-    said = rows[1] if len(rows) > 1 else " ".join(rows)
-    if said.endswith(":") and len(rows) > 2:
-        said += f" {rows[2]}"
-    options = [row.split()[0] for row in rows[2:] if row.startswith("--")]
-    if "nrecognized" in said and options:
-        unknown = next((word.strip(",") for word in said.split() if word.startswith("--")), "")
-        said += nearest(unknown, options)
-    return said
+def found(where: str) -> Any:
+    """What the table names as "MODULE:NAME"; None for nothing."""
+    module, _, name = where.partition(":")
+    return getattr(importlib.import_module(f"jaxdyn.{module}"), name) if where else None
 
 
 if __name__ == "__main__":

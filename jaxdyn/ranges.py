@@ -40,12 +40,12 @@ def finite(config: Any, section: str, *names: str) -> None:
 
 
 def one_of(choices: Iterable[Any], config: Any, section: str, *names: str) -> None:
-    """Each field is one of the choices."""
+    """Each field is one of the choices; None only if it is among them."""
     choices = list(choices)
     for name in names:
-        value = getattr(config, name)
-        if value is not None and value not in choices:
-            _refuse(section, name, f"be one of {choices}", repr(value))
+        if getattr(config, name) not in choices:
+            known = [choice for choice in choices if choice is not None]
+            _refuse(section, name, f"be one of {known}", repr(getattr(config, name)))
 
 
 def _check(

@@ -19,6 +19,7 @@ from flax import struct
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from jaxdyn.errors import JaxdynError as JaxdynError
+from jaxdyn.names import COMPONENTS as COMPONENTS
 
 Params = dict[str, Any]
 """Parameters as stored and trained, `{"backbone": ..., "classifier": ...}`, tied or not.
@@ -187,10 +188,6 @@ class KVCache:
 
     keys: Float[Array, "L B heads K width"]
     values: Float[Array, "L B heads K width"]
-
-
-COMPONENTS = ("representation", "gradient", "cross")
-"""The components' names, as `Components` has them."""
 
 
 @struct.dataclass

@@ -59,15 +59,32 @@ def test_help_lists_the_commands(arguments, capsys):
     assert all(f"  {name} " in text for name in COMMANDS)
 
 
-@pytest.mark.parametrize("command", COMMANDS)
-def test_every_command_has_help(command, capsys):
+@pytest.mark.parametrize(
+    "command, options",
+    {
+        "quickstart": "--output --seed",
+        "sft": "--preset --config --train.steps --evaluation.every --train.target-reward",
+        "rl": "--preset --config --optim.schedule --loss.beta --probe.every",
+        "evaluate": "[RUN] --model --preset --temperatures --pass-at --success-threshold",
+        "analyze": "RUN --output",
+        "kernel": "--prompts --quantity --by-part --preconditioned --memory-budget",
+        "plan": "PRESET --topology --mesh.fsdp --meshes --num-prompts --remat --no-largest",
+        "report": "RUN --output",
+        "export": "RUN OUTPUT --step",
+    }.items(),
+)
+def test_every_command_has_help(command, options, capsys):
     with pytest.raises(SystemExit) as stop:
         main([command, "--help"])
     said = capsys.readouterr()
     assert stop.value.code in (0, None) and said.err == ""
     assert f"usage: jaxdyn {command}" in said.out
-    if command in ("rl", "sft"):
-        assert "--preset" in said.out and "--optim.schedule" in said.out
+    assert set(options.split()) <= set(said.out.replace(",", " ").split())
+
+
+def test_the_help_of_every_command_is_tried():
+    (tried,) = (m for m in test_every_command_has_help.pytestmark if m.name == "parametrize")
+    assert dict(tried.args[1]).keys() == COMMANDS.keys()
 
 
 # -- what cannot be understood --------------------------------------------------------------------
@@ -85,7 +102,7 @@ def test_every_command_has_help(command, capsys):
         (["rl", "--train.steps", "many"], "many"),
         (["rl", "--optim.schedule", "both"], "both"),
         (["rl", "--train.num-prompts", "0"], "train.num_prompts must be at least 1, got 0"),
-        (["rl", "--sampling.top-p", "1.5"], "top_p must lie above 0 and at most at 1"),
+        (["rl", "--sampling.top-p", "1.5"], "sampling.top_p must lie in (0, 1], got 1.5"),
         (["rl", "--seed", "-1"], "seed"),
         (["sft", "--seed", "-1"], "seed"),
         (["sft", "--train.num-prompts", "0"], "train.num_prompts must be at least 1, got 0"),

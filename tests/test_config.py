@@ -74,7 +74,7 @@ BAD = {
     ),
     "not a number": (
         {"optim": {"learning_rate": math.nan}},
-        "optim.learning_rate must be positive, got nan",
+        "optim.learning_rate must be finite, got nan",
     ),
 }
 

@@ -1,26 +1,35 @@
 """Who may import whom, and what importing the package brings along."""
 
 import ast
+import os
 import subprocess
 import sys
+from glob import glob
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 
 import jaxdyn
+from jaxdyn.cli import COMMANDS
 
 ROOT = Path(jaxdyn.__file__).parent
 PACKAGES = sorted(p.name for p in ROOT.iterdir() if (p / "__init__.py").exists())
+TPU = glob("/dev/accel*") + glob("/dev/vfio/*")
 
 # What each room may import of jaxdyn beside its own files. A room that is not here fails the test.
 PURE = ("rl", "kernels", "optim", "rewards", "rollout", "models", "data")
 ALLOWED = {room: {"types", "hosts", "ranges"} for room in PURE} | {
     "distributed": {"types", "hosts", "models", "sections"},
     "dynamics": {"types", "hosts", "ranges", "kernels"},
-    "report": {"errors", "paths"},
+    "report": {"errors", "names", "paths"},
     "train": {"errors", "types", "hosts", "paths", "config", "grammar", "sections", "data"}
     | {"distributed", "dynamics", "models", "optim", "rewards", "rl", "rollout"},
+    "plan": {"types", "config", "sections", "distributed", "dynamics", "kernels", "models"}
+    | {"optim", "rollout", "train", "jaxdyn"},
 }
+ALLOWED["commands"] = {*ALLOWED, "errors", "hosts", "paths", "ranges", "presets", "jaxdyn"}
+ALLOWED["commands"] |= {"types", "config", "sections", "grammar"}
 
 
 def imported(path):
@@ -52,8 +61,8 @@ def test_a_room_imports_only_what_it_may(room):
 
 
 def test_types_import_nobody():
-    assert rooms(ROOT / "errors.py") == set()
-    assert rooms(ROOT / "types.py") <= {"errors"}
+    assert rooms(ROOT / "errors.py") == rooms(ROOT / "names.py") == set()
+    assert rooms(ROOT / "types.py") <= {"errors", "names"}
     assert rooms(ROOT / "hosts.py") == set()
     assert rooms(ROOT / "ranges.py") == {"errors"}
     assert rooms(ROOT / "sections.py") == {"errors", "ranges"}
@@ -61,7 +70,7 @@ def test_types_import_nobody():
 
 
 def test_reports_are_made_without_a_device():
-    for path in [*(ROOT / "report").rglob("*.py"), ROOT / "errors.py"]:
+    for path in [*(ROOT / "report").rglob("*.py"), ROOT / "errors.py", ROOT / "names.py"]:
         heavy = {name.split(".")[0] for name in imported(path)} & {"jax", "flax", "optax", "orbax"}
         assert not heavy, path
 
@@ -87,11 +96,41 @@ def test_importing_the_package_is_light():
 
 
 def test_the_command_line_answers_without_jax():
-    code = "from jaxdyn.cli import main\nimport contextlib, io\n"
-    code += "with contextlib.redirect_stdout(io.StringIO()): main(['--help'])"
+    """And says of every command what its options are, but for a run's own, and refuses them."""
+    told = [name for name, command in COMMANDS.items() if not command.presets]
+    assert sorted(COMMANDS.keys() - told) == ["rl", "sft"]
+    code = f"""
+from jaxdyn.cli import main
+import contextlib, io, sys
+for words in [["--help"], *([name, "--help"] for name in {told})]:
+    with contextlib.redirect_stdout(io.StringIO()) as said, contextlib.suppress(SystemExit):
+        main(words)
+    assert said.getvalue().startswith("usage: jaxdyn"), words
+for words in (["plam"], ["kernel", "--limit", "some"], ["plan", "tiny", "--meshes", "0"]):
+    with contextlib.redirect_stderr(io.StringIO()) as said, contextlib.suppress(SystemExit):
+        main(words)
+    assert said.getvalue().startswith("jaxdyn: "), words
+"""
     loaded = modules_after(code)
-    assert "jaxdyn.cli" in loaded
+    assert "jaxdyn.cli" in loaded and "jaxdyn.commands.plan_options" in loaded
     assert not loaded & {"jax", "tensorflow", "tensorflow_datasets", "matplotlib", "orbax"}
+
+
+@pytest.mark.skipif(TPU or find_spec("libtpu") is None, reason="has a TPU, or no libtpu")
+@pytest.mark.parametrize(
+    "code, said",
+    [
+        ("import jaxdyn.types, jax; jax.devices()", ""),
+        (
+            "from jaxdyn.cli import main; main(['plan', 'tiny', '--mesh.devices', '999'])",
+            "jaxdyn: mesh.devices is 999; here (cpu) has 1\n",
+        ),
+    ],
+)
+def test_where_there_is_no_tpu_nobody_complains_of_it(code, said):
+    ours = {k: v for k, v in os.environ.items() if not k.startswith(("TPU_", "JAX_", "XLA_"))}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=ours)
+    assert done.stderr == said
 
 
 @pytest.mark.slow

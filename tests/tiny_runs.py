@@ -15,7 +15,7 @@ from jaxdyn.data import DataConfig, character_tokenizer
 from jaxdyn.dynamics import ProbeConfig
 from jaxdyn.models import LanguageModel, gpt_neox, save_pretrained
 from jaxdyn.optim import OptimConfig
-from jaxdyn.rewards import RewardConfig
+from jaxdyn.rewards import RegexMatch, RewardConfig
 from jaxdyn.rollout import SamplingConfig
 from jaxdyn.sections import EvaluationConfig, LoopConfig, ModelSource, TrainConfig
 
@@ -59,7 +59,7 @@ def parts(root: Path, tied: bool = False, untie: bool = False) -> dict:
             held_out=0.2,
             cache_dir=str(root / "cache"),
         ),
-        "reward": RewardConfig(functions=("regex_match",), pattern="[ab]"),
+        "reward": RewardConfig(("regex_match",), regex_match=RegexMatch("[ab]")),
         "sampling": SamplingConfig(max_completion_length=6),
         "evaluation": EvaluationConfig(every=3, num_prompts=2, num_generations=4),
     }

@@ -84,7 +84,8 @@ def stored_on_one(name: str) -> list[dict]:
     """What a run stores on one chip that holds all of it, without temporaries."""
     import jax
 
-    from jaxdyn.commands.plan import PlanConfig
+    from jaxdyn.commands.plan import planned_run
+    from jaxdyn.commands.plan_options import PlanOptions
     from jaxdyn.distributed import make_mesh
     from jaxdyn.plan.chips import CHIPS
     from jaxdyn.plan.demand import bytes_of
@@ -93,7 +94,7 @@ def stored_on_one(name: str) -> list[dict]:
     from jaxdyn.sections import MeshConfig
 
     mesh = make_mesh(MeshConfig(), jax.devices()[:1])
-    setting = Setting(SHAPES["pythia-2.8b"], PlanConfig("pythia-2.8b").run, mesh)
+    setting = Setting(SHAPES["pythia-2.8b"], planned_run(PlanOptions("pythia-2.8b")), mesh)
     rows = []
     for stage in ("classifier", "joint"):
         program = setting.update(stage)

@@ -6,15 +6,16 @@ of the run's own evaluations: at the run's settings the numbers are the logged o
 
 import dataclasses
 import json
+import math
 from collections.abc import Sequence
-from typing import Annotated, Any, Literal
+from typing import Any
 
 import jax
-import tyro
 from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from jaxdyn.commands.evaluate_options import EvaluateOptions
 from jaxdyn.config import KINDS, Config
 from jaxdyn.grammar import load_config, to_dict
 from jaxdyn.paths import AnyPath, open_path, write_whole
@@ -27,70 +28,7 @@ from jaxdyn.train.task import Task, open_task
 from jaxdyn.types import JaxdynError, Params
 
 
-@dataclasses.dataclass(frozen=True)
-class EvaluateOptions:
-    """Reward, task metrics, pass@k and best-of-N on held-out prompts, with 95 % intervals.
-
-    Attributes:
-      run: a directory of `jaxdyn rl`.
-      step: with RUN, which checkpoint, or "best" (train.keep_best); the newest when not given.
-      model: instead of RUN, a Hugging Face directory, or a hub name.
-      untie: with --model, give a tied one a classifier of its own (a copy of the embedding).
-      config: with --model, the prompts, reward and sampling of a run's config.json …
-      preset: … or of a preset of `jaxdyn rl`.
-      temperatures: to sample at, 0 being greedy; the configuration's own when not given.
-      num_prompts: held-out prompts, the first of the test split (this and what follows: the
-        configuration's own when not given).
-      num_generations: completions a prompt.
-      metrics: task metrics, named like reward functions; the first decides what is correct.
-      pass_at: the k of pass@k and the N of best-of-N; else powers of two.
-      success_threshold: the metric, or without metrics the reward, from which one is correct.
-      seed: of the sampling.
-      output: the JSON file to write; by default evaluation.json in RUN, with the step's number if
-        one was given, or runs/evaluation.json for a --model.
-    """
-
-    run: Annotated[str | None, tyro.conf.Positional, tyro.conf.arg(metavar="[RUN]")] = None
-    step: int | Literal["best"] | None = None
-    model: str | None = None
-    untie: bool = False
-    config: str | None = None
-    preset: str | None = None
-    temperatures: tuple[float, ...] = ()
-    num_prompts: int | None = None
-    num_generations: int | None = None
-    metrics: tuple[str, ...] | None = None
-    pass_at: tuple[int, ...] | None = None
-    success_threshold: float | None = None
-    seed: int | None = None
-    output: str | None = None
-
-    def __post_init__(self):
-        if (self.run is None) == (self.model is None):
-            raise JaxdynError("give a RUN or --model, " + ("not both" if self.run else "got none"))
-        if self.model is None:
-            given = [name for name in ("untie", "config", "preset") if getattr(self, name)]
-            if given:
-                raise JaxdynError(f"--{given[0]} goes with --model: a run has its own")
-            return
-        if self.step is not None:
-            raise JaxdynError("--step is of a run: give RUN, not --model")
-        if (self.config is None) == (self.preset is None):
-            raise JaxdynError(
-                "--model needs --config or --preset, for the prompts and the reward, "
-                + ("not both" if self.config else "got none")
-            )
-
-    @property
-    def destination(self) -> AnyPath:
-        """Where the JSON goes."""
-        if self.output is not None:
-            return open_path(self.output)
-        name = "evaluation" if self.step is None else f"evaluation-{self.step}"
-        return open_path(self.run or "runs") / f"{name}.json"
-
-
-def run_evaluate(options: EvaluateOptions, progress: Progress | None = None) -> AnyPath:
+def run(options: EvaluateOptions, progress: Progress | None = None) -> AnyPath:
     """Sample, measure, print and write; returns the file's path.
 
     Raises:
@@ -111,12 +49,12 @@ def run_evaluate(options: EvaluateOptions, progress: Progress | None = None) -> 
             experience, metrics = sample_held_out(task.at_temperature(temperature), params)
             rows = [{k: v for k, v in r.items() if k != "step"} for r in experience.records(0)]
             lines.append({"temperature": temperature, **metrics, "samples": rows})
-            progress.advance(temperature=temperature, reward=metrics["reward"])
+            reward = metrics.get("reward", math.nan)  # nothing may have been scored
+            progress.advance(temperature=temperature, reward=reward)
     about = {"run": options.run, "model": options.model, "step": step, "config": to_dict(config)}
     if jax.process_index() == 0:
         write_whole(path, json.dumps({**about, "temperatures": lines}, ensure_ascii=False) + "\n")
     print_table(name if step is None else f"{name}, step {step}", config, lines)
-    print(f"evaluation: {path}")
     return path
 
 
@@ -170,7 +108,8 @@ def print_table(name: str, config: Config, lines: Sequence[dict[str, Any]]) -> N
                 shown[key] = words.format(key.removeprefix(prefix))
     shown |= {
         "diversity/unique": "unique completions",
-        "diversity/ead": "diversity (EAD)",
+        "diversity/vendi": "diversity (Vendi score)",
+        "diversity/self_bleu": "likeness (self-BLEU)",
         "entropy": "entropy (nats)",
         "completions/mean_length": "mean length (tokens)",
     }

@@ -1,10 +1,11 @@
-"""The options of `jaxdyn kernel`, checked against each other before anything heavy is imported."""
+"""The options of `jaxdyn kernel`, checked against each other before JAX is imported."""
 
 import dataclasses
 import re
 from typing import Literal
 
 from jaxdyn.errors import JaxdynError
+from jaxdyn.ranges import at_least
 
 NATS = "nats per unit of learning rate × advantage"
 ENTRIES = {  # what an entry of the kernel is, and its unit
@@ -16,7 +17,7 @@ ENTRIES = {  # what an entry of the kernel is, and its unit
 
 
 @dataclasses.dataclass(frozen=True)
-class KernelConfig:
+class KernelOptions:
     """The kernel of a model between places in your texts: a file and a picture.
 
     Attributes:
@@ -74,12 +75,8 @@ class KernelConfig:
     seed: int = 0
 
     def __post_init__(self):
-        for name in ("limit", "sites_per_completion", "devices", "seed"):
-            if getattr(self, name) < 0:
-                raise JaxdynError(f"{name} must not be negative, got {getattr(self, name)}")
-        for name in ("max_prompt_length", "max_completion_length", "fsdp", "tensor"):
-            if getattr(self, name) < 1:
-                raise JaxdynError(f"{name} must be at least 1, got {getattr(self, name)}")
+        at_least(0, self, "", "limit", "sites_per_completion", "devices", "seed")
+        at_least(1, self, "", "max_prompt_length", "max_completion_length", "fsdp", "tensor")
         if (self.model is None) == (self.run is None):
             raise JaxdynError("give --model or --run, " + ("not both" if self.run else "got none"))
         if self.fsdp * self.tensor > 1 and (self.run is not None or self.devices != 1):

@@ -9,13 +9,15 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxdyn.data import Tokenizer, encode_prompts, encode_supervised
-from jaxdyn.dynamics import sites_from_rollout
+from jaxdyn.dynamics import (
+    rollout_from_texts,
+    site_texts,
+    sites_from_prompts,
+    sites_from_rollout,
+)
 from jaxdyn.hosts import fetch
 from jaxdyn.models import LanguageModel
-from jaxdyn.types import JaxdynError, Params, PromptBatch, Rollout, Sites
-
-CONTEXT = 16
-"""How many tokens before a site are kept as its text."""
+from jaxdyn.types import JaxdynError, Params, Rollout, Sites
 
 
 class Texts(NamedTuple):
@@ -49,7 +51,7 @@ def prompt_places(
       JaxdynError: for a prompt without a token, longer than `max_prompt_length` or the context.
     """
     view = model.view(params)
-    sites = last_tokens(encode_prompts(tokenizer, texts.prompts, max_prompt_length))
+    sites = sites_from_prompts(encode_prompts(tokenizer, texts.prompts, max_prompt_length))
     require_context(model, sites)
     features = site_features(model, view["backbone"], sites)
     likely = fetch(jnp.argmax(model.logits(view["classifier"], features), axis=1))
@@ -80,53 +82,19 @@ def completion_places(
       JaxdynError: as `prompt_places`, of prompt and completion together.
     """
     prompts = encode_prompts(tokenizer, texts.prompts, max_prompt_length)
-    ids, mask = completion_tokens(tokenizer, texts, max_completion_length)
-    rollout = Rollout(
-        prompt_ids=prompts.prompt_ids,
-        prompt_mask=prompts.prompt_mask,
-        completion_ids=jnp.asarray(ids),
-        completion_mask=jnp.asarray(mask),
-        per_token_logps=jnp.zeros(ids.shape, jnp.float32),
-    )
-    whole = sites_per_completion is None
-    inside = ids.shape[1] if sites_per_completion is None else sites_per_completion
+    encoded = encode_supervised(tokenizer, texts.prompts, texts.completions or [], 2**31)
+    rollout = rollout_from_texts(prompts, *encoded, max_completion_length)
+    longest = rollout.completion_ids.shape[1]
+    inside = longest if sites_per_completion is None else sites_per_completion
     sites = sites_from_rollout(rollout, inside, seed)
     require_context(model, sites)
-    if whole:
-        kept = [
-            tokenizer.decode_completion(row[m].tolist()) for row, m in zip(ids, mask, strict=True)
-        ]
+    if sites_per_completion is None:
+        ids, mask = np.asarray(rollout.completion_ids), np.asarray(rollout.completion_mask)
+        kept = [tokenizer.decode_completion(x[m].tolist()) for x, m in zip(ids, mask, strict=True)]
         return Places(sites, rollout, None, texts.prompts, kept, "every token of the completion")
     features = site_features(model, model.view(params)["backbone"], sites)
     contexts, targets = site_texts(tokenizer, sites)
     return Places(sites, None, features, contexts, targets, "the completion's next token")
-
-
-def last_tokens(prompts: PromptBatch) -> Sites:
-    """Each prompt's last token as a site; the targets are 0."""
-    count, slots = prompts.prompt_ids.shape
-    nothing = jnp.zeros(count, jnp.int32)
-    return Sites(
-        tokens=prompts.prompt_ids,
-        mask=prompts.prompt_mask,
-        rows=jnp.arange(count, dtype=jnp.int32),
-        positions=jnp.full_like(nothing, slots - 1),
-        targets=nothing,
-        is_prompt=jnp.ones(count, bool),
-    )
-
-
-def completion_tokens(
-    tokenizer: Tokenizer, texts: Texts, longest: int
-) -> tuple[np.ndarray, np.ndarray]:
-    """Completions with their stop token, cut after `longest` tokens: ids and mask, [B, C]."""
-    encoded = encode_supervised(tokenizer, texts.prompts, texts.completions or [], 2**31)
-    tokens, mask, predicted = (np.asarray(x) for x in encoded)
-    count = min(longest, int(predicted.sum(axis=1).max()))
-    at = (mask & ~predicted).sum(axis=1, keepdims=True) + np.arange(count)[None]
-    spare = ((0, 0), (0, count))
-    cut = lambda x, fill: np.take_along_axis(np.pad(x, spare, constant_values=fill), at, axis=1)
-    return cut(tokens, tokenizer.pad_id), cut(predicted, False)
 
 
 def require_context(model: LanguageModel, sites: Sites) -> None:
@@ -150,16 +118,3 @@ def site_features(model: LanguageModel, backbone: Params, sites: Sites) -> jax.A
         return whole[0, position]
 
     return jax.lax.map(feature, (sites.rows, sites.positions), batch_size=16)
-
-
-def site_texts(tokenizer: Tokenizer, sites: Sites) -> tuple[list[str], list[str]]:
-    """The end of the text before each site, and the token predicted there."""
-    contexts, targets = [], []
-    tokens, mask = np.asarray(sites.tokens), np.asarray(sites.mask)
-    numbers = (np.asarray(x).tolist() for x in (sites.rows, sites.positions, sites.targets))
-    for row, position, target in zip(*numbers, strict=True):
-        before = tokens[row, : position + 1][mask[row, : position + 1]]
-        contexts.append(tokenizer.decode_completion(before[-CONTEXT:].tolist()))
-        text = tokenizer.decode_completion([target])
-        targets.append(text or tokenizer.backend.id_to_token(target) or f"<{target}>")
-    return contexts, targets

@@ -12,31 +12,33 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from jaxdyn.commands.options import QuickstartOptions
+from jaxdyn.commands.output import refuse_others
 from jaxdyn.data import AnagramsConfig, character_tokenizer
 from jaxdyn.models import LanguageModel, gpt_neox
 from jaxdyn.optim import Schedule
+from jaxdyn.paths import AnyPath
 from jaxdyn.presets import RL, SFT
 from jaxdyn.report import load_run, write_report
 from jaxdyn.sections import ModelSource
 from jaxdyn.train import Progress, run_rl, run_sft
 from jaxdyn.train.export import save_policy
-from jaxdyn.types import JaxdynError
 
 SCHEDULES: tuple[Schedule, ...] = ("joint", "classifier_first")
 
 
-def quickstart(output: Path, seed: int = 0) -> Path:
+def run(options: QuickstartOptions) -> AnyPath:
     """Run it all; prints a short table and returns the report's path.
 
     Raises:
-      JaxdynError: if `output` holds anything but a quickstart of the same seed.
+      JaxdynError: if the output holds anything but a quickstart of the same seed.
     """
-    progress = Progress()
+    progress, output, seed = Progress(), Path(options.output), options.seed
     new = output / "new"
     sft = dataclasses.replace(
         SFT["anagrams"], output=str(output / "sft"), seed=seed, model=ModelSource(str(new))
     )
-    refuse_others(output)
+    refuse_others(output, {"new", "sft", *SCHEDULES, "report"})
     if not (output / "sft" / "config.json").exists():
         make_model(new, sft.data.anagrams, seed)
     model = run_sft(sft, progress)
@@ -52,18 +54,8 @@ def quickstart(output: Path, seed: int = 0) -> Path:
         )
         runs.append(run_rl(config, progress))
     page = write_report(runs, output / "report")
-    print_summary(runs, page)
+    print_summary(runs)
     return page
-
-
-def refuse_others(output: Path) -> None:
-    """JaxdynError if `output` is a file, or holds what a quickstart does not write."""
-    if output.exists() and not output.is_dir():
-        raise JaxdynError(f"{output} is not a directory; choose another output")
-    ours = {"new", "sft", *SCHEDULES, "report"}
-    others = sorted({path.name for path in output.glob("*")} - ours)
-    if others:
-        raise JaxdynError(f"{output} already holds {others[0]}; choose another output")
 
 
 def make_model(directory: Path, data: AnagramsConfig, seed: int) -> None:
@@ -82,7 +74,7 @@ def make_model(directory: Path, data: AnagramsConfig, seed: int) -> None:
     save_policy(directory, model, params, tokenizer)
 
 
-def print_summary(runs: list[Path], page: Path) -> None:
+def print_summary(runs: list[AnyPath]) -> None:
     """Reward, diversity and certainty on held-out prompts, a row a run."""
     table = Table(
         title="held-out prompts, before → after RL",
@@ -102,6 +94,4 @@ def print_summary(runs: list[Path], page: Path) -> None:
         )
         cells = [f"{before:.2f} → {after:.2f}" for before, after in pairs]
         table.add_row(path.name, *cells, f"{last['time/wall']:.0f} s")
-    console = Console()
-    console.print(table)
-    console.print(f"report: {page}", soft_wrap=True)
+    Console().print(table)

@@ -10,13 +10,15 @@ from jaxdyn.data.batching import (
     epoch_of,
     require_prompts_fit,
 )
-from jaxdyn.data.source import DataConfig, Example, Source, columns, load_source
+from jaxdyn.data.source import SETS, DataConfig, DataSet, Example, Source, columns, load_source
 from jaxdyn.data.stories import StoriesConfig
 from jaxdyn.data.tokenizer import Tokenizer, character_tokenizer, load_tokenizer
 
 __all__ = [
+    "SETS",
     "AnagramsConfig",
     "DataConfig",
+    "DataSet",
     "Example",
     "Source",
     "StoriesConfig",

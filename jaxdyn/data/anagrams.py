@@ -14,6 +14,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
+from jaxdyn.ranges import at_least, between
 from jaxdyn.types import JaxdynError
 
 MOST_SETS = 1_000_000
@@ -22,44 +23,41 @@ MOST_SETS = 1_000_000
 
 @dataclasses.dataclass(frozen=True)
 class AnagramsConfig:
-    """The rearrangement task. The defaults have C(16, 5) = 4368 sets of letters."""
+    """The rearrangement task. The defaults have C(16, 5) = 4368 sets of letters.
+
+    Attributes:
+      letters: the letters to draw from, each once.
+      length: letters in a prompt.
+      train_examples: demonstrations in the train split, of sets of letters drawn with replacement.
+      test_examples: sets of letters that only the test split has, each in one example.
+      seed: of every draw.
+    """
 
     letters: str = "abcdefghijklmnop"
-    """The letters to draw from, each once."""
     length: int = 5
-    """Letters in a prompt."""
     train_examples: int = 8000
-    """Demonstrations in the train split, of sets of letters drawn with replacement."""
     test_examples: int = 400
-    """Sets of letters that only the test split has, each in one example."""
     seed: int = 0
 
     def __post_init__(self):
         if not self.letters.isalnum() or len(set(self.letters)) < len(self.letters):
             raise JaxdynError(
-                f"anagrams: letters must be distinct letters or digits, got {self.letters!r}"
+                f"data.anagrams.letters must be distinct letters or digits, got {self.letters!r}"
             )
-        if not 1 <= self.length <= len(self.letters):
-            raise JaxdynError(
-                f"anagrams: wanted 1 <= length <= {len(self.letters)} letters, got {self.length}"
-            )
+        between(1, len(self.letters), self, "data.anagrams", "length")
         sets = math.comb(len(self.letters), self.length)
         if sets > MOST_SETS:
             raise JaxdynError(
-                f"anagrams: {self.length} of {len(self.letters)} letters make {sets} sets, "
-                f"wanted at most {MOST_SETS}"
+                f"data.anagrams.length must make at most {MOST_SETS} sets of {len(self.letters)} "
+                f"letters, got {self.length}, which makes {sets}"
             )
         if not 1 <= self.test_examples < sets:
             raise JaxdynError(
-                f"anagrams: test_examples must hold out at least 1 of the {sets} sets of letters "
-                f"and leave one, got {self.test_examples}"
+                f"data.anagrams.test_examples must hold out at least 1 of the {sets} sets of "
+                f"letters and leave one, got {self.test_examples}"
             )
-        if self.train_examples < 1:
-            raise JaxdynError(
-                f"anagrams: train_examples must be at least 1, got {self.train_examples}"
-            )
-        if self.seed < 0:
-            raise JaxdynError(f"anagrams: seed must not be negative, got {self.seed}")
+        at_least(1, self, "data.anagrams", "train_examples")
+        at_least(0, self, "data.anagrams", "seed")
 
 
 def anagrams(config: AnagramsConfig, split: str) -> Iterator[dict[str, str]]:

@@ -41,6 +41,11 @@ def read_jsonl(file: JsonlFile) -> Iterator[dict[str, Any]]:
         raise JaxdynError(f"{file.path} is empty: wanted one JSON object a line")
 
 
+def stored_rows(file: JsonlFile, split: str) -> Iterator[dict[str, str]]:
+    """Each row whole as JSON, since a row may hold any fields; a file has one split."""
+    return ({"json": json.dumps(row)} for row in read_jsonl(file))
+
+
 def _row(line: bytes, fields: dict[str, str], where: str) -> dict[str, Any]:
     try:
         row = json.loads(line)

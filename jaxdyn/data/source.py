@@ -10,15 +10,16 @@ import io
 import json
 import os
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
-from jaxdyn.data.anagrams import AnagramsConfig
-from jaxdyn.data.jsonl import JsonlFile
-from jaxdyn.data.stories import StoriesConfig
+from jaxdyn.data.anagrams import AnagramsConfig, anagrams
+from jaxdyn.data.jsonl import JsonlFile, stored_rows
+from jaxdyn.data.stories import StoriesConfig, stories
+from jaxdyn.ranges import between
 from jaxdyn.types import JaxdynError
 
 Example = dict[str, Any]
@@ -26,28 +27,58 @@ Example = dict[str, Any]
 
 @dataclasses.dataclass(frozen=True)
 class DataConfig:
-    """Which examples to use."""
+    """Which examples to use.
+
+    Attributes:
+      name: anagrams (procedural), stories (openings) or jsonl (a file of your own).
+      path: jsonl: the file, one JSON object a line.
+      test_path: jsonl: the file of the test split; without it a share `held_out` of `path`.
+      prompt_field: jsonl: the field that holds the prompt.
+      completion_field: jsonl: the field that holds the supervised completion, if there is one.
+      held_out: jsonl: share of the rows in the test split when there is no `test_path`.
+      cache_dir: where built data sets are kept; default $JAXDYN_CACHE, else ~/.cache/jaxdyn.
+    """
 
     name: Literal["anagrams", "stories", "jsonl"] = "anagrams"
-    """`anagrams` (procedural), `stories` (openings) or `jsonl` (a file of your own)."""
     path: str | None = None
-    """jsonl: the file, one JSON object a line."""
     test_path: str | None = None
-    """jsonl: the file of the test split; without it a share `held_out` of `path` is held out."""
     prompt_field: str = "prompt"
-    """jsonl: the field that holds the prompt."""
     completion_field: str | None = None
-    """jsonl: the field that holds the supervised completion, if there is one."""
     held_out: float = 0.1
-    """jsonl: share of the rows in the test split when there is no `test_path`, in (0, 1)."""
     anagrams: AnagramsConfig = AnagramsConfig()
     stories: StoriesConfig = StoriesConfig()
     cache_dir: str | None = None
-    """Where built data sets are kept; default $JAXDYN_CACHE, else ~/.cache/jaxdyn."""
 
     def __post_init__(self):
-        if not 0 < self.held_out < 1:
-            raise JaxdynError(f"data: held_out must lie in (0, 1), got {self.held_out}")
+        between(0, 1, self, "data", "held_out", ends="()")
+
+
+class DataSet(NamedTuple):
+    """A row of the table.
+
+    `generate(options, split)` yields examples whose `columns` are texts (str) or lists of texts
+    (list). A new `version` leaves what was built by an older one behind. The options are the
+    section of `DataConfig` of the set's name; of a set `of_files` they are a `JsonlFile`, of whose
+    rows a share is held out.
+    """
+
+    generate: Callable[[Any, str], Iterator[dict[str, Any]]]
+    columns: dict[str, type]
+    version: str = "1.0.0"
+    of_files: bool = False
+
+    @property
+    def splits(self) -> tuple[str, ...]:
+        """What is built: a file's rows are divided when they are read."""
+        return ("train",) if self.of_files else ("train", "test")
+
+
+SETS: dict[str, DataSet] = {
+    "anagrams": DataSet(anagrams, {"prompt": str, "completion": str, "letters": str}),
+    "stories": DataSet(stories, {"prompt": str, "words": list}),
+    "jsonl": DataSet(stored_rows, {"json": str}, of_files=True),
+}
+"""Every data set by its `name`; another one is another row, and a section if it has options."""
 
 
 class Source(Sequence):
@@ -79,16 +110,9 @@ def load_source(config: DataConfig, split: str) -> Source:
     """
     if split not in ("train", "test"):
         raise JaxdynError(f"unknown split {split!r}: wanted 'train' or 'test'")
-    # TensorFlow Datasets takes a third of a second to import: only when it is needed.
-    if config.name == "anagrams":
-        from jaxdyn.data.builders.anagrams import Anagrams
-
-        return Source(_built(Anagrams, config.anagrams, config).as_data_source(split))
-    if config.name == "stories":
-        from jaxdyn.data.builders.stories import Stories
-
-        return Source(_built(Stories, config.stories, config).as_data_source(split))
-    return Source(_jsonl(config, split))
+    if SETS[config.name].of_files:
+        return Source(_share_of_files(config, split))
+    return Source(_built(config, getattr(config, config.name)).as_data_source(split))
 
 
 def columns(examples: Sequence[Example]) -> dict[str, list[Any]]:
@@ -97,38 +121,37 @@ def columns(examples: Sequence[Example]) -> dict[str, list[Any]]:
     return {key: [example.get(key) for example in examples] for key in keys}
 
 
-def _jsonl(config: DataConfig, split: str) -> Sequence[Any]:
+def _share_of_files(config: DataConfig, split: str) -> Sequence[Any]:
     """The records of one of the splits that a file, or two, are divided into."""
-    from jaxdyn.data.builders.jsonl import Jsonl
-
     if config.path is None:
-        raise JaxdynError("the data set 'jsonl' needs a path")
+        raise JaxdynError(f"data.path must name a file for data.name {config.name!r}, got None")
     path = config.test_path if split == "test" and config.test_path else config.path
-    file = JsonlFile(path, config.prompt_field, config.completion_field)
-    builder = _built(Jsonl, file, config)
+    builder = _built(config, JsonlFile(path, config.prompt_field, config.completion_field))
     if config.test_path:
         return builder.as_data_source("train")
     rows = builder.info.splits["train"].num_examples
     if rows < 2:
-        raise JaxdynError(f"{path} has one row, too few to hold some out: give a test_path too")
+        raise JaxdynError(f"{path} has one row, too few to hold some out: set data.test_path too")
     held_out = min(max(1, round(config.held_out * rows)), rows - 1)
     return builder.as_data_source(
         f"train[:{held_out}]" if split == "test" else f"train[{held_out}:]"
     )
 
 
-def _built(builder_class: Any, options: Any, config: DataConfig) -> Any:
+def _built(config: DataConfig, options: Any) -> Any:
     """The builder with its data in the cache, under a key of everything the data depends on.
 
     It is built in a directory of its own and moved into place by one rename, so that neither an
     interrupted build nor two at once leave anything half-written behind.
     """
+    # TensorFlow Datasets takes a third of a second to import: only when it is needed.
+    from jaxdyn.data.builders.table import Table
+
+    data_set = SETS[config.name]
     root = config.cache_dir or os.environ.get("JAXDYN_CACHE") or "~/.cache/jaxdyn"
-    parent = Path(root).expanduser() / builder_class.name
-    directory = parent / _key(builder_class, options)
-    make = lambda where: builder_class(
-        options=options, data_dir=str(where), file_format="array_record"
-    )
+    parent = Path(root).expanduser() / config.name
+    directory = parent / _key(data_set, options)
+    make = lambda where: Table(config.name, data_set, options, data_dir=str(where))
     try:
         if not directory.is_dir():
             parent.mkdir(parents=True, exist_ok=True)
@@ -144,13 +167,12 @@ def _built(builder_class: Any, options: Any, config: DataConfig) -> Any:
         return make(directory)
     except (OSError, RuntimeError) as error:  # a full disk reaches us as either
         raise JaxdynError(
-            f"cannot build the data set {builder_class.name} in {parent}: "
-            f"{' '.join(str(error).split())}"
+            f"cannot build the data set {config.name} in {parent}: {' '.join(str(error).split())}"
         ) from error
 
 
-def _key(builder_class: Any, options: Any) -> str:
-    """A hash of the builder's version and its options, with a file's content for its path."""
+def _key(data_set: DataSet, options: Any) -> str:
+    """A hash of the data set's version and its options, with a file's content for its path."""
     if isinstance(options, JsonlFile):
         try:
             with Path(options.path).open("rb") as file:
@@ -158,7 +180,7 @@ def _key(builder_class: Any, options: Any) -> str:
         except OSError as error:
             raise JaxdynError(f"cannot read {options.path}: {error.strerror or error}") from error
         options = dataclasses.replace(options, path=content)
-    return hashlib.sha256(f"{builder_class.VERSION} {options}".encode()).hexdigest()[:16]
+    return hashlib.sha256(f"{data_set.version} {options}".encode()).hexdigest()[:16]
 
 
 def _plain(value: Any) -> Any:

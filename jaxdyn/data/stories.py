@@ -9,6 +9,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
+from jaxdyn.ranges import at_least
 from jaxdyn.types import JaxdynError
 
 OPENINGS = (
@@ -34,22 +35,21 @@ FEELINGS = ("happy", "sad", "scared", "proud", "excited", "glad")
 
 @dataclasses.dataclass(frozen=True)
 class StoriesConfig:
-    """Story openings with the words to use."""
+    """Story openings with the words to use.
+
+    Attributes:
+      train_prompts: how many openings the train split has.
+      test_prompts: how many openings the test split has, all different from the train split's.
+      seed: of every draw.
+    """
 
     train_prompts: int = 2048
-    """How many openings the train split has."""
     test_prompts: int = 256
-    """How many openings the test split has, all different from the train split's."""
     seed: int = 0
 
     def __post_init__(self):
-        if min(self.train_prompts, self.test_prompts) < 1:
-            raise JaxdynError(
-                "stories: wanted at least one prompt a split, got train_prompts "
-                f"{self.train_prompts} and test_prompts {self.test_prompts}"
-            )
-        if self.seed < 0:
-            raise JaxdynError(f"stories: seed must not be negative, got {self.seed}")
+        at_least(1, self, "data.stories", "train_prompts", "test_prompts")
+        at_least(0, self, "data.stories", "seed")
 
 
 def openings() -> dict[str, str]:
@@ -75,7 +75,10 @@ def stories(config: StoriesConfig, split: str) -> Iterator[dict[str, str | list[
     things = openings()
     wanted = config.train_prompts + config.test_prompts
     if wanted > len(things):
-        raise JaxdynError(f"stories: wanted {wanted} prompts, there are {len(things)} openings")
+        raise JaxdynError(
+            f"data.stories.train_prompts and test_prompts must be at most {len(things)} together, "
+            f"got {wanted}"
+        )
     rng = np.random.default_rng(config.seed)
     prompts = rng.permutation(list(things))[:wanted].tolist()
     feelings = rng.choice(FEELINGS, wanted).tolist()

@@ -1,17 +1,37 @@
 """What an update did: first-order propagation by component, confidence, diversity, features."""
 
-from jaxdyn.dynamics.measure import SiteState, measure_state, measure_update, site_state
-from jaxdyn.dynamics.probes import ProbeConfig, sites_from_rollout
+from jaxdyn.dynamics.measure import (
+    SiteState,
+    StateMeasures,
+    UpdateMeasures,
+    measure_state,
+    measure_update,
+    site_state,
+)
+from jaxdyn.dynamics.probes import ProbeConfig
 from jaxdyn.dynamics.propagation import delta_logits, propagate, site_features
+from jaxdyn.dynamics.sites import (
+    rollout_from_texts,
+    site_texts,
+    sites_from_prompts,
+    sites_from_rollout,
+    sites_from_texts,
+)
 
 __all__ = [
     "ProbeConfig",
     "SiteState",
+    "StateMeasures",
+    "UpdateMeasures",
     "delta_logits",
     "measure_state",
     "measure_update",
     "propagate",
+    "rollout_from_texts",
     "site_features",
     "site_state",
+    "site_texts",
+    "sites_from_prompts",
     "sites_from_rollout",
+    "sites_from_texts",
 ]

@@ -1,11 +1,8 @@
-"""The fixed set of sites at which a run is watched."""
+"""Where and how often a run is watched."""
 
 import dataclasses
 
-import jax.numpy as jnp
-import numpy as np
-
-from jaxdyn.types import JaxdynError, Rollout, Sites
+from jaxdyn.ranges import at_least
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,38 +24,5 @@ class ProbeConfig:
     sites_per_completion: int = 3
 
     def __post_init__(self):
-        if self.every < 0:
-            raise JaxdynError(f"probe.every must not be negative, got {self.every}")
-        if self.num_prompts < 2:
-            raise JaxdynError(f"probe.num_prompts must be at least 2, got {self.num_prompts}")
-        if self.sites_per_completion < 0:
-            raise JaxdynError(
-                f"probe.sites_per_completion must not be negative, got {self.sites_per_completion}"
-            )
-
-
-def sites_from_rollout(rollout: Rollout, sites_per_completion: int, seed: int) -> Sites:
-    """Each prompt's last token, and random places inside its completion.
-
-    The prompt site predicts the completion's first token; a completion site, drawn without
-    replacement, predicts one of the later ones. Completions of a single token (or of fewer than
-    asked for) have fewer sites.
-    """
-    mask = np.asarray(rollout.completion_mask)
-    completions = np.asarray(rollout.completion_ids)
-    prompt_slots = rollout.prompt_ids.shape[1]
-    rng = np.random.default_rng(seed)
-    sites = []
-    for row, length in enumerate(mask.sum(axis=1)):
-        inside = np.arange(1, length)
-        drawn = rng.permutation(inside)[:sites_per_completion]
-        sites += [(row, place) for place in (0, *sorted(drawn))]
-    rows, places = np.array(sites).T
-    return Sites(
-        tokens=jnp.asarray(rollout.tokens),
-        mask=jnp.asarray(rollout.mask),
-        rows=jnp.asarray(rows, jnp.int32),
-        positions=jnp.asarray(places + prompt_slots - 1, jnp.int32),
-        targets=jnp.asarray(completions[rows, places], jnp.int32),
-        is_prompt=jnp.asarray(places == 0),
-    )
+        at_least(0, self, "probe", "every", "sites_per_completion")
+        at_least(2, self, "probe", "num_prompts")

@@ -1,27 +1,31 @@
 """The empirical NTK of a language model, by component, at its real size."""
 
-from jaxdyn.kernels.eigenpairs import Eigenpairs, top_eigenpairs
-from jaxdyn.kernels.empirical import (
+from jaxdyn.kernels.contractions import (
     log_prob_kernel,
     sequence_kernel,
     token_block,
     update_kernel,
     update_kernel_by_part,
 )
+from jaxdyn.kernels.eigenpairs import Eigenpairs, top_eigenpairs
+from jaxdyn.kernels.execution import Execution
 from jaxdyn.kernels.operator import apply_kernel
 from jaxdyn.kernels.preconditioner import adam_preconditioner
-from jaxdyn.kernels.result import Execution, Kernel
+from jaxdyn.kernels.result import Kernel
 from jaxdyn.kernels.sketch import Sketch, sketch_gradients, sketch_kernel, sketch_sequences
 from jaxdyn.kernels.statistics import (
     InnerProducts,
     alignment,
     component_shares,
+    debiased_cka,
+    debiased_hsic,
     effective_rank,
     inner_products,
     kernel_distance,
     participation_ratio,
     spectrum,
 )
+from jaxdyn.kernels.summary import summarize
 from jaxdyn.kernels.trace import trace_kernel
 
 __all__ = [
@@ -34,6 +38,8 @@ __all__ = [
     "alignment",
     "apply_kernel",
     "component_shares",
+    "debiased_cka",
+    "debiased_hsic",
     "effective_rank",
     "inner_products",
     "kernel_distance",
@@ -44,6 +50,7 @@ __all__ = [
     "sketch_kernel",
     "sketch_sequences",
     "spectrum",
+    "summarize",
     "token_block",
     "top_eigenpairs",
     "trace_kernel",

@@ -1,87 +1,47 @@
-"""Tiles of a kernel matrix under a memory budget: their size, their devices, their assembly."""
+"""Tiles of a kernel matrix under a memory budget: their size, their devices, their assembly.
+
+Every kernel that is made of rows goes through `tiling` and `assemble`.
+"""
 
 import itertools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from jaxdyn.hosts import fetch, from_first, gather, is_local
-from jaxdyn.kernels.layers import SPARE
-from jaxdyn.kernels.result import Execution
-from jaxdyn.kernels.sites import Rows
+from jaxdyn.kernels.execution import Execution
+from jaxdyn.kernels.memory import tile_size, workspace_of
+from jaxdyn.kernels.rows import Rows
 from jaxdyn.kernels.store import Store, digest
-from jaxdyn.types import JaxdynError, Model
-
-DEFAULT_BUDGET = 4 * 2**30
-"""Bytes that a kernel may use beside the parameters and its result, where the caller names none."""
 
 
-def budget_of(execution: Execution) -> int:
-    """The caller's memory budget, or the default.
+class Tiling(NamedTuple):
+    """Rows against columns (None: the rows), in square tiles of a size that the budget allows.
 
-    Raises:
-      TypeError: if an option is unknown, as for any other keyword argument.
+    `each` are the bytes that a row of a tile may take, and `workspace` those of a block of
+    products.
     """
-    if unknown := set(execution) - set(Execution.__annotations__):
-        raise TypeError(f"unexpected keyword argument {min(unknown)!r}")
-    return execution.get("memory_budget", DEFAULT_BUDGET)
+
+    rows: Rows
+    columns: Rows | None
+    size: int
+    each: int
+    workspace: int
 
 
-def workspace_of(budget: int) -> tuple[int, int]:
-    """Bytes of a block of products, and what to leave for blocks and their copies.
-
-    On a CPU a block should stay near the caches; an accelerator wants large products.
-    """
-    workspace = min(budget // (8 * SPARE), 2**22 if jax.default_backend() == "cpu" else 2**27)
-    return workspace, 4 * SPARE * workspace
-
-
-def nbytes(tree: Any) -> int:
-    """The bytes of a tree of arrays or of their shapes."""
-    return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree))
-
-
-def attention_bytes(model: Model, slots: int) -> tuple[int, int]:
-    """What attention keeps of a row's forward pass, and what one backward pass needs beside it.
-
-    In units of a layer's weights [heads, T, T], which are float32 or better: 2 a layer, and 4.
-    XLA's own account of the passes (CPU, T = 512, 2 and 6 layers) is 2.0 a layer, and 3.4.
-    """
-    config, wide = model.config, jnp.promote_types(model.dtype, jnp.float32)
-    weights = config.num_heads * slots**2 * wide.itemsize
-    return 2 * config.num_layers * weights, 4 * weights
-
-
-def tile_size(counts: tuple[int, int], square: bool, held: int, working: int, budget: int) -> int:
-    """Rows and columns of a tile: all, or as many as fit when two sets are held at once.
-
-    Args:
-      counts: rows N and columns M of the whole.
-      square: whether the columns are the rows, so that a single tile holds one set.
-      held: bytes that one prepared row holds.
-      working: bytes that one row needs while it is prepared, beside those it will hold.
-      budget: bytes for the rows.
-
-    Returns:
-      A size by which the longer side is divided evenly.
+def tiling(rows: Rows, columns: Rows | None, held: int, working: int, budget: int) -> Tiling:
+    """The largest tiles within `budget` bytes, of rows that each take what `tile_size` says.
 
     Raises:
       JaxdynError: if not even one row and one column fit.
     """
-    longest = max(counts)
-    if square and longest * (held + working) <= budget:
-        return longest
-    fitting = budget // (2 * held + working)
-    if fitting < 1:
-        raise JaxdynError(
-            f"memory_budget is too small for one site: a pair needs about {2 * held + working} "
-            f"bytes beside the workspace, got {budget}"
-        )
-    tiles = -(-longest // fitting)
-    return -(-longest // tiles)
+    workspace, spare = workspace_of(budget)
+    counts = (len(rows.tokens), len((columns or rows).tokens))
+    size = tile_size(counts, columns is None, held, working, budget - spare)
+    sets = 1 if columns is None and size == counts[0] else 2
+    return Tiling(rows, columns, size, (budget - spare) // size // sets, workspace)
 
 
 class Tile(NamedTuple):
@@ -147,9 +107,7 @@ class _Worker:
 
 def assemble(
     kind: str,
-    rows: Rows,
-    columns: Rows | None,
-    size: int,
+    given: Tiling,
     operands: Any,
     prepare: Callable[[Any, Rows], Any],
     contract: Callable[[Any, Any, Any], dict[str, Any]],
@@ -165,13 +123,12 @@ def assemble(
     Of many processes each takes tiles of its own if it has the whole operands; if these are divided
     among the processes, all do every tile together. All get all tiles; the first keeps them.
     """
-    square = columns is None
-    columns = rows if columns is None else columns
+    rows, columns, square = given.rows, given.columns or given.rows, given.columns is None
     n, m = len(rows.tokens), len(columns.tokens)
     devices = list(execution.get("devices") or [None])
     apart = all(map(is_local, jax.tree.leaves(operands)))
     lanes = len(devices) * (jax.process_count() if apart else 1)
-    size = min(size, -(-max(n, m) // lanes))  # a strip for every device
+    size = min(given.size, -(-max(n, m) // lanes))  # a strip for every device
     high, wide = min(size, n), min(size, m)
     work = strips(-(-n // high), -(-m // wide), square, lanes)
     total, done = sum(map(len, work)), 0
@@ -188,9 +145,9 @@ def assemble(
             if square and tile.row != tile.column:
                 _place(whole[name], start, top, np.moveaxis(x, (-2, -1), (-4, -3)))
 
-    def first_tile(given, left, right):
-        right = None if right is None else prepare(given, right)
-        return contract(given, prepare(given, left), right)
+    def first_tile(operands, left, right):
+        right = None if right is None else prepare(operands, right)
+        return contract(operands, prepare(operands, left), right)
 
     shapes: dict[str, Any] = {}  # what a process must know of a tile that another one has
     if jax.process_count() > 1:

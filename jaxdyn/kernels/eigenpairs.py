@@ -15,6 +15,7 @@ come before the first that must repeat.
 """
 
 import functools
+from typing import Unpack
 
 import jax
 import jax.numpy as jnp
@@ -22,11 +23,12 @@ import numpy as np
 from flax import struct
 from scipy.sparse import linalg
 
+from jaxdyn.kernels.execution import Execution
 from jaxdyn.kernels.operator import Batches, apply, batches_of
 from jaxdyn.kernels.preconditioner import roots_of
-from jaxdyn.types import JaxdynError, Model, Params, Sites, View
+from jaxdyn.types import COMPONENTS, JaxdynError, Model, Params, Sites, View
 
-COMPONENTS = ("total", "representation", "gradient")
+DEFINITE = ("total", *COMPONENTS[:2])
 """The kernels that are positive semi-definite; the cross component is not."""
 
 
@@ -52,10 +54,10 @@ def top_eigenpairs(
     cotangents: jax.Array | np.ndarray | None = None,
     component: str = "total",
     preconditioner: Params | None = None,
-    batch_size: int | None = None,
     tolerance: float = 1e-4,
     max_restarts: int = 100,
     seed: int = 0,
+    **execution: Unpack[Execution],
 ) -> Eigenpairs:
     """The k largest λ with Θ v = λ v over the vector fields v [N, V] at the sites.
 
@@ -63,7 +65,7 @@ def top_eigenpairs(
     less k.
 
     Args:
-      model, params, sites, preconditioner, batch_size: see `apply_kernel`.
+      model, params, sites, preconditioner, execution: see `apply_kernel`.
       k: how many, from 1 to the dimension less one.
       cotangents: g [N, V]: take the scalar kernel g_iᵀ Θ_ij g_j, of dimension N, instead.
       component: "total", "representation" or "gradient". The representation component alone repeats
@@ -77,7 +79,7 @@ def top_eigenpairs(
         cannot be; if fewer than k converge; or if the kernel is zero.
     """
     vocab = model.config.vocab_size
-    rows = batches_of(model, sites, "sites", batch_size)
+    rows = batches_of(model, sites, "sites", execution)
     count = len(rows.places)
     if cotangents is not None and np.shape(cotangents) != (count, vocab):
         raise JaxdynError(
@@ -87,8 +89,8 @@ def top_eigenpairs(
     size = int(np.prod(shape))
     if not 1 <= k < size:
         raise JaxdynError(f"k must be from 1 to {size - 1}, the dimension less one, got {k}")
-    if component not in COMPONENTS:
-        raise JaxdynError(f"component must be one of {', '.join(COMPONENTS)}, got {component!r}")
+    if component not in DEFINITE:
+        raise JaxdynError(f"component must be one of {', '.join(DEFINITE)}, got {component!r}")
     if component == "representation" and cotangents is None:
         raise JaxdynError(
             "the representation component repeats each eigenvalue of ⟨φ, φ'⟩ over the vocabulary; "

@@ -20,7 +20,7 @@ from flax.traverse_util import flatten_dict
 
 from jaxdyn.kernels import layers
 from jaxdyn.kernels.parts import kind_of
-from jaxdyn.kernels.sites import Rows, logit_cotangents
+from jaxdyn.kernels.rows import Rows, logit_cotangents
 from jaxdyn.types import Model, Params, View
 
 Path = tuple[str, ...]

@@ -21,16 +21,18 @@ A kernel of adapters alone, W and the body's own weights frozen, has P = 0 at wh
 """
 
 import functools
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Unpack
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
+from jaxdyn.kernels.execution import Execution, budget_of, require_options
+from jaxdyn.kernels.memory import opened_bytes, rows_at_once
 from jaxdyn.kernels.preconditioner import roots_of
 from jaxdyn.kernels.result import Kernel
-from jaxdyn.kernels.sites import site_rows
+from jaxdyn.kernels.rows import site_rows
 from jaxdyn.types import Components, JaxdynError, Model, Params, Sites, View
 
 
@@ -84,7 +86,7 @@ def apply_kernel(
     sites_b: Sites | None = None,
     *,
     preconditioner: Params | None = None,
-    batch_size: int | None = None,
+    **execution: Unpack[Execution],
 ) -> Kernel:
     """Σ_j Θ(s_i, s'_j) v_j, [N, V] by component, for a vector field v over `sites_b`.
 
@@ -94,22 +96,22 @@ def apply_kernel(
 
     Args:
       model: a `LanguageModel`.
-      params: its parameters, as stored or as a view.
+      params: its parameters, as stored.
       sites_a: N sites; those of one sequence share its pass.
       field: v [M, V], one logit vector a site of `sites_b`.
       sites_b: M sites; without them, `sites_a` again.
       preconditioner: P of the metric, shaped as the parameters, as `adam_preconditioner` gives it:
         the kernel is then D P D'ᵀ.
-      batch_size: sequences at a time; all at once by default. Memory is that of a training step
-        on so many sequences, and one more vector of the parameters' size.
+      execution: `memory_budget`, which sets how many sequences are taken at a time: see
+        `Execution`. Beside it there are two more vectors of the parameters' size.
 
     Raises:
-      JaxdynError: if the field is not [M, V], `batch_size` below 1, a site outside its sequence or
-        on padding, a token id outside the vocabulary, a sequence longer than the context, or the
-        preconditioner negative or of other shapes.
+      JaxdynError: if the field is not [M, V], a site outside its sequence or on padding, a token id
+        outside the vocabulary, a sequence longer than the context, the preconditioner negative or
+        of other shapes, or the budget too small for one sequence.
     """
-    rows = batches_of(model, sites_a, "sites_a", batch_size)
-    columns = None if sites_b is None else batches_of(model, sites_b, "sites_b", batch_size)
+    rows = batches_of(model, sites_a, "sites_a", execution)
+    columns = None if sites_b is None else batches_of(model, sites_b, "sites_b", execution)
     expected = (len((columns or rows).places), model.config.vocab_size)
     if np.shape(field) != expected:
         raise JaxdynError(f"field must be [M, V] = {expected}, got {np.shape(field)}")
@@ -135,17 +137,17 @@ class Batches(NamedTuple):
     places: Any  # where among the K S places site n is, [N]
 
 
-def batches_of(model: Model, sites: Sites, name: str, batch_size: int | None) -> Batches:
+def batches_of(model: Model, sites: Sites, name: str, execution: Execution) -> Batches:
     """The sites by batches of their sequences; sequences without sites are left out.
 
     Raises:
-      JaxdynError: if `batch_size` is below 1, and as `site_rows`.
+      JaxdynError: if the budget is too small for one sequence, and as `site_rows`.
     """
-    if batch_size is not None and batch_size < 1:
-        raise JaxdynError(f"batch_size must be at least 1, got {batch_size}")
+    require_options(execution, "memory_budget")
     site_rows(model, sites, name)
     used, row = np.unique(np.asarray(sites.rows), return_inverse=True)
-    size = min(batch_size or len(used), len(used))
+    each = sequence_bytes(model, sites.tokens.shape[1], int(np.bincount(row).max()))
+    size = rows_at_once("sequence", len(used), each, 0, budget_of(execution))
     count = -(-len(used) // size)
     batch, row = np.divmod(row, size)
 
@@ -169,6 +171,17 @@ def batches_of(model: Model, sites: Sites, name: str, batch_size: int | None) ->
         real=np.arange(held.max())[None] < held[:, None],
         places=batch * held.max() + slot,
     )
+
+
+def sequence_bytes(model: Model, slots: int, most: int) -> int:
+    """What a sequence of T slots and at most so many sites needs in the two passes of a product.
+
+    By XLA's own account these take up to half of what an opened row does without rematerialisation
+    (CPU, T from 64 to 384, 2 and 6 layers), and less with it; and logits four times.
+    """
+    wide = jnp.promote_types(model.dtype, jnp.float32)
+    logits = most * model.config.vocab_size * wide.itemsize
+    return sum(opened_bytes(model, slots)) * 3 // 5 + 4 * logits
 
 
 @functools.partial(jax.jit, static_argnums=0)

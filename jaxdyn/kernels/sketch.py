@@ -34,8 +34,8 @@ spectrum is cheaper from Zᵀ Z/R.
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, Unpack
 
 import jax
 import jax.numpy as jnp
@@ -43,15 +43,16 @@ import numpy as np
 from flax import struct
 from jaxtyping import PRNGKeyArray
 
-from jaxdyn.kernels.blocks import DEFAULT_BUDGET
-from jaxdyn.kernels.empirical import row_bytes
+from jaxdyn.kernels.contractions import row_bytes
+from jaxdyn.kernels.execution import Execution, budget_of, require_options
 from jaxdyn.kernels.gram import factorize
 from jaxdyn.kernels.layers import product
+from jaxdyn.kernels.memory import rows_at_once
 from jaxdyn.kernels.parts import require_merged
 from jaxdyn.kernels.preconditioner import roots_of
 from jaxdyn.kernels.projection import SIGN_ROWS, sketch_factors
 from jaxdyn.kernels.result import Kernel
-from jaxdyn.kernels.sites import Rows, sequence_rows, site_rows, with_cotangents
+from jaxdyn.kernels.rows import Rows, sequence_rows, site_rows, with_cotangents
 from jaxdyn.types import JaxdynError, Model, Params, Rollout, Sites, View
 
 
@@ -102,8 +103,7 @@ def sketch_gradients(
     preconditioner: Params | None = None,
     replicates: int = 64,
     side: int = 8,
-    memory_budget: int | None = None,
-    progress: Callable[[int, int], None] | None = None,
+    **execution: Unpack[Execution],
 ) -> Sketch:
     """Z_r of ∇ log π(y_n | s_n), or of ∇ g_nᵀ f(s_n), for N sites.
 
@@ -112,7 +112,7 @@ def sketch_gradients(
 
     Args:
       model: a `LanguageModel`.
-      params: its parameters, as stored or as a view.
+      params: its parameters, as stored.
       sites: N sites.
       key: of the signs.
       cotangents: g [N, V], one a site, in place of e_y − π.
@@ -121,9 +121,8 @@ def sketch_gradients(
         its entries: at short contexts a few times the work.
       replicates: R, two or more.
       side: p.
-      memory_budget: bytes beside the parameters and the result; 4 GiB by default. It sets how many
-        sites are taken at a time.
-      progress: called with the number of finished batches and of all, as each finishes.
+      execution: `memory_budget`, which sets how many sites are taken at a time, and `progress`: see
+        `Execution`.
 
     Raises:
       JaxdynError: if a site is outside its sequence or on padding, a token id outside the
@@ -133,9 +132,7 @@ def sketch_gradients(
     rows = site_rows(model, sites, "sites")
     if cotangents is not None:
         rows = with_cotangents(rows, cotangents, model.config.vocab_size, "cotangents")
-    return _sketch(
-        model, params, rows, key, preconditioner, replicates, side, memory_budget, progress
-    )
+    return _sketch(model, params, rows, key, preconditioner, replicates, side, execution)
 
 
 def sketch_sequences(
@@ -148,8 +145,7 @@ def sketch_sequences(
     preconditioner: Params | None = None,
     replicates: int = 64,
     side: int = 8,
-    memory_budget: int | None = None,
-    progress: Callable[[int, int], None] | None = None,
+    **execution: Unpack[Execution],
 ) -> Sketch:
     """Z_r of ∇ Σ_c w_bc log π(y_bc) for B completions: the weighted sum of their sites' sketches.
 
@@ -160,9 +156,7 @@ def sketch_sequences(
     For the other arguments and what is raised see `sketch_gradients`.
     """
     rows = sequence_rows(model, rollout, weights, "rollout")
-    return _sketch(
-        model, params, rows, key, preconditioner, replicates, side, memory_budget, progress
-    )
+    return _sketch(model, params, rows, key, preconditioner, replicates, side, execution)
 
 
 def sketch_kernel(a: Sketch, b: Sketch | None = None) -> Kernel:
@@ -217,17 +211,18 @@ def _sketch_rows(model, view: View, roots, key, rows: Rows, *, replicates: int, 
     return sketch_factors(key, factors, model.config, replicates, side, roots)
 
 
-def _sketch(model, params, rows, key, preconditioner, replicates, side, budget, progress) -> Sketch:
+def _sketch(model, params, rows, key, preconditioner, replicates, side, execution) -> Sketch:
+    require_options(execution, "memory_budget", "progress")
     if replicates < 2:
         raise JaxdynError(f"replicates must be at least 2, for a standard error, got {replicates}")
     if side < 1:
         raise JaxdynError(f"side must be at least 1, got {side}")
     require_merged(params)
-    budget = DEFAULT_BUDGET if budget is None else budget
-    size = _rows_at_once(model, rows, replicates, side, budget)
+    size = _rows_at_once(model, rows, replicates, side, budget_of(execution))
     count, view = len(rows.tokens), model.view(params)
     roots = roots_of(model, params, preconditioner)
     batches = -(-count // size)
+    progress = execution.get("progress", lambda done, total: None)
     # A generator of our own: others draw otherwise when they draw for several rows at once.
     words = jax.random.bits(key, (2,), jnp.uint32)
     own = jax.random.wrap_key_data(words, impl="threefry2x32")
@@ -236,8 +231,7 @@ def _sketch(model, params, rows, key, preconditioner, replicates, side, budget, 
         batch = rows.take(start, size)
         sketched = _sketch_rows(model, view, roots, own, batch, replicates=replicates, side=side)
         found.append(jax.tree.map(lambda x, rest=count - start: np.asarray(x)[:rest], sketched))
-        if progress is not None:
-            progress(len(found), batches)
+        progress(len(found), batches)
     head, body = (jnp.asarray(np.concatenate(parts)) for parts in zip(*found, strict=True))
     said = int(words[0]), int(words[1])
     return Sketch(head, body, said, model.config, preconditioner is not None)
@@ -250,13 +244,7 @@ def _rows_at_once(model, rows: Rows, replicates: int, side: int, budget: int) ->
     signs = 3 * SIGN_ROWS * replicates * side * itemsize
     projected = (4 * max(slots, counted) + 3 * side) * replicates * side * itemsize
     each = sum(row_bytes(model, slots, counted, 1)) + projected
-    fitting = (budget - signs) // each
-    if fitting < 1:
-        raise JaxdynError(
-            f"memory_budget is too small for one row: it needs about {signs + each} bytes, "
-            f"got {budget}"
-        )
-    return -(-count // -(-count // fitting))
+    return rows_at_once("row", count, each, signs, budget)
 
 
 def _check_comparable(a: Sketch, b: Sketch) -> None:

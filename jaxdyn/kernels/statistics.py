@@ -91,6 +91,51 @@ def kernel_distance(a: Float[Array, "N M"], b: Float[Array, "N M"]) -> Float[Arr
     return _inner(difference, difference) / 2
 
 
+def debiased_hsic(gram: Float[Array, "N N"], other: Float[Array, "N N"]) -> Float[Array, ""]:
+    """The unbiased estimate of the Hilbert-Schmidt independence criterion, from N ≥ 4 samples.
+
+    With K̃, L̃ the Gram matrices without their diagonals,
+
+        (tr K̃L̃ + (1ᵀK̃1)(1ᵀL̃1) / ((N − 1)(N − 2)) − 2/(N − 2) 1ᵀK̃L̃1) / (N (N − 3)),
+
+    zero in expectation where the two sets of features are independent. It is computed as the inner
+    product of the two matrices centred off the diagonal, the same number without the cancellation.
+
+    Source: Song et al., *Feature selection via dependence maximization* (2012), eq. 5; Székely and
+    Rizzo, *Partial distance correlation* (2014), def. 2, U-centring.
+
+    Raises:
+        JaxdynError: the two differ in shape, are not square, or hold fewer than four samples.
+    """
+    _same_shape(gram, other)
+    count = len(gram)
+    if gram.shape != (count, count) or count < 4:
+        raise JaxdynError(
+            f"a debiased CKA needs square matrices of 4 sites or more, got {gram.shape}"
+        )
+    return _inner(_centre_off(gram), _centre_off(other)) / (count * (count - 3))
+
+
+def debiased_cka(gram: Float[Array, "N N"], other: Float[Array, "N N"]) -> Float[Array, ""]:
+    """HSIC(K, L) / √(HSIC(K, K) HSIC(L, L)) with `debiased_hsic`: likeness of features of N sites.
+
+    1 for features equal up to a rotation, a scale and a shift; near 0 for independent ones, which
+    the plain CKA calls alike wherever there are more dimensions than sites. It may fall below 0;
+    features that do not vary give NaN.
+
+    Source: Kornblith et al., *Similarity of neural network representations revisited* (2019), eq.
+    4, the CKA; Murphy, Zylberberg, Fyshe, *Correcting biased centered kernel alignment measures in
+    biological and artificial neural networks* (2024), debiased.
+
+    Raises:
+        JaxdynError: as `debiased_hsic`.
+    """
+    unit = lambda x: _wide(x) / jnp.max(jnp.abs(x))  # keeps the squares in float32's range
+    gram, other = unit(gram), unit(other)
+    norms = debiased_hsic(gram, gram) * debiased_hsic(other, other)
+    return debiased_hsic(gram, other) / jnp.sqrt(norms)
+
+
 # -- the parts ------------------------------------------------------------------------------------
 
 
@@ -101,10 +146,15 @@ def component_shares(components: Components) -> Components:
     the others do. A zero total gives NaN.
     """
     components = jax.tree.map(_wide, components)
-    total = components.total
+    return jax.tree.map(lambda part: share(part, components.total), components)
+
+
+def share(part: Float[Array, "*N"], total: Float[Array, "*N"]) -> Float[Array, ""]:
+    """⟨part, total⟩ / ⟨total, total⟩ over all entries."""
+    part, total = _wide(part), _wide(total)
     scale = jnp.max(jnp.abs(total))  # keeps the squares inside the range of float32
     unit = total / scale
-    return jax.tree.map(lambda part: _inner(part / scale, unit) / _inner(unit, unit), components)
+    return _inner(part / scale, unit) / _inner(unit, unit)
 
 
 # -- signs of inner products ----------------------------------------------------------------------
@@ -180,6 +230,19 @@ def _unit(x: Array) -> Array:
 def _centre(x: Array) -> Array:
     x = x - jnp.mean(x, axis=0, keepdims=True)
     return x - jnp.mean(x, axis=1, keepdims=True)
+
+
+def _centre_off(x: Array) -> Array:
+    """K̃_ij − Σ_k K̃_ik/(N − 2) − Σ_k K̃_kj/(N − 2) + Σ_kl K̃_kl/((N − 1)(N − 2)) off the diagonal.
+
+    Its sums over rows and columns are zero.
+    """
+    count = len(x)
+    off = 1 - jnp.eye(count, dtype=_wide(x).dtype)
+    x = _centre(_wide(x)) * off  # a first centring changes nothing but the size of the numbers
+    rows, columns = jnp.sum(x, axis=1, keepdims=True), jnp.sum(x, axis=0, keepdims=True)
+    total = jnp.sum(x) / (count - 1)
+    return (x - (rows + columns - total) / (count - 2)) * off
 
 
 def _same_shape(a: Array, b: Array) -> None:

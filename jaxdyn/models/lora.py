@@ -21,6 +21,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from jaxtyping import PRNGKeyArray
 
 from jaxdyn.models.model import LanguageModel
+from jaxdyn.ranges import above, at_least
 from jaxdyn.types import JaxdynError, Params
 
 Target = Literal["query", "key", "value", "out", "up", "gate", "down"]
@@ -41,10 +42,8 @@ class LoraConfig:
     targets: tuple[Target, ...] = get_args(Target)
 
     def __post_init__(self):
-        if self.rank < 1:
-            raise JaxdynError(f"lora.rank must be at least 1, got {self.rank}")
-        if not self.alpha > 0:
-            raise JaxdynError(f"lora.alpha must be positive, got {self.alpha}")
+        at_least(1, self, "lora", "rank")
+        above(0, self, "lora", "alpha")
         unknown = [name for name in self.targets if name not in get_args(Target)]
         if unknown or not self.targets:
             raise JaxdynError(

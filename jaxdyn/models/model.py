@@ -198,9 +198,7 @@ class LanguageModel:
 
     def _full_pass(self, backbone, tokens, mask, keep_cache: bool):
         module = Backbone(self.config, self.dtype, keep_cache, self.remat, self.stacked)
-        return module.apply(
-            {"params": backbone}, tokens, positions_of(mask), self._visible(mask)
-        )
+        return module.apply({"params": backbone}, tokens, positions_of(mask), self._visible(mask))
 
     def _visible(self, mask) -> Bool[Array, "B 1 T T"]:
         """Which slots (last axis) a slot attends to: the tokens up to itself."""

@@ -12,6 +12,7 @@ import optax
 
 from jaxdyn.optim.labels import Mode, moves, split
 from jaxdyn.optim.stages import StageName
+from jaxdyn.ranges import above, at_least, between
 from jaxdyn.types import JaxdynError, Params
 
 
@@ -52,16 +53,10 @@ class OptimConfig:
     classifier: Mode = "full"
 
     def __post_init__(self):
-        for name in ("learning_rate", "classifier_learning_rate", "eps"):
-            value = getattr(self, name)
-            if value is not None and not value > 0:
-                raise JaxdynError(f"optim.{name} must be positive, got {value}")
-        for name in ("b1", "b2", "momentum"):
-            if not 0 <= getattr(self, name) < 1:
-                raise JaxdynError(f"optim.{name} must be in [0, 1), got {getattr(self, name)}")
-        for name in ("weight_decay", "max_grad_norm", "warmup_steps", "classifier_steps"):
-            if not getattr(self, name) >= 0:
-                raise JaxdynError(f"optim.{name} must not be negative, got {getattr(self, name)}")
+        above(0, self, "optim", "learning_rate", "classifier_learning_rate", "eps")
+        between(0, 1, self, "optim", "b1", "b2", "momentum", ends="[)")
+        at_least(0, self, "optim", "weight_decay", "max_grad_norm")
+        at_least(0, self, "optim", "warmup_steps", "classifier_steps")
         if self.classifier == "frozen":
             if self.backbone == "frozen":
                 raise JaxdynError("nothing moves: optim.backbone and .classifier are both frozen")

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import jax
 from jax.experimental import topologies
 
+from jaxdyn import NO_TPU
 from jaxdyn.types import JaxdynError
 
 GIB = 2**30
@@ -64,14 +65,8 @@ FLAT = ((1, 1), (2, 2), (2, 4), (4, 4), (4, 8), (8, 8), (8, 16), (16, 16))
 SMALL = ((2, 2, 1), (2, 2, 2), (2, 2, 4), (2, 4, 4))
 """Slices below a cube of 4 x 4 x 4, of which the larger ones are made."""
 
-# libtpu asks no server where it is, does not complain that nobody told it, and as no TPU can be
-# taken from another process, needs no lock.
-NO_TPU = {
-    "TPU_SKIP_MDS_QUERY": "1",
-    "TPU_ACCELERATOR_TYPE": "v5litepod-1",
-    "TPU_WORKER_HOSTNAMES": "localhost",
-    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
-}
+# Where libtpu is, it asks no server, and as no TPU can be taken from another process, no lock.
+OFFLINE = {**NO_TPU, "TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
 
 
 class Topology(NamedTuple):
@@ -142,7 +137,7 @@ def open_topology(name: str) -> Topology:
         raise JaxdynError(
             f"compiling for {chip.name} needs libtpu: pip install 'jaxdyn[plan]'"
         ) from None
-    for variable, value in NO_TPU.items():
+    for variable, value in OFFLINE.items():
         os.environ.setdefault(variable, value)
     options: dict[str, Any] = {}
     if math.prod(shape) == 1:

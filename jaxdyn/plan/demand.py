@@ -9,6 +9,7 @@ and no program reaches it. Nothing is run, and no array is made.
 
 import dataclasses
 import functools
+import math
 import re
 from collections import Counter
 from collections.abc import Callable
@@ -17,7 +18,8 @@ from typing import Any
 import jax
 
 from jaxdyn.plan.chips import Chip
-from jaxdyn.plan.hlo import Cost, cost_of
+from jaxdyn.plan.cost import Cost
+from jaxdyn.plan.hlo import cost_of
 from jaxdyn.plan.text import Number
 
 UNITS = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
@@ -76,6 +78,12 @@ class Demand:
             "links": cost.collective_bytes / chip.interconnect,
         }
 
+    def least(self, chip: Chip | None) -> Number:
+        """The roofline's time; without a chip's figures, the flops."""
+        if self.cost is None:
+            return math.inf
+        return self.cost.flops if chip is None else max(self.seconds(chip).values())
+
 
 def demand_of(program: Program) -> Demand:
     """Compile a program and account for it.
@@ -109,7 +117,7 @@ def exhausted(message: str, arguments: Number) -> Number:
         return float(whole[1]) * UNITS[whole[2]]
     if temporary:
         return arguments + float(temporary[1]) * UNITS[temporary[2]]
-    return float("inf")
+    return math.inf
 
 
 def bytes_of(tree: Any) -> Number:
@@ -119,7 +127,5 @@ def bytes_of(tree: Any) -> Number:
 
 def share_of(x: jax.ShapeDtypeStruct) -> Number:
     """Bytes of an array that one device holds."""
-    count = 1
-    for size in x.sharding.shard_shape(x.shape):
-        count *= size
+    count = math.prod(x.sharding.shard_shape(x.shape))
     return count * (8 if jax.dtypes.issubdtype(x.dtype, jax.dtypes.extended) else x.dtype.itemsize)

@@ -25,7 +25,7 @@ from jaxdyn.distributed.mesh import ROWS
 from jaxdyn.distributed.rules import fitting
 from jaxdyn.dynamics import propagate, site_state
 from jaxdyn.kernels.gram import contract, factorize
-from jaxdyn.kernels.sites import Rows
+from jaxdyn.kernels.rows import Rows
 from jaxdyn.models import LanguageModel, ModelConfig
 from jaxdyn.optim import make_optimizer, trainable
 from jaxdyn.plan.demand import Program

@@ -16,7 +16,8 @@ from scipy.cluster.hierarchy import leaves_list, linkage
 from scipy.spatial.distance import squareform
 
 from jaxdyn.errors import JaxdynError
-from jaxdyn.report.kernel_file import COMPONENTS, SavedKernel, load_kernel
+from jaxdyn.names import COMPONENTS
+from jaxdyn.report.kernel_file import SavedKernel, load_kernel
 from jaxdyn.report.plotting import STYLE, say_empty
 from jaxdyn.report.update_figures import COSINE_BINS
 
@@ -52,6 +53,8 @@ def kernel_figure(saved: SavedKernel) -> Figure:
     """The heat maps (the total large, with labels where they fit), and a row or two of panels."""
     if len(saved.total) < 2:
         raise JaxdynError("a kernel of a single place has nothing to compare, so no picture")
+    if not saved.statistics:
+        raise JaxdynError("the file is of an earlier format, without spectra: compute it again")
     panels: list[Callable[[Axes, SavedKernel], None]] = [draw_spectra, draw_shares]
     if saved.features is not None:
         panels.append(draw_feature_cosines)
@@ -192,27 +195,7 @@ def _characters() -> frozenset[int]:
 
 def present(saved: SavedKernel) -> tuple[str, ...]:
     """The total and the components that are not zero everywhere."""
-    return tuple(n for n in ("total", *COMPONENTS) if np.any(getattr(saved, n)))
-
-
-def spectrum(kernel: np.ndarray) -> np.ndarray:
-    """Eigenvalues of (K + Kᵀ) / 2, the largest first."""
-    kernel = kernel.astype(np.float64)
-    return np.linalg.eigvalsh((kernel + kernel.T) / 2)[::-1]
-
-
-def effective_rank(eigenvalues: np.ndarray) -> float:
-    """exp of the entropy of |λ| / Σ|λ|."""
-    shares = np.abs(eigenvalues) / np.abs(eigenvalues).sum()
-    shares = shares[shares > 0]
-    return float(np.exp(-np.sum(shares * np.log(shares))))
-
-
-def share(part: np.ndarray, total: np.ndarray, among: np.ndarray | None = None) -> float:
-    """⟨part, total⟩ / ⟨total, total⟩ over the entries `among` (all)."""
-    kept = slice(None) if among is None else among
-    part, total = part[kept].astype(np.float64).ravel(), total[kept].astype(np.float64).ravel()
-    return float(part @ total / (total @ total))
+    return tuple(n for n in ("total", *COMPONENTS) if f"spectrum/{n}" in saved.statistics)
 
 
 def draw_spectra(axes: Axes, saved: SavedKernel) -> None:
@@ -220,9 +203,9 @@ def draw_spectra(axes: Axes, saved: SavedKernel) -> None:
     count = len(saved.total)
     floor = count * float(np.finfo(saved.total.dtype).eps)  # below it is rounding
     for name in present(saved):
-        values = spectrum(getattr(saved, name))
+        values = saved.statistics[f"spectrum/{name}"]
         sizes = np.sort(np.abs(values))[::-1] / np.abs(values).sum()
-        rank = effective_rank(values)
+        rank = float(saved.statistics[f"effective_rank/{name}"])
         kept = sizes > floor
         axes.plot(
             np.arange(1, count + 1)[kept],
@@ -244,20 +227,18 @@ def draw_spectra(axes: Axes, saved: SavedKernel) -> None:
 
 def draw_shares(axes: Axes, saved: SavedKernel) -> None:
     """Shares of the components in the total: everywhere, on the diagonal and off it."""
-    count = len(saved.total)
-    on = np.eye(count, dtype=bool)
-    groups = {"all pairs": None, "a place\nwith itself": on, "two places": ~on}
+    groups = ("all pairs", "a place\nwith itself", "two places")
     names = present(saved)[1:]
     width = 0.8 / len(names)
     for index, name in enumerate(names):
-        values = [share(getattr(saved, name), saved.total, among) for among in groups.values()]
+        values = saved.statistics[f"share/{name}"].tolist()
         at = np.arange(len(groups)) + (index - (len(names) - 1) / 2) * width
         bars = axes.bar(at, values, 0.92 * width, color=COLOURS[name], label=name)
         axes.bar_label(
             bars, [f"{round(v, 2) + 0.0:.2f}" for v in values], fontsize=8.5, padding=1.5
         )
     axes.axhline(0, color="#999999", linewidth=0.9)
-    axes.set_xticks(range(len(groups)), list(groups))
+    axes.set_xticks(range(len(groups)), groups)
     axes.grid(False, axis="x")
     leave_room(axes)
     axes.set(title="Shares of the total", ylabel="⟨part, total⟩ / ⟨total, total⟩")
@@ -274,9 +255,7 @@ def leave_room(axes: Axes) -> None:
 
 def draw_feature_cosines(axes: Axes, saved: SavedKernel) -> None:
     """The cosines of the features of every two sites, and how many lie below 0."""
-    features = np.asarray(saved.features, np.float64)
-    gram = features @ features.T
-    pairs = cosines(gram)[np.triu_indices(len(gram), k=1)]
+    pairs = saved.statistics["features/cosines"]
     pairs = pairs[np.isfinite(pairs)]
     if not len(pairs):
         return say_empty(axes)
@@ -295,9 +274,9 @@ def draw_layers(axes: Axes, saved: SavedKernel) -> None:
     """The gradient component's shares by layer and kind of parameter."""
     layers = max(len(x) for x in saved.parts.values())
     ends = {"embedding": -1, "final_norm": layers}
-    for kind, stack in saved.parts.items():
-        values = [share(x, saved.total) for x in stack]
-        at = [ends[kind]] if kind in ends else range(len(stack))
+    for kind in saved.parts:
+        values = saved.statistics[f"share_by_layer/{kind}"]
+        at = [ends[kind]] if kind in ends else range(len(values))
         name = "MLP" if kind == "mlp" else kind.replace("_", " ")
         axes.plot(at, values, color=PART_COLOURS[kind], marker="o", markersize=4, label=name)
     axes.axhline(0, color="#999999", linewidth=0.9)

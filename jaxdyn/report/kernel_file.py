@@ -9,9 +9,10 @@ from typing import Any
 import numpy as np
 
 from jaxdyn.errors import JaxdynError
+from jaxdyn.names import COMPONENTS
 
-FORMAT = "jaxdyn kernel 1"
-COMPONENTS = ("representation", "gradient", "cross")
+FORMAT = "jaxdyn kernel 2"
+WITHOUT_STATISTICS = "jaxdyn kernel 1"
 
 _PART = "part_"
 _OPTIONAL = ("standard_error", "features")
@@ -33,6 +34,8 @@ class SavedKernel:
       contexts, target_texts: what each place follows on (its end), and what is predicted, [N].
       prompts, completions: the texts [B]; a completion is empty where none was given.
       about: what was computed, of which model, with which options: see `jaxdyn.commands.kernel`.
+      statistics: spectra, effective ranks, shares and the features' cosines, by names with a slash:
+        see `jaxdyn.kernels.summarize`. A file of the first format has none.
     """
 
     representation: np.ndarray
@@ -52,6 +55,7 @@ class SavedKernel:
     parts: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)
     standard_error: np.ndarray | None = None
     features: np.ndarray | None = None
+    statistics: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)
 
     @property
     def total(self) -> np.ndarray:
@@ -62,10 +66,17 @@ class SavedKernel:
         fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
         parts = {_PART + kind: x for kind, x in fields.pop("parts").items()}
         about = json.dumps({"format": FORMAT, **fields.pop("about")}, ensure_ascii=False)
+        statistics = fields.pop("statistics")
         arrays = {name: x for name, x in fields.items() if x is not None}
         with path.open("wb") as file:
             np.savez_compressed(
-                file, allow_pickle=False, total=self.total, about=about, **arrays, **parts
+                file,
+                allow_pickle=False,
+                total=self.total,
+                about=about,
+                **arrays,
+                **parts,
+                **statistics,
             )
 
 
@@ -87,10 +98,12 @@ def load_kernel(path: str | Path) -> SavedKernel:
     except ValueError as error:
         raise JaxdynError(f"{path} is not a kernel file: it has no description") from error
     found = about.pop("format", None) if isinstance(about, dict) else None
-    if found != FORMAT:
+    if found not in (FORMAT, WITHOUT_STATISTICS):
         raise JaxdynError(f"{path} is not a kernel file: wanted {FORMAT!r}, got {found!r}")
     parts = {n.removeprefix(_PART): x for n, x in arrays.items() if n.startswith(_PART)}
-    wanted = [f.name for f in dataclasses.fields(SavedKernel) if f.name not in ("about", "parts")]
+    statistics = {n: x for n, x in arrays.items() if "/" in n}
+    apart = ("about", "parts", "statistics")
+    wanted = [f.name for f in dataclasses.fields(SavedKernel) if f.name not in apart]
     missing = [name for name in wanted if name not in arrays and name not in _OPTIONAL]
     if missing:
         raise JaxdynError(f"{path} is not a whole kernel file: it has no {missing[0]}")
@@ -101,4 +114,4 @@ def load_kernel(path: str | Path) -> SavedKernel:
                 f"{path}: {name} should be [{size}, {size}], got {list(arrays[name].shape)}"
             )
     known = {name: arrays[name] for name in wanted if name in arrays}
-    return SavedKernel(**known, parts=parts, about=about)
+    return SavedKernel(**known, parts=parts, statistics=statistics, about=about)

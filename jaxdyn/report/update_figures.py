@@ -8,6 +8,7 @@ from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 
+from jaxdyn.names import COMPONENTS
 from jaxdyn.report.load import Run
 from jaxdyn.report.plotting import (
     SERIES_COLUMNS,
@@ -25,7 +26,6 @@ from jaxdyn.report.plotting import (
     say_empty,
 )
 
-COMPONENTS = ("representation", "gradient", "cross")
 BEFORE_COLOUR = "#D0D0D0"
 COSINE_BINS = np.linspace(-1.0, 1.0, 41)
 

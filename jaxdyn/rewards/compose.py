@@ -6,53 +6,61 @@ import importlib
 import math
 import os
 import sys
-from collections.abc import Callable, Sequence
-from typing import Any, Literal
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 from jaxtyping import Float
 
-from jaxdyn.rewards import verifiable
-from jaxdyn.rewards.verifiable import RewardFunction
+from jaxdyn.ranges import finite
+from jaxdyn.rewards.verifiable import (
+    Anagram,
+    ContainsWords,
+    ExactMatch,
+    Finished,
+    Length,
+    NumericMatch,
+    RegexMatch,
+    RewardFunction,
+)
 from jaxdyn.types import JaxdynError
 
 
 @dataclasses.dataclass(frozen=True)
 class RewardConfig:
-    """What completions are rewarded for."""
+    """What completions are rewarded for.
+
+    The last fields are the table of built-in functions, each with its own options.
+
+    Attributes:
+      functions: built in (exact_match, numeric_match, anagram, contains_words, regex_match, length,
+        finished), or your own by path: package.module:function.
+      weights: a weight for each function; 1 each if empty.
+    """
 
     functions: tuple[str, ...] = ("anagram",)
-    """Built in: exact_match, numeric_match, anagram, contains_words, regex_match, length,
-    finished. Your own by path: package.module:function."""
     weights: tuple[float, ...] = ()
-    """A weight for each function; 1 each if empty."""
-    answer: str = "answer"
-    """exact_match, numeric_match: the column with the answer."""
-    tolerance: float = 1e-6
-    """numeric_match: relative tolerance (absolute below 1)."""
-    letters: str = "letters"
-    """anagram: the column with the letters."""
-    words: str = "words"
-    """contains_words: the column with the words."""
-    all_words: bool = False
-    """contains_words: reward all of the words or nothing, rather than the share of them."""
-    pattern: str = ""
-    """regex_match: the regular expression to find."""
-    min_length: int = 0
-    """length: the shortest completion with full reward."""
-    max_length: int | None = None
-    """length: the longest completion with full reward; None for no limit."""
-    length_slack: int = 0
-    """length: how far outside the range the reward is still above 0."""
-    length_unit: Literal["characters", "tokens"] = "characters"
+    exact_match: ExactMatch = ExactMatch()
+    numeric_match: NumericMatch = NumericMatch()
+    anagram: Anagram = Anagram()
+    contains_words: ContainsWords = ContainsWords()
+    regex_match: RegexMatch = RegexMatch()
+    length: Length = Length()
+    finished: Finished = Finished()
 
     def __post_init__(self):
         if not self.functions:
-            raise JaxdynError("reward: functions is empty, wanted at least one")
+            raise JaxdynError("reward.functions must name at least one, got ()")
+        finite(self, "reward", "weights")
         if self.weights and len(self.weights) != len(self.functions):
             raise JaxdynError(
-                f"reward: {len(self.functions)} functions but {len(self.weights)} weights"
+                f"reward.weights must be as many as reward.functions ({len(self.functions)}), "
+                f"got {len(self.weights)}"
             )
+
+
+BUILT_IN = tuple(f.name for f in dataclasses.fields(RewardConfig) if callable(f.default))
+"""The names of the built-in functions."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,7 +68,8 @@ class RewardOutput:
     """Rewards of B completions: the weighted total, and each function's own.
 
     total = sum over functions of weight * value. A value is nan where the function could not
-    score the completion: it is left out of the function's mean and adds nothing to the total.
+    score the completion, and then so is the total if that function has a weight: a sum without one
+    of its terms cannot be compared with sums that have it. No mean counts a nan.
     """
 
     total: Float[np.ndarray, " B"]
@@ -75,34 +84,25 @@ class RewardOutput:
 
 Reward = Callable[[Sequence[str], Sequence[str], dict[str, list]], RewardOutput]
 
-BUILT_IN: dict[str, Callable[[RewardConfig], RewardFunction]] = {
-    "exact_match": lambda c: verifiable.exact_match(c.answer),
-    "numeric_match": lambda c: verifiable.numeric_match(c.answer, c.tolerance),
-    "anagram": lambda c: verifiable.anagram(c.letters),
-    "contains_words": lambda c: verifiable.contains_words(c.words, c.all_words),
-    "regex_match": lambda c: verifiable.regex_match(_required(c, "pattern")),
-    "length": lambda c: verifiable.length(
-        c.min_length, c.max_length, c.length_slack, c.length_unit
-    ),
-    "finished": lambda c: verifiable.finished(),
-}
 
-
-def make_reward(config: RewardConfig) -> Reward:
+def make_reward(config: RewardConfig, scorers: Mapping[str, RewardFunction] = {}) -> Reward:
     """The config's reward as one function of (prompts, completions, columns).
 
-    Raises JaxdynError for a name that is neither built in nor a path to a function. The function
-    made raises it for a reward that fails, returns another number of values than there are
-    completions, or a value that is neither a finite number nor None: it names the reward and the
-    example.
+    `scorers` are functions that exist already, such as one that holds a model's parameters: a name
+    found there comes before a built-in one or a path.
+
+    Raises JaxdynError for a name that is none of these, and for a built-in function without an
+    option that it needs. The function made raises it for a reward that fails, returns another
+    number of values than there are completions, or a value that is neither a finite number nor
+    None: it names the reward and the example.
     """
     functions: dict[str, RewardFunction] = {}
     for path in config.functions:
-        name, function = _resolve(path, config)
+        name, function = (path, scorers[path]) if path in scorers else _resolve(path, config)
         if name in functions:
-            raise JaxdynError(f"reward: two functions are named {name!r}")
+            raise JaxdynError(f"reward.functions names {name!r} twice")
         functions[name] = function
-    weights = config.weights or (1.0,) * len(functions)
+    weights = dict(zip(functions, config.weights or (1.0,) * len(functions), strict=True))
 
     def reward(
         prompts: Sequence[str], completions: Sequence[str], columns: dict[str, list]
@@ -114,8 +114,10 @@ def make_reward(config: RewardConfig) -> Reward:
             name: _evaluate(name, function, prompts, completions, columns)
             for name, function in functions.items()
         }
-        weighted = [w * v for w, v in zip(weights, values.values(), strict=True)]
-        return RewardOutput(total=np.nansum(weighted, axis=0), values=values)
+        total = np.zeros(len(completions))
+        for name, weight in weights.items():
+            total += weight * values[name] if weight else 0.0
+        return RewardOutput(total, values)
 
     return reward
 
@@ -174,7 +176,11 @@ def _first_failure(
 def _resolve(path: str, config: RewardConfig) -> tuple[str, RewardFunction]:
     """The name in the metrics and the function, of a built-in name or a dotted path."""
     if path in BUILT_IN:
-        return path, BUILT_IN[path](config)
+        function = getattr(config, path)
+        for option, value in vars(function).items():
+            if value == "":
+                raise JaxdynError(f"reward.{path}.{option} must be set, got ''")
+        return path, function
     module_name, _, name = path.rpartition(":" if ":" in path else ".")
     if not module_name:
         nearest = difflib.get_close_matches(path, BUILT_IN, n=1, cutoff=0.0)[0]
@@ -191,13 +197,6 @@ def _resolve(path: str, config: RewardConfig) -> tuple[str, RewardFunction]:
     if not callable(function):
         raise JaxdynError(f"the reward {path!r} is a {type(function).__name__}, not a function")
     return name, function
-
-
-def _required(config: RewardConfig, field: str) -> Any:
-    value = getattr(config, field)
-    if not value:
-        raise JaxdynError(f"reward: this function needs {field}, which is not set")
-    return value
 
 
 def _float(value: Any) -> float:

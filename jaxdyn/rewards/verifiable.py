@@ -1,18 +1,22 @@
 """Rewards that a program can check: pure functions of the texts.
 
-Each function here returns a reward function with the signature the peers share,
+A reward is called as the peers' are,
 
-    fn(prompts: list[str], completions: list[str], **columns: list) -> list[float | None]
+    reward(prompts: list[str], completions: list[str], **columns: list) -> list[float | None]
 
 where the columns are the examples' (an answer, words to use, ...), one entry a completion, and
-None marks a completion that cannot be scored.
+None marks a completion that cannot be scored. Here each is a frozen dataclass: its fields are its
+options, the section `reward.NAME` of a configuration, and it is the function itself. A new one is a
+class here and a field of `RewardConfig`.
 """
 
+import dataclasses
 import math
 import re
 from collections.abc import Callable
 from typing import Any, Literal
 
+from jaxdyn.ranges import at_least
 from jaxdyn.types import JaxdynError
 
 RewardFunction = Callable[..., list[float | None]]
@@ -25,108 +29,168 @@ _NUMBER = re.compile(
 )
 
 
-def exact_match(answer: str = "answer") -> RewardFunction:
-    """1 where the completion is the example's `answer`, spaces around either ignored, else 0."""
+@dataclasses.dataclass(frozen=True)
+class ExactMatch:
+    """1 where the completion is the example's answer, spaces around either ignored, else 0.
 
-    def score(completion: str, wanted: Any) -> float:
-        return float(completion.strip() == str(wanted).strip())
+    Attributes:
+      answer: the column with the answer.
+    """
 
-    return _by_column(score, answer)
+    answer: str = "answer"
+
+    def __call__(
+        self, prompts: list[str], completions: list[str], **columns: list
+    ) -> list[float | None]:
+        equal = lambda text, wanted: float(text.strip() == str(wanted).strip())
+        return _by_entry(equal, completions, columns, self.answer)
 
 
-def numeric_match(answer: str = "answer", tolerance: float = 1e-6) -> RewardFunction:
+@dataclasses.dataclass(frozen=True)
+class NumericMatch:
     """1 where the completion's last number x equals the answer's last number y, else 0.
 
     |x - y| <= tolerance * max(1, |y|). Thousands separators, signs, decimals and exponents are
     read; an answer in the style of GSM8K ends in `#### 72`. None where the answer has no number.
+
+    Attributes:
+      answer: the column with the answer.
+      tolerance: relative above 1, absolute below.
     """
 
-    def score(completion: str, wanted: Any) -> float | None:
-        x, y = last_number(completion), last_number(str(wanted))
-        if y is None:
-            return None
-        return float(x is not None and abs(x - y) <= tolerance * max(1.0, abs(y)))
+    answer: str = "answer"
+    tolerance: float = 1e-6
 
-    return _by_column(score, answer)
+    def __post_init__(self):
+        at_least(0, self, "reward.numeric_match", "tolerance")
+
+    def __call__(
+        self, prompts: list[str], completions: list[str], **columns: list
+    ) -> list[float | None]:
+        def score(text: str, wanted: Any) -> float | None:
+            x, y = last_number(text), last_number(str(wanted))
+            if y is None:
+                return None
+            return float(x is not None and abs(x - y) <= self.tolerance * max(1.0, abs(y)))
+
+        return _by_entry(score, completions, columns, self.answer)
 
 
-def anagram(letters: str = "letters") -> RewardFunction:
-    """1 where the completion is the example's `letters` in some order, each once, else 0.
+@dataclasses.dataclass(frozen=True)
+class Anagram:
+    """1 where the completion is the example's letters in some order, each once, else 0.
 
     Spaces around the completion are ignored.
+
+    Attributes:
+      letters: the column with the letters.
     """
 
-    def score(completion: str, wanted: Any) -> float:
-        return float(sorted(completion.strip()) == sorted(wanted))
+    letters: str = "letters"
 
-    return _by_column(score, letters)
+    def __call__(
+        self, prompts: list[str], completions: list[str], **columns: list
+    ) -> list[float | None]:
+        rearranged = lambda text, wanted: float(sorted(text.strip()) == sorted(wanted))
+        return _by_entry(rearranged, completions, columns, self.letters)
 
 
-def contains_words(words: str = "words", all_or_nothing: bool = False) -> RewardFunction:
-    """The share of the example's `words` that the completion has as whole words, in any case.
+@dataclasses.dataclass(frozen=True)
+class ContainsWords:
+    """The share of the example's words that the completion has as whole words, in any case.
 
-    With `all_or_nothing`, 1 for all of them and else 0. None where the example lists no word.
+    None where the example lists no word.
+
+    Attributes:
+      words: the column with the words.
+      all_words: reward all of the words or nothing, rather than the share of them.
     """
 
-    def score(completion: str, wanted: str | list[str]) -> float | None:
-        wanted = [wanted] if isinstance(wanted, str) else wanted
-        if not wanted:
-            return None
-        found = sum(
-            re.search(rf"(?<!\w){re.escape(word)}(?!\w)", completion, re.IGNORECASE) is not None
-            for word in wanted
-        )
-        return float(found == len(wanted)) if all_or_nothing else found / len(wanted)
+    words: str = "words"
+    all_words: bool = False
 
-    return _by_column(score, words)
+    def __call__(
+        self, prompts: list[str], completions: list[str], **columns: list
+    ) -> list[float | None]:
+        def score(text: str, wanted: str | list[str]) -> float | None:
+            wanted = [wanted] if isinstance(wanted, str) else wanted
+            if not wanted:
+                return None
+            found = sum(
+                re.search(rf"(?<!\w){re.escape(word)}(?!\w)", text, re.IGNORECASE) is not None
+                for word in wanted
+            )
+            return float(found == len(wanted)) if self.all_words else found / len(wanted)
 
-
-def regex_match(pattern: str) -> RewardFunction:
-    """1 where the regular expression is found anywhere in the completion, else 0."""
-    try:
-        compiled = re.compile(pattern)
-    except re.error as error:
-        raise JaxdynError(f"not a regular expression: {pattern!r} ({error})") from error
-
-    def reward(prompts: list[str], completions: list[str], **columns: list) -> list[float | None]:
-        return [float(compiled.search(completion) is not None) for completion in completions]
-
-    return reward
+        return _by_entry(score, completions, columns, self.words)
 
 
-def length(
-    minimum: int = 0,
-    maximum: int | None = None,
-    slack: int = 0,
-    unit: Literal["characters", "tokens"] = "characters",
-) -> RewardFunction:
+@dataclasses.dataclass(frozen=True)
+class RegexMatch:
+    """1 where the regular expression is found anywhere in the completion, else 0.
+
+    Attributes:
+      pattern: the regular expression to find.
+    """
+
+    pattern: str = ""
+
+    def __post_init__(self):
+        try:
+            re.compile(self.pattern)
+        except re.error as error:
+            raise JaxdynError(
+                "reward.regex_match.pattern must be a regular expression, got "
+                f"{self.pattern!r} ({error})"
+            ) from error
+
+    def __call__(
+        self, prompts: list[str], completions: list[str], **columns: list
+    ) -> list[float | None]:
+        return [float(re.search(self.pattern, text) is not None) for text in completions]
+
+
+@dataclasses.dataclass(frozen=True)
+class Length:
     """1 for a length in [minimum, maximum], falling linearly to 0 at slack + 1 beyond it.
 
     max(0, 1 - d / (slack + 1)) for a length d outside the range; minimum = maximum makes it a
-    penalty on the distance from a target. Tokens include the stop token.
+    penalty on the distance from a target.
+
+    Attributes:
+      minimum: the shortest completion with full reward.
+      maximum: the longest completion with full reward; None for no limit.
+      slack: how far outside the range the reward is still above 0.
+      unit: what is counted; tokens include the stop token.
     """
-    if minimum < 0 or slack < 0 or (maximum is not None and maximum < minimum):
-        raise JaxdynError(
-            "length: wanted 0 <= minimum <= maximum and slack >= 0, "
-            f"got minimum {minimum}, maximum {maximum} and slack {slack}"
-        )
 
-    def reward(prompts: list[str], completions: list[str], **columns: list) -> list[float | None]:
-        measured = completions if unit == "characters" else _column(columns, "completion_ids")
-        lengths = [len(completion) for completion in measured]
-        upper = math.inf if maximum is None else maximum
-        return [max(0.0, 1 - max(minimum - n, n - upper, 0) / (slack + 1)) for n in lengths]
+    minimum: int = 0
+    maximum: int | None = None
+    slack: int = 0
+    unit: Literal["characters", "tokens"] = "characters"
 
-    return reward
+    def __post_init__(self):
+        at_least(0, self, "reward.length", "minimum", "slack")
+        at_least(self.minimum, self, "reward.length", "maximum")
+
+    def __call__(
+        self, prompts: list[str], completions: list[str], **columns: list
+    ) -> list[float | None]:
+        tokens = self.unit == "tokens"
+        measured = _column(columns, "completion_ids") if tokens else completions
+        upper = math.inf if self.maximum is None else self.maximum
+        outside = [max(self.minimum - len(x), len(x) - upper, 0) for x in measured]
+        return [max(0.0, 1 - distance / (self.slack + 1)) for distance in outside]
 
 
-def finished() -> RewardFunction:
+@dataclasses.dataclass(frozen=True)
+class Finished:
     """1 where the completion ended by a stop token rather than at the length limit, else 0."""
 
-    def reward(prompts: list[str], completions: list[str], **columns: list) -> list[float | None]:
+    def __call__(
+        self, prompts: list[str], completions: list[str], **columns: list
+    ) -> list[float | None]:
         return [float(stopped) for stopped in _column(columns, "finished")]
-
-    return reward
 
 
 def last_number(text: str) -> float | None:
@@ -141,14 +205,15 @@ def last_number(text: str) -> float | None:
     return float(found[-1].replace(",", "")) if found else None
 
 
-def _by_column(score: Callable[[str, Any], float | None], name: str) -> RewardFunction:
-    """A reward of each completion and its example's entry in a column; None without an entry."""
-
-    def reward(prompts: list[str], completions: list[str], **columns: list) -> list[float | None]:
-        pairs = zip(completions, _column(columns, name), strict=True)
-        return [None if wanted is None else score(text, wanted) for text, wanted in pairs]
-
-    return reward
+def _by_entry(
+    score: Callable[[str, Any], float | None],
+    completions: list[str],
+    columns: dict[str, list],
+    name: str,
+) -> list[float | None]:
+    """Each completion scored with its example's entry in a column; None without an entry."""
+    pairs = zip(completions, _column(columns, name), strict=True)
+    return [None if wanted is None else score(text, wanted) for text, wanted in pairs]
 
 
 def _column(columns: dict[str, list], name: str) -> list:

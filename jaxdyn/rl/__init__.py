@@ -3,6 +3,7 @@
 from jaxdyn.rl.advantages import (
     KINDS,
     AdvantageConfig,
+    ScoredBatch,
     advantage_kind,
     check_combination,
     estimate_advantages,
@@ -30,6 +31,7 @@ __all__ = [
     "AdvantageConfig",
     "LossConfig",
     "Normalizer",
+    "ScoredBatch",
     "TokenStatistics",
     "advantage_kind",
     "aggregate",

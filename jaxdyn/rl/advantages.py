@@ -1,7 +1,9 @@
 """Advantages: how much better a completion was than what one would have expected of its prompt.
 
 Rewards come as [B] with the G generations of a prompt side by side (row p * G + g). A NaN reward
-is unscorable: its advantage is 0, and no mean or standard deviation counts it.
+is unscorable: its advantage is 0, and no mean or standard deviation counts it. (A KL and an entropy
+in the loss need no score, and count.) The smallest reward is subtracted before a mean is taken, so
+that equal rewards give 0 and not what their mean rounds to.
 
 `estimate_advantages` is the whole way from rewards to what a loss takes, by the kind of advantage:
 
@@ -24,8 +26,10 @@ from typing import Literal, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
+from flax import struct
 from jaxtyping import Array, Bool, Float, Int
 
+from jaxdyn.ranges import at_least, between, one_of
 from jaxdyn.rl.aggregation import drop_truncated
 from jaxdyn.rl.kl import kl_penalty
 from jaxdyn.rl.losses import LOSSES, LossConfig, Scale
@@ -68,21 +72,35 @@ class AdvantageConfig:
     overlong_weight: float = 1.0
 
     def __post_init__(self):
-        for name, choices in (("kind", get_args(Kind)), ("scale", get_args(Scale))):
-            if getattr(self, name) not in (None, *choices):
-                raise JaxdynError(
-                    f"advantage.{name} must be one of {list(choices)}, got {getattr(self, name)!r}"
-                )
-        for name in ("gamma", "lam"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise JaxdynError(f"advantage.{name} must be 0 to 1, got {getattr(self, name)}")
-        for name in ("epsilon", "overlong_buffer", "overlong_weight"):
-            if not 0 <= getattr(self, name) < float("inf"):
-                raise JaxdynError(f"advantage.{name} must be 0 or more, got {getattr(self, name)}")
+        one_of((*get_args(Kind), None), self, "advantage", "kind")
+        one_of((*get_args(Scale), None), self, "advantage", "scale")
+        between(0, 1, self, "advantage", "gamma", "lam")
+        at_least(0, self, "advantage", "epsilon", "overlong_buffer", "overlong_weight")
         if self.overlong_weight != 1 and not self.overlong_buffer:
             raise JaxdynError(
-                f"advantage.overlong_weight is {self.overlong_weight} but overlong_buffer is 0"
+                f"advantage.overlong_weight needs advantage.overlong_buffer, which is 0; got "
+                f"{self.overlong_weight}"
             )
+
+
+class ScoredBatch(struct.PyTreeNode):
+    """B scored completions of up to C tokens, a prompt's generations side by side.
+
+    Attributes:
+      rewards: one a completion; NaN where it could not be scored.
+      finished: whether a completion ended by a stop token.
+      completion_mask: all sampled tokens, those of truncated completions among them.
+      old_per_token_logps: under the policy that sampled them.
+      ref_per_token_logps: under the reference.
+      values: the value head's estimates.
+    """
+
+    rewards: Float[Array, " B"]
+    finished: Bool[Array, " B"]
+    completion_mask: Bool[Array, "B C"]
+    old_per_token_logps: Float[Array, "B C"] | None = None
+    ref_per_token_logps: Float[Array, "B C"] | None = None
+    values: Float[Array, "B C"] | None = None
 
 
 class KindRow(NamedTuple):
@@ -119,17 +137,17 @@ def check_combination(
     kind, taken = advantage_kind(loss, config), LOSSES[loss.loss_type].advantages
     if kind not in taken:
         raise JaxdynError(
-            f"{loss.loss_type} takes advantage.kind {' or '.join(taken)}, got {kind!r}"
+            f"advantage.kind must be {' or '.join(taken)} for loss {loss.loss_type}, got {kind!r}"
         )
     others = frozenset().union(*(row.reads for row in KINDS.values())) - KINDS[kind].reads
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)
         if field.name in others and value != field.default:
-            raise JaxdynError(f"{kind} has no use for advantage.{field.name}, got {value!r}")
+            raise JaxdynError(f"advantage.{field.name} is of no use to {kind}, got {value!r}")
     if KINDS[kind].compares and num_generations < 2:
         raise JaxdynError(
-            f"{kind} advantages compare a prompt's completions: "
-            f"train.num_generations must be at least 2, got {num_generations}"
+            f"train.num_generations must be at least 2, got {num_generations}: {kind} advantages "
+            "compare a prompt's completions"
         )
 
 
@@ -139,24 +157,19 @@ def check_combination(
 def estimate_advantages(
     config: AdvantageConfig,
     loss: LossConfig,
-    rewards: Float[Array, " B"],
+    batch: ScoredBatch,
     num_generations: int,
-    completion_mask: Bool[Array, "B C"],
-    old_per_token_logps: Float[Array, "B C"] | None = None,
-    ref_per_token_logps: Float[Array, "B C"] | None = None,
-    values: Float[Array, "B C"] | None = None,
-    finished: Bool[Array, " B"] | None = None,
     max_completion_length: int | None = None,
 ) -> tuple[Float[Array, " B"] | Float[Array, "B C"], Float[Array, "B C"] | None]:
     """The advantages that the loss takes and, for gae, the returns that its values should meet.
 
-    `completion_mask` covers all sampled tokens: completions that the loss drops as truncated
-    (`finished` tells which) still count in their group's mean, but not in a whitening. Lengths are
-    measured against `max_completion_length` (C when not given). The returns of an unscorable
-    completion are its values, so that nothing is learnt from it.
+    Completions that the loss drops as truncated still count in their group's mean, but not in a
+    whitening. Lengths are measured against `max_completion_length` (C when not given). The returns
+    of an unscorable completion are its values, so that nothing is learnt from it.
     Raises `JaxdynError` for a KL in the reward without log-probabilities, and for gae without
     values.
     """
+    rewards, completion_mask = batch.rewards, batch.completion_mask
     kind = advantage_kind(loss, config)
     if config.overlong_buffer:
         limit = completion_mask.shape[1] if max_completion_length is None else max_completion_length
@@ -165,9 +178,9 @@ def estimate_advantages(
         rewards = rewards + config.overlong_weight * overlong
     penalty = jnp.zeros(completion_mask.shape, rewards.dtype)
     if loss.kl_placement == "reward":
-        old, ref = old_per_token_logps, ref_per_token_logps
+        old, ref = batch.old_per_token_logps, batch.ref_per_token_logps
         if old is None or ref is None:
-            raise JaxdynError("kl_placement 'reward' needs old and reference log-probabilities")
+            raise JaxdynError("loss.kl_placement 'reward' needs old and reference log-probs")
         penalty = kl_penalty(loss.beta, loss.resolved_kl_estimator, old, ref, completion_mask)
 
     if kind == "group_relative":
@@ -180,12 +193,13 @@ def estimate_advantages(
         return plain(rewards - penalty.sum(axis=1)), None
 
     scored = counted = completion_mask & ~jnp.isnan(rewards)[:, None]
-    if loss.mask_truncated and finished is not None:
-        counted = drop_truncated(scored, finished)
+    if loss.mask_truncated:
+        counted = drop_truncated(scored, batch.finished)
     if kind == "reinforce_plus_plus_baseline":
         rewards = group_relative(rewards, num_generations, "none")
     of_tokens = token_rewards(rewards, completion_mask) - penalty
     if kind == "gae":
+        values = batch.values
         if values is None:
             raise JaxdynError("gae needs the value head's estimates, got none")
         advantages, returns = generalized_advantages(
@@ -213,7 +227,7 @@ def overlong_penalty(
 def _check_buffer(buffer: int, max_completion_length: int) -> None:
     if not 0 < buffer <= max_completion_length:
         raise JaxdynError(
-            f"advantage.overlong_buffer must be 1 to max_completion_length "
+            f"advantage.overlong_buffer must lie between 1 and max_completion_length "
             f"({max_completion_length}), got {buffer}"
         )
 
@@ -231,7 +245,7 @@ def group_relative(
     Raises `JaxdynError` for fewer than 2 generations, whose advantages would all be 0.
     """
     groups, scored = _groups(rewards, num_generations)
-    centred = jnp.where(scored, groups - _mean(groups, scored, axis=1), 0)
+    centred = _centred(groups, scored, axis=1)
     if scale == "group":
         centred = centred / (_std(groups, scored, axis=1) + epsilon)
     elif scale == "batch":
@@ -248,8 +262,8 @@ def leave_one_out(rewards: Float[Array, " B"], num_generations: int) -> Float[Ar
     Source: Ahmadian et al. 2024 (RLOO). Raises `JaxdynError` for fewer than 2 generations.
     """
     groups, scored = _groups(rewards, num_generations)
-    count = scored.sum(axis=1, keepdims=True)
-    centred = jnp.where(scored, groups - _mean(groups, scored, axis=1), 0)
+    count = _count(scored, axis=1)
+    centred = _centred(groups, scored, axis=1)
     return (centred * count / jnp.maximum(count - 1, 1)).reshape(-1)
 
 
@@ -259,7 +273,7 @@ def plain(
     """A_i = R_i - mean of the batch, or R_i itself. Source: Williams 1992 (REINFORCE)."""
     scored = ~jnp.isnan(rewards)
     if baseline == "batch":
-        rewards = rewards - _mean(rewards, scored, axis=0)
+        rewards = _centred(rewards, scored, axis=0)
     elif baseline != "none":
         raise JaxdynError(f"baseline must be 'batch' or 'none', got {baseline!r}")
     return jnp.where(scored, rewards, 0)
@@ -281,13 +295,20 @@ def _groups(
     return groups, ~jnp.isnan(groups)
 
 
-def _mean(x, scored, axis):
-    total = jnp.sum(jnp.where(scored, x, 0), axis=axis, keepdims=True)
-    return total / jnp.maximum(scored.sum(axis=axis, keepdims=True), 1)
+def _centred(x, scored, axis):
+    """x less its mean over the scored; 0 where there is no score."""
+    least = jnp.min(x, axis=axis, keepdims=True, where=scored, initial=jnp.inf)
+    above = jnp.where(scored, x - least, 0)
+    mean = above.sum(axis=axis, keepdims=True) / _count(scored, axis)
+    return jnp.where(scored, above - mean, 0)
 
 
 def _std(x, scored, axis):
     """Sample standard deviation; 0 where fewer than two are scored."""
-    squares = jnp.where(scored, (x - _mean(x, scored, axis)) ** 2, 0)
-    degrees = jnp.maximum(scored.sum(axis=axis, keepdims=True) - 1, 1)
-    return jnp.sqrt(squares.sum(axis=axis, keepdims=True) / degrees)
+    squares = jnp.sum(_centred(x, scored, axis) ** 2, axis=axis, keepdims=True)
+    return jnp.sqrt(squares / jnp.maximum(_count(scored, axis) - 1, 1))
+
+
+def _count(scored, axis):
+    """How many are scored, at least 1."""
+    return jnp.maximum(scored.sum(axis=axis, keepdims=True), 1)

@@ -3,7 +3,7 @@
 ℓ, ℓᵒ, ℓʳ are the new, old and reference log-probabilities of the sampled tokens, m the completion
 mask (up to and including the stop token), A the advantage, ρ = exp(ℓ - ℓᵒ). Every loss is
 
-    loss = aggregate(surrogate) + β aggregate(kl) - c aggregate(entropy)
+    loss = aggregate(surrogate) + β aggregate(kl) - c token_mean(entropy)
 
 and a row of `LOSSES`: its surrogate, how it averages, the advantages it takes, how it clips.
 
@@ -11,6 +11,12 @@ Deviations from the papers: an omitted ℓᵒ means ℓᵒ = stop_gradient(ℓ),
 ratio is clipped, which changes nothing on the first pass over a batch; REINFORCE uses no ℓᵒ; GSPO's
 is its token form, the same number and gradient for one advantage a sequence; CISPO caps ρ at
 epsilon_high itself, as TRL does, not at 1 + epsilon_high.
+
+Deviations from TRL 1.16: the KL's correction by ρ (`use_bias_correction_kl`) takes a token's own
+ratio under every loss, where TRL takes GSPO's of the sequence, for an estimate at a token is one of
+the KL there; `bnpo` counts the tokens of the whole batch (`aggregation`); CISPO's clip ratio counts
+what was capped at either sign of A; a completion that any function with a weight could not score is
+unscorable, where TRL adds up the others' (`rewards`).
 """
 
 import dataclasses
@@ -21,6 +27,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
+from jaxdyn.ranges import above, at_least, between, one_of
 from jaxdyn.rl.aggregation import (
     Aggregation,
     AggregationAlias,
@@ -64,7 +71,7 @@ class LossConfig:
       kl_placement: where the KL goes. PPO, RLOO and REINFORCE++ were published with "reward".
       use_bias_correction_kl: multiply the KL in the loss by the ratio ρ.
       mask_truncated: completions cut off before a stop token take no part in the loss.
-      entropy_coefficient: weight c of the entropy bonus.
+      entropy_coefficient: weight c of the entropy bonus, the mean over tokens under every loss.
       value_clip: PPO's values may leave the old ones by this much before the loss is clipped.
       value_coefficient: weight of PPO's value loss.
     """
@@ -84,43 +91,36 @@ class LossConfig:
     value_coefficient: float = 0.1
 
     def __post_init__(self):
-        self._check_ranges()
+        for name, kind in _CHOICES.items():
+            one_of(get_args(kind), self, "loss", name)
+        at_least(0, self, "loss", "beta", "entropy_coefficient", "value_coefficient")
+        between(0, 1, self, "loss", "epsilon", ends="()")
+        above(0, self, "loss", "epsilon_high", "value_clip")
+        above(1, self, "loss", "delta")
         own = LOSSES[self.loss_type]
         for field in dataclasses.fields(self):
             value, optional = getattr(self, field.name), field.name in _CLIP | _VALUE
             if optional and field.name not in own.options and value != field.default:
-                raise JaxdynError(f"{self.loss_type} has no use for {field.name}, got {value}")
+                raise JaxdynError(
+                    f"loss.{field.name} is of no use to {self.loss_type}, got {value}"
+                )
         if self.loss_type == "cispo" and self.resolved_epsilon_high < 1:
             raise JaxdynError(
-                "cispo caps the ratio itself at epsilon_high: it must be 1 or more, "
-                f"got {self.epsilon_high}"
+                "loss.epsilon_high must be at least 1 for cispo, which caps the ratio itself at "
+                f"it, got {self.epsilon_high}"
             )
         if self.beta == 0 and self.kl_placement == "reward":
-            raise JaxdynError("kl_placement is 'reward' but beta is 0: there is no KL to place")
-        if self.beta == 0 and self.use_bias_correction_kl:
-            raise JaxdynError("use_bias_correction_kl but beta is 0: there is no KL to correct")
-        if self.use_bias_correction_kl and self.kl_placement == "reward":
-            raise JaxdynError("use_bias_correction_kl needs kl_placement 'loss', got 'reward'")
+            raise JaxdynError("loss.kl_placement is 'reward' but loss.beta is 0: there is no KL")
+        if self.use_bias_correction_kl and (self.beta == 0 or self.kl_placement == "reward"):
+            raise JaxdynError(
+                "loss.use_bias_correction_kl needs a KL in the loss, got beta "
+                f"{self.beta} and kl_placement {self.kl_placement!r}"
+            )
         if own.of_sequences and self.resolved_aggregation != own.aggregation:
             raise JaxdynError(
-                f"{self.loss_type} weighs whole sequences: aggregation must be "
-                f"{own.aggregation!r}, got {self.aggregation!r}"
+                f"loss.aggregation must be {own.aggregation!r} for {self.loss_type}, which weighs "
+                f"whole sequences, got {self.aggregation!r}"
             )
-
-    def _check_ranges(self) -> None:
-        for name, kind in _CHOICES.items():
-            if getattr(self, name) not in get_args(kind):
-                choices = [choice for choice in get_args(kind) if choice is not None]
-                raise JaxdynError(f"{name} must be one of {choices}, got {getattr(self, name)!r}")
-        for name in ("beta", "entropy_coefficient", "value_coefficient"):
-            if not 0 <= getattr(self, name) < float("inf"):
-                raise JaxdynError(f"{name} must be 0 or more, got {getattr(self, name)}")
-        if self.epsilon is not None and not 0 < self.epsilon < 1:
-            raise JaxdynError(f"epsilon must lie between 0 and 1, got {self.epsilon}")
-        for name, least in (("epsilon_high", 0), ("value_clip", 0), ("delta", 1)):
-            value = getattr(self, name)
-            if value is not None and not least < value < float("inf"):
-                raise JaxdynError(f"{name} must be above {least}, got {value}")
 
     @property
     def resolved_epsilon(self) -> float:
@@ -178,9 +178,11 @@ def policy_loss(
     Raises `JaxdynError` when β asks for a reference, or c for an entropy, that is not there.
     """
     if config.beta and ref_per_token_logps is None:
-        raise JaxdynError(f"beta is {config.beta} but there are no reference log-probabilities")
+        raise JaxdynError(f"loss.beta is {config.beta} but there are no reference log-probs")
     if config.entropy_coefficient and entropy is None:
-        raise JaxdynError(f"entropy_coefficient is {config.entropy_coefficient} but entropy is not")
+        raise JaxdynError(
+            f"loss.entropy_coefficient is {config.entropy_coefficient} but there is no entropy"
+        )
     normalizer = normalizer_of(completion_mask) if normalizer is None else normalizer
     mask, aggregation = completion_mask, config.resolved_aggregation
     new = jnp.where(mask, per_token_logps, 0)
@@ -188,10 +190,17 @@ def policy_loss(
     old = jnp.where(mask, old, 0)
     weights = advantages[:, None] if advantages.ndim == 1 else jnp.where(mask, advantages, 0)
 
-    surrogate = LOSSES[config.loss_type].surrogate(config, new, old, weights, mask)
+    own = LOSSES[config.loss_type]
+    surrogate = own.surrogate(config, new, old, weights, mask)
     mean = lambda x: aggregate(aggregation, x, surrogate.mask, normalizer)
     loss = mean(surrogate.loss)
-    metrics = {"policy_loss": loss} | {name: mean(x) for name, x in surrogate.metrics.items()}
+    share = lambda x: aggregate(
+        "sequence-mean-token-mean" if own.of_sequences else "token-mean",
+        x,
+        surrogate.mask,
+        normalizer,
+    )
+    metrics = {"policy_loss": loss} | {name: share(x) for name, x in surrogate.metrics.items()}
     if ref_per_token_logps is not None:
         ref = jax.lax.stop_gradient(jnp.where(mask, ref_per_token_logps, 0))
         kl = per_token_kl(config.resolved_kl_estimator, new, ref)
@@ -201,7 +210,7 @@ def policy_loss(
                 kl = jnp.exp(new - old) * kl
             loss = loss + config.beta * aggregate(aggregation, kl, mask, normalizer)
     if config.entropy_coefficient and entropy is not None:
-        bonus = aggregate(aggregation, entropy, mask, normalizer)
+        bonus = aggregate("token-mean", entropy, mask, normalizer)
         loss = loss - config.entropy_coefficient * bonus
     return loss, metrics
 
@@ -279,8 +288,8 @@ class Loss(NamedTuple):
 
     `surrogate(config, ℓ, ℓᵒ, A [B, 1] or [B, C], m)`; its usual `aggregation`; the kinds of
     `advantages` that it takes, its own first, and by what they are scaled; ε and ε_high (ε when
-    None); which optional fields of `LossConfig` it reads; and whether it weighs whole sequences, so
-    that no other aggregation makes sense.
+    None); which optional fields of `LossConfig` it reads; whether it weighs whole sequences, so
+    that no other aggregation makes sense; and whether it learns a value head.
     """
 
     surrogate: Callable[..., Surrogate]

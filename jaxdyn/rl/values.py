@@ -57,10 +57,12 @@ def whiten(
 ) -> Float[Array, "B C"]:
     """(x - mean) / √(variance + ε) over the unmasked slots, the variance divided by n - 1; else 0.
 
-    Fewer than two slots have no spread and give 0.
+    Fewer than two slots have no spread and give 0, as equal ones do: the smallest is subtracted
+    before the mean is taken, so that its rounding is not whitened to something.
     """
     count = mask.sum()
-    centred = jnp.where(mask, x - jnp.sum(jnp.where(mask, x, 0)) / jnp.maximum(count, 1), 0)
+    above = jnp.where(mask, x - jnp.min(x, where=mask, initial=jnp.inf), 0)
+    centred = jnp.where(mask, above - above.sum() / jnp.maximum(count, 1), 0)
     variance = jnp.sum(centred**2) / jnp.maximum(count - 1, 1)
     return centred / jnp.sqrt(variance + epsilon)
 

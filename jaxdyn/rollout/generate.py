@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import PRNGKeyArray
 
+from jaxdyn.ranges import at_least, between
 from jaxdyn.rollout.sampling import sample_token
 from jaxdyn.types import JaxdynError, Model, Params, PromptBatch, Rollout
 
@@ -31,16 +32,9 @@ class SamplingConfig:
     top_p: float = 1.0
 
     def __post_init__(self):
-        if self.max_completion_length < 1:
-            raise JaxdynError(
-                f"max_completion_length must be at least 1, got {self.max_completion_length}"
-            )
-        if not 0 <= self.temperature < float("inf"):
-            raise JaxdynError(f"temperature must be 0 (greedy) or above, got {self.temperature}")
-        if self.top_k < 0:
-            raise JaxdynError(f"top_k must be 0 (off) or above, got {self.top_k}")
-        if not 0 < self.top_p <= 1:
-            raise JaxdynError(f"top_p must lie above 0 and at most at 1 (off), got {self.top_p}")
+        at_least(1, self, "sampling", "max_completion_length")
+        at_least(0, self, "sampling", "temperature", "top_k")
+        between(0, 1, self, "sampling", "top_p", ends="(]")
 
 
 def generate(

@@ -94,17 +94,25 @@ def filtered(
 def _largest_threshold(
     logits: Float[Array, "B V"], enough: Callable[[Bool[Array, "B V"]], Bool[Array, "B 1"]]
 ) -> Float[Array, "B 1"]:
-    """The largest x for which the set {v: f_v >= x} is still `enough`.
+    """The largest x for which the set {v: f_v >= x} is still `enough`, exactly.
 
     By bisection, which passes over the logits a few dozen times and is many times faster than
-    sorting a vocabulary. 32 halvings of the logits' range leave less than their rounding.
+    sorting a vocabulary. It halves the range of the floats' places in their order, of which there
+    are 2^32: a range of numbers, as wide as that of a logit that masks a token (-1e30, -inf), would
+    have to be halved more often.
     """
+    bits = jnp.finfo(logits.dtype).bits
+    integer = jnp.dtype(f"int{bits}")
+    # Read as integers, floats are in order from 0 on and in reverse below: turned round there.
+    turned = lambda i: jnp.where(i < 0, i ^ jnp.iinfo(integer).max, i)
+    place = lambda x: turned(jax.lax.bitcast_convert_type(x, integer))
+    at = lambda i: jax.lax.bitcast_convert_type(turned(i), logits.dtype)
 
     def halve(_, bounds):
         low, high = bounds
-        middle = 0.5 * (low + high)
-        holds = enough(logits >= middle)
+        middle = (low & high) + ((low ^ high) >> 1)  # their mean, without overflow
+        holds = enough(logits >= at(middle))
         return jnp.where(holds, middle, low), jnp.where(holds, high, middle)
 
-    lowest, highest = (f(logits, axis=-1, keepdims=True) for f in (jnp.min, jnp.max))
-    return jax.lax.fori_loop(0, 32, halve, (lowest, jnp.nextafter(highest, jnp.inf)))[0]
+    lowest, highest = (place(f(logits, axis=-1, keepdims=True)) for f in (jnp.min, jnp.max))
+    return at(jax.lax.fori_loop(0, bits, halve, (lowest, highest + 1))[0])

@@ -81,8 +81,8 @@ def sample_held_out(task: Task, params: Params) -> tuple[Experience, dict[str, f
         texts = (experience.prompts, experience.completions, experience.columns)
         scored = score(task.metrics, *texts)
         scores = {name: grouped(values) for name, values in scored.values.items()}
-    metrics = utility(grouped(experience.rewards.total), scores, evaluation)
-    metrics |= experience_metrics(experience, task.model.config.vocab_size)
+    metrics = experience_metrics(experience, task.model.config.vocab_size)
+    metrics |= utility(grouped(experience.rewards.total), scores, evaluation)
     return experience, metrics | {name: float(value) for name, value in certainty.items()}
 
 

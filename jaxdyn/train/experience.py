@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jaxtyping import Float
 
 from jaxdyn.data import columns, decode_completions, encode_prompts
 from jaxdyn.dynamics.diversity import diversity_metrics
@@ -37,7 +38,8 @@ class Experience:
         return [rows[i : i + g] for i in range(0, len(rows), g)]
 
     def records(self, step: int, limit: int | None = None) -> list[dict[str, Any]]:
-        """The completions in readable form."""
+        """The completions in readable form; `reward` is None where there is no score."""
+        rewards = [None if np.isnan(total) else float(total) for total in self.rewards.total]
         rows = range(len(self.completions))[:limit]
         return [
             {
@@ -45,7 +47,7 @@ class Experience:
                 "prompt_index": row // self.num_generations,
                 "prompt": self.prompts[row],
                 "completion": self.completions[row],
-                "reward": float(self.rewards.total[row]),
+                "reward": rewards[row],
                 "finished": bool(self.finished[row]),
             }
             for row in rows
@@ -116,17 +118,19 @@ def score(
 
 
 def experience_metrics(experience: Experience, vocab_size: int) -> dict[str, float]:
-    """Reward, length and diversity of a batch of experience, under the peers' names."""
+    """Reward, length and diversity of a batch of experience, under the peers' names.
+
+    What could not be scored is left out, and so is a mean over nothing. `reward_std` is over the
+    whole batch; `frac_reward_zero_std` is the share of the groups whose scores do not differ.
+    """
     total = experience.rewards.total
     groups = total.reshape(-1, experience.num_generations)
-    spread = np.std(groups, axis=1, ddof=1) if groups.shape[1] > 1 else np.zeros(len(groups))
+    means = {"reward": np.mean(total[~np.isnan(total)])} if not np.isnan(total).all() else {}
+    means |= {f"rewards/{name}/mean": mean for name, mean in experience.rewards.means.items()}
+    metrics = {name: float(mean) for name, mean in means.items() if not np.isnan(mean)}
+    metrics["reward_std"] = spread(total)
+    metrics["frac_reward_zero_std"] = float(np.mean([spread(group) < 1e-8 for group in groups]))
     lengths = np.array([len(ids) for ids in experience.completion_ids])
-    metrics = {
-        "reward": float(total.mean()),
-        "reward_std": float(np.mean(spread)),
-        "frac_reward_zero_std": float(np.mean(spread < 1e-8)),
-    }
-    metrics |= {f"rewards/{n}/mean": mean for n, mean in experience.rewards.means.items()}
     metrics |= {
         "completions/mean_length": float(lengths.mean()),
         "completions/min_length": int(lengths.min()),
@@ -135,3 +139,9 @@ def experience_metrics(experience: Experience, vocab_size: int) -> dict[str, flo
     }
     diversity = diversity_metrics(experience.groups(), vocab_size)
     return metrics | {f"diversity/{k}": v for k, v in diversity.items()}
+
+
+def spread(rewards: Float[np.ndarray, " N"]) -> float:
+    """Sample standard deviation of what was scored; 0 of fewer than two."""
+    scored = rewards[~np.isnan(rewards)]
+    return float(np.std(scored, ddof=1)) if len(scored) > 1 else 0.0

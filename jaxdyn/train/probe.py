@@ -32,15 +32,16 @@ class Probe:
 
     def measure_state(self, params: Params) -> Measured:
         """The policy at the sites."""
-        return measure_state(self.model, policy_of(params), self.sites, self.start, self.start)
+        found = measure_state(self.model, policy_of(params), self.sites, self.start, self.start)
+        return found.scalars, found.arrays
 
     def measure(self, before: Params, state: TrainState) -> Measured:
         """What the update from `before` to `state` did, and the state it led to."""
         old, new = policy_of(before), policy_of(state.params)
         after = site_state(self.model, new, self.sites)
-        scalars, arrays = measure_state(self.model, new, self.sites, self.start, self.start, after)
-        moved, per_site = measure_update(self.model, old, new, self.sites, state.head_share, after)
-        return {**scalars, **moved}, {**arrays, **per_site}
+        there = measure_state(self.model, new, self.sites, self.start, self.start, after)
+        moved = measure_update(self.model, old, new, self.sites, state.head_share, after)
+        return {**there.scalars, **moved.scalars}, {**there.arrays, **moved.arrays}
 
 
 def remember(state: TrainState) -> Params:

@@ -18,7 +18,7 @@ from jaxdyn.config import RunConfig
 from jaxdyn.data import batch_indices
 from jaxdyn.hosts import fetch, whole
 from jaxdyn.optim import Stage, learning_rate, merge, trainable
-from jaxdyn.rl import drop_truncated, estimate_advantages
+from jaxdyn.rl import ScoredBatch, drop_truncated, estimate_advantages
 from jaxdyn.rollout import step_key, trim
 from jaxdyn.train.experience import Experience, experience_metrics, gather_experience
 from jaxdyn.train.pmap import pmap_update
@@ -121,11 +121,13 @@ def make_batch(
     advantages, returns = estimate_advantages(
         config.advantage,
         loss,
-        jnp.asarray(experience.rewards.total, jnp.float32),
+        ScoredBatch(
+            jnp.asarray(experience.rewards.total, jnp.float32),
+            finished,
+            mask,
+            *whole((old, ref, values)),
+        ),
         config.train.num_generations,
-        mask,
-        *whole((old, ref, values)),
-        finished,
         config.sampling.max_completion_length,
     )
     counted = drop_truncated(mask, finished) if loss.mask_truncated else mask

@@ -14,18 +14,17 @@ import tiny_runs
 from jaxdyn import kernels
 from jaxdyn.cli import main
 from jaxdyn.commands import kernel as command
-from jaxdyn.commands.kernel import run_kernel
-from jaxdyn.commands.kernel_options import KernelConfig, bytes_of
+from jaxdyn.commands.kernel_options import KernelOptions, bytes_of
 from jaxdyn.data import load_tokenizer
 from jaxdyn.models import load_pretrained
 from jaxdyn.optim import make_optimizer
 from jaxdyn.report import kernel_figure
-from jaxdyn.report.kernel_file import COMPONENTS, load_kernel
+from jaxdyn.report.kernel_file import load_kernel
 from jaxdyn.train.checkpoint import Checkpoints
 from jaxdyn.train.progress import Progress
 from jaxdyn.train.run_directory import RunDirectory
 from jaxdyn.train.update import TrainState
-from jaxdyn.types import JaxdynError, Sites
+from jaxdyn.types import COMPONENTS, JaxdynError, Sites
 
 
 @pytest.fixture(scope="module")
@@ -54,7 +53,7 @@ def config_of(root, output, model="model", completed=True, **changes):
         "completion_field": "say" if completed else None,
         "output": str(output),
     }
-    return KernelConfig(**(fields | changes))
+    return KernelOptions(**(fields | changes))
 
 
 def sites_of(saved):
@@ -100,7 +99,7 @@ def site_ids(saved):
 @pytest.mark.slow
 @pytest.mark.parametrize("model", ["model", "tied"])
 def test_the_file_holds_the_kernel_between_the_texts_sites(model, root, tmp_path, capsys):
-    path = run_kernel(config_of(root, tmp_path / "out", model, sites_per_completion=1))
+    path = command.run(config_of(root, tmp_path / "out", model, sites_per_completion=1))
     saved = load_kernel(path)
     lm, params = load_pretrained(root / model)
     encode = load_tokenizer(root / model).encode
@@ -125,15 +124,18 @@ def test_the_file_holds_the_kernel_between_the_texts_sites(model, root, tmp_path
     assert saved.about["config"]["sites_per_completion"] == 1
     assert sorted(p.name for p in path.parent.iterdir()) == ["kernel.npz", "kernel.png"]
     said = capsys.readouterr().out
-    share = kernel_figure.share(saved.gradient, saved.total)
-    assert f"{share:.3f}" in said and "10 × 10" in said and str(path) in said
+    share = (saved.gradient * saved.total).sum() / (saved.total**2).sum()
+    np.testing.assert_allclose(saved.statistics["share/gradient"][0], share, rtol=1e-5)
+    assert f"{saved.statistics['effective_rank/total']:.1f} of 10" in said
+    assert f"{share:.3f}" in said and "10 × 10" in said
+    assert f"picture: {path.with_suffix('.png')}" in said
     gram = (saved.features @ saved.features.T)[np.triu_indices(10, k=1)]
     assert f"{np.mean(gram < 0):.1%} below 0" in said
 
 
 @pytest.mark.usefixtures("undrawn")
 def test_without_completions_the_target_is_the_likeliest(root, tmp_path):
-    saved = load_kernel(run_kernel(config_of(root, tmp_path / "out", completed=False, limit=3)))
+    saved = load_kernel(command.run(config_of(root, tmp_path / "out", completed=False, limit=3)))
     lm, params = load_pretrained(root / "model")
     texts = [load_tokenizer(root / "model").encode(text) for text in ("1=", "23=", "0=")]
     ends = np.array([len(ids) - 1 for ids in texts])
@@ -151,7 +153,7 @@ def test_without_completions_the_target_is_the_likeliest(root, tmp_path):
 @pytest.mark.usefixtures("undrawn")
 def test_by_part_and_in_float64(root, tmp_path):
     config = config_of(root, tmp_path / "out", by_part=True, dtype="float64")
-    saved = load_kernel(run_kernel(config))
+    saved = load_kernel(command.run(config))
     assert set(saved.parts) == {"attention", "mlp", "norms", "embedding", "final_norm"}
     whole = sum(x.sum(axis=0) for x in saved.parts.values())
     assert saved.gradient.dtype == whole.dtype == np.float64
@@ -165,7 +167,7 @@ def test_by_part_and_in_float64(root, tmp_path):
 @pytest.mark.slow
 @pytest.mark.usefixtures("undrawn")
 def test_a_bfloat16_kernel_is_read_again(root, tmp_path):
-    saved = load_kernel(run_kernel(config_of(root, tmp_path / "out", dtype="bfloat16", limit=2)))
+    saved = load_kernel(command.run(config_of(root, tmp_path / "out", dtype="bfloat16", limit=2)))
     assert saved.features.dtype == saved.total.dtype == np.float32
     assert np.isfinite(saved.total).all() and np.any(saved.features)
 
@@ -175,7 +177,7 @@ def test_a_bfloat16_kernel_is_read_again(root, tmp_path):
 @pytest.mark.parametrize("longest", [64, 2])
 def test_whole_completions(longest, root, tmp_path):
     config = config_of(root, tmp_path / "out", quantity="sequence", max_completion_length=longest)
-    saved = load_kernel(run_kernel(config))
+    saved = load_kernel(command.run(config))
     lm, params = load_pretrained(root / "model")
     texts = ["ab", "ba", "cdab", "d", "abcd"]
     counted = [min(len(text) + 1, longest) for text in texts]  # with the stop token
@@ -192,7 +194,7 @@ def test_whole_completions(longest, root, tmp_path):
 @pytest.mark.usefixtures("undrawn")
 def test_the_trace_by_probes(root, tmp_path):
     options = {"quantity": "trace", "mean": True}
-    exact = load_kernel(run_kernel(config_of(root, tmp_path / "exact", **options)))
+    exact = load_kernel(command.run(config_of(root, tmp_path / "exact", **options)))
     lm, params = load_pretrained(root / "model")
     assert_same(exact, kernels.trace_kernel(lm, params, sites_of(exact), mean=True))
     assert exact.standard_error is None
@@ -201,7 +203,7 @@ def test_the_trace_by_probes(root, tmp_path):
     np.testing.assert_allclose(exact.representation, gram, rtol=1e-4, atol=1e-5)
 
     config = config_of(root, tmp_path / "probed", num_probes=64, seed=3, **options)
-    probed = load_kernel(run_kernel(config))
+    probed = load_kernel(command.run(config))
     again = kernels.trace_kernel(
         lm, params, sites_of(exact), mean=True, num_probes=64, key=jax.random.key(3)
     )
@@ -212,10 +214,14 @@ def test_the_trace_by_probes(root, tmp_path):
 
 
 def test_a_single_place_is_written_but_not_drawn(root, tmp_path, capsys):
-    path = run_kernel(config_of(root, tmp_path / "out", limit=1))
+    path = tmp_path / "out" / "kernel.npz"
+    given = ["--model", str(root / "model"), "--prompts", str(root / "texts.jsonl")]
+    given += ["--prompt-field", "ask", "--output", str(path.parent), "--limit", "1"]
+    main(["kernel", *given])
     assert load_kernel(path).total.shape == (1, 1)
     assert [p.name for p in path.parent.iterdir()] == ["kernel.npz"]
     said = capsys.readouterr()
+    assert said.out.endswith(f"kernel: {path}\n")
     assert "picture" not in said.out and "--limit 0 takes all" in said.err
 
 
@@ -248,7 +254,7 @@ def make_run(root, output, **changes):
 def test_a_run_in_the_metric_of_its_optimizer(root, tmp_path):
     run, model, state = make_run(root, "run")
     config = config_of(root, tmp_path / "out", model=None, run=str(run), preconditioned=True)
-    saved = load_kernel(run_kernel(config))
+    saved = load_kernel(command.run(config))
     gradients = log_prob_gradients(model, state.params, site_ids(saved))
     # Adam's second moments after two steps: P = 1 / (√(ν / (1 − b2²)) + ε).
     nu = {part: adam.nu for part, (adam, _) in state.opt_state[1].items()}
@@ -262,16 +268,16 @@ def test_a_run_in_the_metric_of_its_optimizer(root, tmp_path):
     older = dataclasses.replace(
         config, output=str(tmp_path / "older"), step=1, preconditioned=False, limit=2
     )
-    assert load_kernel(run_kernel(older)).about["model"]["name"] == "run, step 1"
+    assert load_kernel(command.run(older)).about["model"]["name"] == "run, step 1"
     with pytest.raises(JaxdynError, match=r"has checkpoints at steps \[1, 2\], not at 7"):
-        run_kernel(dataclasses.replace(older, output=str(tmp_path / "none"), step=7))
+        command.run(dataclasses.replace(older, output=str(tmp_path / "none"), step=7))
 
 
 def test_a_run_without_second_moments(root, tmp_path):
     run, _, _ = make_run(root, "sgd", optim__optimizer="sgd")
     config = config_of(root, tmp_path / "out", preconditioned=True, model=None, run=str(run))
     with pytest.raises(JaxdynError, match=r"second moments; .* was trained with sgd"):
-        run_kernel(config)
+        command.run(config)
     assert not (tmp_path / "out").exists()
 
 
@@ -300,31 +306,31 @@ class Watched(Progress):
 def test_a_killed_command_goes_on(root, tmp_path):
     options = {"method": "gram", "memory_budget": "250kB", "sites_per_completion": 1}
     whole = Watched()
-    expected = load_kernel(run_kernel(config_of(root, tmp_path / "whole", **options), whole))
+    expected = load_kernel(command.run(config_of(root, tmp_path / "whole", **options), whole))
     assert whole.advances == whole.total > 4
 
     config = config_of(root, tmp_path / "out", **options)
     with pytest.raises(KeyboardInterrupt):
-        run_kernel(config, Watched(stop=3))
+        command.run(config, Watched(stop=3))
     assert {p.name for p in Path(config.output).iterdir()} == {"blocks"}
     with pytest.raises(JaxdynError, match="finished tiles of another kernel"):
-        run_kernel(dataclasses.replace(config, limit=4))
+        command.run(dataclasses.replace(config, limit=4))
     rest = Watched()
-    saved = load_kernel(run_kernel(config, rest))
+    saved = load_kernel(command.run(config, rest))
     # The first call says that the three found are done, then one more call for each of the others.
     assert rest.found == 2 and rest.advances == whole.total - 2
     np.testing.assert_array_equal(saved.total, expected.total)
     assert {p.name for p in Path(config.output).iterdir()} == {"kernel.npz", "kernel.png"}
     with pytest.raises(JaxdynError, match=r"already holds kernel.npz; choose another output"):
-        run_kernel(config)
+        command.run(config)
 
 
 def test_an_output_that_holds_something_else(root, tmp_path):
     (tmp_path / "notes.txt").write_text("mine")
     with pytest.raises(JaxdynError, match=r"already holds notes.txt; choose another output"):
-        run_kernel(config_of(root, tmp_path))
+        command.run(config_of(root, tmp_path))
     with pytest.raises(JaxdynError, match=r"notes.txt is not a directory"):
-        run_kernel(config_of(root, tmp_path / "notes.txt"))
+        command.run(config_of(root, tmp_path / "notes.txt"))
 
 
 # -- what cannot be done is said in a line --------------------------------------------------------
@@ -377,7 +383,7 @@ def refused(root, tmp_path, capsys, monkeypatch):
         (["--run", "somewhere"], "give --model or --run, not both"),
         (["--quantity", "sequence"], "needs completions: give --completion-field"),
         (["--sites-per-completion", "1"], "needs completions: give --completion-field"),
-        (["--limit", "-1"], "limit must not be negative, got -1"),
+        (["--limit", "-1"], "limit must be at least 0, got -1"),
         (["--max-prompt-length", "0"], "max_prompt_length must be at least 1, got 0"),
         (["--memory-budget", "much"], "memory_budget must be a size"),
         (["--prompts", "/nowhere.jsonl"], "cannot read /nowhere.jsonl"),

@@ -3,9 +3,13 @@ import dataclasses
 import pytest
 
 from jaxdyn.commands import quickstart as command
-from jaxdyn.commands.quickstart import quickstart
+from jaxdyn.commands.options import QuickstartOptions
 from jaxdyn.presets import RL, SFT
 from jaxdyn.types import JaxdynError
+
+
+def quickstart(output, seed=0):
+    return command.run(QuickstartOptions(str(output), seed))
 
 
 @pytest.fixture
@@ -34,7 +38,8 @@ def test_the_whole_story_and_started_again(small, tmp_path, capsys):
     page = quickstart(output, seed=1)
     assert page.is_file() and page.parent == output / "report"
     said = capsys.readouterr()
-    assert str(page) in said.out
+    rows = [line.split() for line in said.out.splitlines() if "→" in line]
+    assert [row[0] for row in rows[1:]] == ["joint", "classifier_first"]  # after the title
     # Without a terminal every stage still says how far it is.
     for stage in ("sft · supervised  2/2", "joint · joint  2/2", "classifier_first  3/3"):
         assert stage in said.err

@@ -50,7 +50,7 @@ def split_and_actual(model, params, delta, size, sites):
     logits = lambda params: oracles.site_logits(model, model.view(params), sites)
     delta = jax.tree.map(lambda x: size * x, delta)
     nothing = jnp.zeros_like(params["backbone"]["embed"]["embedding"])
-    _, parts = delta_logits(model, model.view(params), model.view(delta), sites, nothing)
+    _, parts = delta_logits(model, params, delta, sites, nothing)
     before, derivative = jax.jvp(logits, (params,), (delta,))
     actual = logits(jax.tree.map(jnp.add, params, delta)) - before
     view = model.view(params)

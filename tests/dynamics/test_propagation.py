@@ -41,8 +41,8 @@ def one_step(model, params, sites, g, eta):
     head_share = None
     if model.config.tied:
         head_share = step["classifier"]["weight"]
-        step = model.view(model.fold(step))
-    _, parts = delta_logits(model, model.view(params), step, sites, head_share)
+        step = model.fold(step)
+    _, parts = delta_logits(model, params, step, sites, head_share)
     kernels = oracles.component_kernels(model, params, sites)
     return parts, {part: eta * jnp.einsum("nvmw,mw->nv", kernels[part], g) for part in PARTS}
 
@@ -68,7 +68,7 @@ def first_order_and_actual(model, params, delta, head_share, sites, size):
 
     delta = jax.tree.map(lambda x: size * x, delta)
     head_share = size * head_share if model.config.tied else None
-    parts = propagate(model, model.view(params), model.view(delta), sites, head_share)
+    parts = propagate(model, params, delta, sites, head_share)
     before, derivative = jax.jvp(log_probs, (params,), (delta,))
     actual = log_probs(jax.tree.map(jnp.add, params, delta)) - before
     return parts, derivative, actual
@@ -93,6 +93,38 @@ def test_split_is_exact_and_its_residual_shrinks_with_the_square_of_the_step(nam
     slope = np.polyfit(np.log(sizes), np.log(residuals), 1)[0]
     # The next term adds about 2·size·|f'''/f''| to the slope; sizes are below 1e-3.
     assert abs(slope - 2) < 0.02
+
+
+@once
+def by_role(model, params, delta, sites):
+    """The split without a head share, the derivative of f along the whole, and along E's roles."""
+    logits = lambda params: oracles.site_logits(model, model.view(params), sites)
+    _, parts = delta_logits(model, params, delta, sites)
+    whole = jax.jvp(logits, (params,), (delta,))[1]
+
+    def roles(classifier, backbone):
+        view = {"classifier": classifier, "backbone": backbone}
+        return oracles.site_logits(model, view, sites)
+
+    view, change = model.view(params), model.view(delta)
+    still = lambda tree: jax.tree.map(jnp.zeros_like, tree)
+    at, along = (view["classifier"], view["backbone"]), (change["classifier"], change["backbone"])
+    head = jax.jvp(roles, at, (along[0], still(along[1])))[1]
+    body = jax.jvp(roles, at, (still(along[0]), along[1]))[1]
+    return parts, whole, head, body
+
+
+@pytest.mark.parametrize("adapted", [False, True])
+@pytest.mark.parametrize("name", ["gpt_neox-untied", "llama-tied"])
+def test_without_a_head_share_the_split_is_by_role_and_sums_to_the_whole(name, adapted, x64):
+    """Of stored parameters, with every leaf moving, adapters' too; a tied matrix's two roles."""
+    model, params = (oracles.adapted_model if adapted else oracles.tiny_model)(name)
+    parts, whole, head, body = by_role(model, params, random_like(params, 9), oracles.tiny_sites())
+    scale = float(jnp.abs(whole).max())
+    for got, wanted in ((parts.total, whole), (parts.representation, head), (parts.gradient, body)):
+        np.testing.assert_allclose(got, wanted, rtol=0, atol=1e-12 * scale)
+    assert not parts.cross.any()
+    assert min(float(jnp.abs(x).max()) for x in (head, body)) > 0.1 * scale
 
 
 def test_a_classifier_bias_belongs_to_the_representation_component(x64):
@@ -121,18 +153,19 @@ def test_measured_update_in_float32_agrees_with_float64(name):
         share = 1e-2 * random_like(params["backbone"]["embed"]["embedding"], 8)
         share = share if model.config.tied else None
         sites = oracles.tiny_sites()
-        exact = once(propagate)(model, model.view(params), model.view(delta), sites, share)
+        exact = once(propagate)(model, params, delta, sites, share)
         wide = {part: np.asarray(getattr(exact, part)) for part in PARTS}
         total = np.asarray(exact.total)
     narrow = lambda tree: jax.tree.map(lambda x: jnp.asarray(np.asarray(x), jnp.float32), tree)
     model32, _ = oracles.tiny_model(name, jnp.float32)
-    scalars, arrays = measure_update(
+    found = measure_update(
         model32,
-        model32.view(narrow(params)),
-        model32.view(narrow(after)),
+        narrow(params),
+        narrow(after),
         oracles.tiny_sites(),
         None if share is None else narrow(share),
     )
+    scalars, arrays = found.scalars, found.arrays
     targets = np.asarray(oracles.tiny_sites().targets)
     scale = np.abs(total).max()
     for part in PARTS:

@@ -13,8 +13,8 @@ import pytest
 from kernel_oracles import all_sites, assert_components, scalars, theta, tiny_model
 
 from jaxdyn import kernels
-from jaxdyn.kernels import blocks, empirical, gram, trace
-from jaxdyn.kernels.sites import Rows
+from jaxdyn.kernels import blocks, contractions, gram, memory, trace_exact
+from jaxdyn.kernels.rows import Rows
 from jaxdyn.models import LanguageModel
 from jaxdyn.types import JaxdynError
 
@@ -22,7 +22,7 @@ from jaxdyn.types import JaxdynError
 
 
 def test_tile_size_fills_the_budget():
-    size = functools.partial(blocks.tile_size, held=70, working=30)
+    size = functools.partial(memory.tile_size, held=70, working=30)
     assert size((10, 10), square=True, budget=1000) == 10
     # Two sets of 70 and 30 more for the one that is made: 170 a row.
     assert size((10, 10), square=True, budget=999) == 5
@@ -101,9 +101,8 @@ class Toys:
         """All of it, checked against the table's own products; without m the columns are rows."""
         rows, columns = self.rows(start, n), None if m is None else self.rows(3, m)
         execution = {"progress": self.progress, **execution}
-        found = blocks.assemble(
-            kind, rows, columns, size, self.table, self.prepare, self.contract, execution
-        )
+        tiles = blocks.Tiling(rows, columns, size, each=0, workspace=0)
+        found = blocks.assemble(kind, tiles, self.table, self.prepare, self.contract, execution)
         x = np.asarray(self.table)[start : start + n]
         y = x if m is None else np.asarray(self.table)[3 : 3 + m]
         expected = np.einsum("nki,mji->nkmj", x, y)
@@ -228,7 +227,7 @@ def test_a_truncated_tile_is_computed_again(left, tmp_path):
 
 @pytest.fixture
 def tiles_of_three(monkeypatch):
-    monkeypatch.setattr(empirical, "tile_size", lambda *_: 3)
+    monkeypatch.setattr(blocks, "tile_size", lambda *_: 3)
 
 
 @pytest.mark.slow
@@ -258,7 +257,7 @@ def test_kernels_on_devices_and_after_a_kill(x64, tiles_of_three, tmp_path):
 @pytest.mark.slow
 def test_a_small_budget_makes_tiles_that_change_nothing(x64):
     model, params = tiny_model("gpt_neox-untied")
-    held, working = empirical.row_bytes(model, 6, 1, 1)
+    held, working = contractions.row_bytes(model, 6, 1, 1)
     done = []
     result = kernels.log_prob_kernel(
         model, params, all_sites(), method="gram",
@@ -306,12 +305,12 @@ def test_tiles_stay_within_the_budget_and_fill_it(name, slots, counted, outputs,
     )
     model = LanguageModel(config)
     view = jax.eval_shape(lambda key: model.view(model.init(key)), jax.random.key(0))
-    workspace, spare = blocks.workspace_of(budget)
-    need = empirical.row_bytes(model, slots, counted, outputs)
-    size = blocks.tile_size((1000, 1000), True, *need, budget - spare)
+    workspace, spare = memory.workspace_of(budget)
+    need = contractions.row_bytes(model, slots, counted, outputs)
+    size = memory.tile_size((1000, 1000), True, *need, budget - spare)
     rows = shaped_rows(size, slots, counted, outputs)
     factors = jax.eval_shape(functools.partial(gram.factorize, model), view, None, rows)
-    one = blocks.nbytes(factors)
+    one = memory.nbytes(factors)
     options = {"tied": config.tied, "biased": False, "workspace": workspace}
     # The second set of a pair is made while the first is held; then both are.
     peaks = [
@@ -321,12 +320,12 @@ def test_tiles_stay_within_the_budget_and_fill_it(name, slots, counted, outputs,
     assert budget / 4 <= max(peaks) <= budget, [peak / budget for peak in peaks]
 
     if (counted, outputs) == (1, 1):
-        need = sum(trace.row_bytes(model, slots))
-        size = blocks.tile_size((1000, 1000), True, need, 0, budget - spare)
+        need = sum(memory.opened_bytes(model, slots))
+        size = memory.tile_size((1000, 1000), True, need, 0, budget - spare)
         rows = shaped_rows(size, slots, 1, 1)
-        pulled = trace.Pulled(jax.ShapeDtypeStruct((128, 128), jnp.float32), None)
-        operands = (model, view, None, pulled, rows, rows)
+        factor = jax.ShapeDtypeStruct((128, 128), jnp.float32)
+        operands = (model, view, None, factor, rows, rows)
         peak = compiled_bytes(
-            trace._trace_tile, *operands, at_once=1, first=True, workspace=workspace
+            trace_exact.exact_tile, *operands, at_once=1, first=True, workspace=workspace
         )
         assert budget / 4 <= peak <= budget, peak / budget

@@ -25,7 +25,8 @@ from kernel_oracles import (
 from jaxdyn.kernels import operator
 from jaxdyn.kernels.eigenpairs import top_eigenpairs
 from jaxdyn.kernels.operator import apply_kernel
-from jaxdyn.types import JaxdynError
+from jaxdyn.models import LanguageModel
+from jaxdyn.types import JaxdynError, Sites
 
 QUICK = ("gpt_neox-untied", "gpt2-tied")
 TWO = [pytest.param(n, marks=[] if n in QUICK else [pytest.mark.slow]) for n in NAMES]
@@ -72,6 +73,15 @@ def times(kernels, field, rows=slice(None), columns=slice(None)):
     }
 
 
+def room_for(model, slots, most, sequences):
+    """A budget for so many sequences at a time, of T slots and at most so many sites each."""
+    return sequences * operator.sequence_bytes(model, slots, most)
+
+
+def one_at_a_time(model):
+    return {"memory_budget": room_for(model, 6, 3, 1)}
+
+
 def longer(sites):
     """The same sites with two slots of padding more on either side."""
     return dataclasses.replace(
@@ -89,7 +99,7 @@ def test_apply_is_the_kernel_times_the_field(name, x64):
     sites, field = all_sites(), random_cotangents()[B]
     expected = times(theta(name)[0], field, A, B)
     apply = functools.partial(apply_kernel, model, params, some(sites, A), field)
-    result = apply(some(longer(sites), B), batch_size=2)
+    result = apply(some(longer(sites), B), memory_budget=room_for(model, 10, 3, 2))
     assert_components(result, expected, 1e-9)
     assert not result.preconditioned
     assert (np.abs(result.cross).max() > 0) == model.config.tied
@@ -103,26 +113,31 @@ def test_apply_in_a_metric(name, x64):
     expected = times(preconditioned_theta(name), random_cotangents())
     for p in (metric, model.view(metric)):
         result = apply_kernel(
-            model, params, all_sites(), random_cotangents(), preconditioner=p, batch_size=2
-        )
+            model, params, all_sites(), random_cotangents(), preconditioner=p,
+            memory_budget=room_for(model, 6, 3, 2),
+        )  # fmt: skip
         assert_components(result, expected, 1e-9)
         assert result.preconditioned
 
 
-@pytest.mark.parametrize("batch_size", [None, 1, 3, 50])
-def test_batches_change_nothing(batch_size, x64):
+@pytest.mark.parametrize("sequences", [1, 2, 50])
+def test_batches_change_nothing(sequences, x64):
     """Sites in an order that is not their sequences', and one sequence with none."""
     model, params = tiny_model("gpt2-tied")
     order = np.array([7, 0, 5, 6, 1, 0])
     sites, field = some(all_sites(), order), random_cotangents()[:6]
-    result = apply_kernel(model, params, sites, field, batch_size=batch_size)
+    budget = room_for(model, 6, 4, sequences)
+    assert len(operator.batches_of(model, sites, "sites", {"memory_budget": budget}).real) == (
+        2 if sequences == 1 else 1
+    )
+    result = apply_kernel(model, params, sites, field, memory_budget=budget)
     assert_components(result, times(theta("gpt2-tied")[0], field, order, order), 1e-12)
 
 
 def test_batches_hold_every_site_once(x64):
     model, _ = tiny_model("gpt2-tied")
     sites = some(all_sites(), np.array([7, 0, 5, 6, 1]))  # three of one sequence, two of another
-    batches = operator.batches_of(model, sites, "sites", 1)
+    batches = operator.batches_of(model, sites, "sites", one_at_a_time(model))
     assert batches.sites["tokens"].shape == (2, 1, 6) and batches.numbers.shape == (2, 3)
     assert sorted(batches.numbers[batches.real]) == [0, 1, 2, 3, 4]
     np.testing.assert_array_equal(batches.numbers.ravel()[batches.places], np.arange(5))
@@ -145,9 +160,9 @@ def test_float32(name):
 def test_a_second_call_compiles_nothing(x64):
     model, params = tiny_model("gpt_neox-untied")
     sites, field = all_sites(), random_cotangents()
-    apply_kernel(model, params, sites, field, batch_size=2)
+    apply_kernel(model, params, sites, field, memory_budget=room_for(model, 6, 3, 2))
     before = operator.apply._cache_size()
-    again = apply_kernel(model, params, sites, 2 * field, batch_size=2)
+    again = apply_kernel(model, params, sites, 2 * field, memory_budget=room_for(model, 6, 3, 2))
     assert operator.apply._cache_size() == before
     assert_components(again, times(theta("gpt_neox-untied")[0], 2 * field), 1e-9)
 
@@ -161,13 +176,36 @@ def test_memory_does_not_grow_with_the_sequences(x64):
     many = dataclasses.replace(many, rows=many.rows + 3 * jnp.repeat(jnp.arange(4), 8))
 
     def needed(sites):
-        batches = operator.batches_of(model, sites, "sites", 1)
+        batches = operator.batches_of(model, sites, "sites", one_at_a_time(model))
         field = jnp.ones((len(batches.places), V))
         lowered = operator.apply.lower(model, model.view(params), None, batches, None, field)
         return lowered.compile().memory_analysis().temp_size_in_bytes
 
     gradient = sum(x.nbytes for x in jax.tree.leaves(params))
     assert needed(many) - needed(sites) < 9 * gradient / 10
+
+
+@pytest.mark.parametrize("name, slots", [("gpt_neox-untied", 64), ("llama-tied", 384)])
+def test_batches_stay_within_the_budget_and_fill_it(name, slots):
+    """Beside it two vectors of the parameters' size, by XLA's own account of the product."""
+    sizes = {"vocab_size": 2048, "width": 128, "num_heads": 8, "head_dim": 16, "mlp_width": 512}
+    config = dataclasses.replace(
+        oracles.CONFIGS[name], **sizes, num_kv_heads=8, max_positions=slots
+    )
+    model, n = LanguageModel(config, remat="none"), jnp.arange(64, dtype=jnp.int32)
+    sites = Sites(
+        jnp.zeros((64, slots), jnp.int32), jnp.ones((64, slots), bool), n,
+        jnp.full(64, slots - 1), jnp.zeros(64, jnp.int32), n == n,
+    )  # fmt: skip
+    budget = room_for(model, slots, 1, 8)
+    batches = operator.batches_of(model, sites, "sites", {"memory_budget": budget})
+    assert batches.sites["tokens"].shape == (8, 8, slots)
+    view = jax.eval_shape(lambda key: model.view(model.init(key)), jax.random.key(0))
+    field = jax.ShapeDtypeStruct((64, 2048), jnp.float32)
+    lowered = operator.apply.lower(model, view, None, batches, None, field)
+    peak = lowered.compile().memory_analysis().temp_size_in_bytes
+    peak -= 2 * sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(view))
+    assert budget / 4 <= peak <= budget, peak / budget
 
 
 # Eigenvalues of Θ [NV, NV] by LAPACK. Lanczos meets the first V − D = 3 fold eigenvalue, the
@@ -213,7 +251,7 @@ def test_eigenpairs_in_a_metric_and_of_cotangents(x64):
         3,
         cotangents=g,
         preconditioner=random_metric(model, params),
-        batch_size=2,
+        memory_budget=room_for(model, 6, 3, 2),
         tolerance=1e-10,
     )
     np.testing.assert_allclose(found.values, values[::-1][:3], rtol=1e-9)
@@ -249,8 +287,8 @@ def test_what_cannot_be_applied(x64):
     apply = functools.partial(apply_kernel, model, params, sites)
     with pytest.raises(JaxdynError, match=r"field must be \[M, V\] = \(4, 11\), got \(8, 11\)"):
         apply(field, some(sites, B))
-    with pytest.raises(JaxdynError, match="batch_size must be at least 1, got 0"):
-        apply(field, batch_size=0)
+    with pytest.raises(JaxdynError, match=r"too small for one sequence: .* bytes, got 10$"):
+        apply(field, memory_budget=10)
     with pytest.raises(JaxdynError, match="the parameters' own shapes"):
         apply(field, preconditioner={"backbone": params["backbone"]})
     outside = dataclasses.replace(sites, positions=sites.positions + 2)

@@ -1,4 +1,4 @@
-"""Kernels in an optimizer's metric against D P Dᵀ of full Jacobians, and P against real steps."""
+"""P of a live optimizer, against its real steps."""
 
 import functools
 
@@ -8,138 +8,11 @@ import numpy as np
 import optax
 import oracles
 import pytest
-import scipy
-from kernel_oracles import (
-    BIASED,
-    A,
-    B,
-    all_sites,
-    assert_components,
-    kernels_by_kind,
-    metric,
-    random_cotangents,
-    rollout,
-    scalars,
-    sequence_scalars,
-    sequence_weights,
-    some,
-    theta,
-    tiny_model,
-    token_blocks,
-    traces,
-)
+from kernel_oracles import BIASED, all_sites, tiny_model
 
 from jaxdyn import kernels
-from jaxdyn.kernels import trace
 from jaxdyn.optim import OptimConfig, enter_stage, make_optimizer, trainable
 from jaxdyn.types import JaxdynError
-
-TWO = ["gpt2-tied", BIASED]
-# Every architecture, half of them tied.
-SLOW = ["llama-tied", "qwen2-untied"]
-FOUR = [*TWO, *(pytest.param(name, marks=pytest.mark.slow) for name in SLOW)]
-CHOSEN = [7, 2]
-
-
-# -- kernels in a metric --------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("name", FOUR)
-def test_log_prob_kernel_and_its_parts(name, x64):
-    model, params = tiny_model(name)
-    both = some(all_sites(), A), some(all_sites(), B)
-    score = theta(name)[1]
-    expected = scalars(name, score, A, B, preconditioned=True)
-    by_kind = kernels_by_kind(name, score, A, B, preconditioned=True)
-    for method in ("gram", "plain") if name in TWO else ("gram",):
-        options = {"preconditioner": metric(name), "method": method}
-        result = kernels.log_prob_kernel(model, params, *both, **options)
-        assert_components(result, expected, 1e-9)
-        assert result.representation_form == "diagonal"
-        parts = kernels.update_kernel_by_part(model, params, *both, **options)
-        assert parts.keys() == by_kind.keys()
-        for kind, kernel in by_kind.items():
-            np.testing.assert_allclose(parts[kind], kernel, rtol=0, atol=1e-9 * abs(kernel).max())
-
-
-@pytest.mark.parametrize("name", TWO)
-def test_update_kernel_with_the_metric_of_a_view(name, x64):
-    """P may be shaped as the view, like the parameters."""
-    model, params = tiny_model(name)
-    view, p = model.view(params), model.view(metric(name))
-    g = random_cotangents()
-    options = {"cotangents_a": jnp.asarray(g), "method": "gram", "preconditioner": p}
-    result = kernels.update_kernel(model, view, all_sites(), **options)
-    assert_components(result, scalars(name, g, preconditioned=True), 1e-9)
-
-
-@pytest.mark.parametrize(
-    "name, method", [("gpt2-tied", "gram"), ("gpt2-tied", "plain"), (BIASED, "gram")]
-)
-def test_the_representation_of_a_token_block_is_a_diagonal_that_varies(name, method, x64):
-    model, params = tiny_model(name)
-    sites, p = all_sites(), metric(name)
-    result = kernels.token_block(
-        model, params, some(sites, A), some(sites, B), token_ids=CHOSEN, preconditioner=p,
-        method=method,
-    )  # fmt: skip
-    assert_components(result, token_blocks(name, A, B, CHOSEN, preconditioned=True), 1e-9)
-    features = jax.jit(model.features)(params["backbone"], sites.tokens, sites.mask)
-    phi = np.asarray(features[sites.rows, sites.positions])
-    head = jax.tree.map(lambda x: np.asarray(x)[CHOSEN], model.view(p)["classifier"])
-    diagonal = np.einsum("kd,nd,md->nmk", head["weight"], phi[A], phi[B])
-    diagonal += head.get("bias", np.zeros(2))
-    expected = diagonal[..., None] * np.eye(2)
-    scale = abs(expected).max()
-    np.testing.assert_allclose(result.representation, expected, rtol=0, atol=1e-12 * scale)
-    assert np.abs(diagonal[..., 0] - diagonal[..., 1]).max() > 0.1 * scale
-
-
-@pytest.mark.parametrize("name", TWO)
-def test_sequence_kernel(name, x64):
-    model, params = tiny_model(name)
-    weights = [sequence_weights(seed) for seed in (5, 6)]
-    result = kernels.sequence_kernel(
-        model, params, rollout(), rollout(), weights_a=jnp.asarray(weights[0]),
-        weights_b=jnp.asarray(weights[1]), preconditioner=metric(name), method="gram",
-    )  # fmt: skip
-    assert_components(result, sequence_scalars(name, *weights, preconditioned=True), 1e-9)
-
-
-@pytest.mark.parametrize("name", FOUR)
-def test_trace_kernel(name, x64):
-    model, params = tiny_model(name)
-    both = some(all_sites(), A), some(all_sites(), B)
-    result = kernels.trace_kernel(model, params, *both, preconditioner=metric(name))
-    assert_components(result, traces(name, A, B, preconditioned=True), 1e-9)
-    assert result.representation_form == "diagonal"
-
-
-@pytest.mark.parametrize("name", TWO)
-def test_trace_by_probes(name, x64, monkeypatch):
-    """Probes whose second moments are the identity give the exact trace: 16 rows of signs."""
-    signs = jnp.asarray(scipy.linalg.hadamard(16)[:, : oracles.VOCAB], jnp.float64)
-    probes = lambda key, count, weight: trace.Pulled(signs @ weight, signs)
-    monkeypatch.setattr(trace, "_probes", probes)
-    model, params = tiny_model(name)
-    result = kernels.trace_kernel(
-        model, params, some(all_sites(), A), some(all_sites(), B), num_probes=16,
-        key=jax.random.key(0), preconditioner=metric(name),
-    )  # fmt: skip
-    assert_components(result, traces(name, A, B, preconditioned=True), 1e-9)
-
-
-def test_the_plain_trace(x64):
-    model, params = tiny_model("gpt2-tied")
-    sites = some(all_sites(), A)
-    result = kernels.trace_kernel(
-        model, params, sites, preconditioner=metric("gpt2-tied"), method="plain", mean=True
-    )
-    expected = traces("gpt2-tied", A, A, preconditioned=True)
-    assert_components(result, {k: x / oracles.VOCAB for k, x in expected.items()}, 1e-9)
-
-
-# -- P of a live optimizer ------------------------------------------------------------------------
 
 RATE, DECAY, EPS = 1e-3, 0.99, 1e-6
 ADAM = {"b2": DECAY, "eps": EPS}

@@ -28,7 +28,7 @@ from jaxdyn.kernels import projection, sketch
 from jaxdyn.kernels.gram import factorize, parameters_of
 from jaxdyn.kernels.plain import gradients
 from jaxdyn.kernels.preconditioner import roots_of
-from jaxdyn.kernels.sites import site_rows
+from jaxdyn.kernels.rows import site_rows
 from jaxdyn.kernels.sketch import Sketch, sketch_gradients, sketch_kernel, sketch_sequences
 from jaxdyn.models import LanguageModel
 from jaxdyn.types import JaxdynError

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxdyn.kernels import statistics
+from jaxdyn.kernels import statistics, summarize
 from jaxdyn.types import Components, JaxdynError
 
 
@@ -131,6 +131,76 @@ def test_two_kernels_must_have_one_shape(function):
         function.__wrapped__(jnp.eye(2), jnp.eye(3))
 
 
+# -- two sets of features -------------------------------------------------------------------------
+
+
+def hsic_by_hand(k, h):
+    """Song et al. (2012), eq. 5, term by term."""
+    n = len(k)
+    k, h = k - np.diag(np.diag(k)), h - np.diag(np.diag(h))
+    terms = np.trace(k @ h) + k.sum() * h.sum() / ((n - 1) * (n - 2))
+    return (terms - 2 / (n - 2) * (k @ h).sum()) / (n * (n - 3))
+
+
+def cka(x, y):
+    return float(statistics.debiased_cka(jnp.asarray(x @ x.T), jnp.asarray(y @ y.T)))
+
+
+def test_debiased_hsic_and_cka_equal_their_formulas(x64):
+    rng = np.random.default_rng(7)
+    x = rng.standard_normal((9, 5)) + 3
+    y = x[:, :3] + rng.standard_normal((9, 3))
+    k, h = x @ x.T, y @ y.T
+    got = statistics.debiased_hsic(jnp.asarray(k), jnp.asarray(h))
+    np.testing.assert_allclose(got, hsic_by_hand(k, h), rtol=1e-11)
+    wanted = hsic_by_hand(k, h) / np.sqrt(hsic_by_hand(k, k) * hsic_by_hand(h, h))
+    np.testing.assert_allclose(cka(x, y), wanted, rtol=1e-11)
+    assert 0.1 < wanted < 0.99
+
+
+def test_debiased_cka_is_one_up_to_a_rotation_a_scale_and_a_shift(x64):
+    rng = np.random.default_rng(8)
+    x = rng.standard_normal((12, 6))
+    rotation, _ = np.linalg.qr(rng.standard_normal((6, 6)))
+    np.testing.assert_allclose(cka(x, -7 * x @ rotation + rng.standard_normal(6)), 1, rtol=1e-12)
+    assert cka(x, x * np.arange(6)) < 0.99
+
+
+def test_debiased_cka_of_independent_features_is_zero_on_average(x64):
+    """The mean of HSIC over 400 draws of 10 sites in 40 dimensions is within four standard errors
+    of 0; that of the biased estimate is fifty away, and its CKA is above one half."""
+    rng = np.random.default_rng(9)
+    grams = np.stack([x @ x.T for x in rng.standard_normal((800, 10, 40))]).reshape(2, 400, 10, 10)
+    found = np.asarray(jax.vmap(statistics.debiased_hsic)(*map(jnp.asarray, grams)))
+    error = found.std(ddof=1) / np.sqrt(400)
+    assert abs(found.mean()) < 4 * error
+    centre = np.eye(10) - 1 / 10
+    a, b = (centre @ g @ centre for g in grams)
+    biased = (a * b).sum(axis=(1, 2)) / 90
+    assert biased.mean() > 50 * biased.std(ddof=1) / np.sqrt(400)
+    norm = lambda g: np.sqrt((g**2).sum(axis=(1, 2)))
+    assert ((a * b).sum(axis=(1, 2)) / norm(a) / norm(b)).mean() > 0.5
+    debiased = np.asarray(jax.vmap(statistics.debiased_cka)(*map(jnp.asarray, grams)))
+    assert abs(debiased.mean()) < 4 * debiased.std(ddof=1) / np.sqrt(400) + 0.01
+
+
+def test_debiased_cka_survives_float32_and_what_all_features_share():
+    """A common mean a hundred times their spread, and 2^50 in size: exact to a part in 1e3."""
+    rng = np.random.default_rng(10)
+    x = rng.standard_normal((20, 8))
+    y = x + 0.3 * rng.standard_normal((20, 8))
+    with jax.enable_x64(True):
+        wanted = cka(x, y)
+    far = [jnp.asarray(2.0**50 * (z + 10) @ (z + 10).T, jnp.float32) for z in (x, y)]
+    np.testing.assert_allclose(statistics.debiased_cka(*far), wanted, rtol=1e-3)
+
+
+def test_debiased_cka_of_what_does_not_vary_is_nan_and_few_sites_are_refused():
+    assert np.isnan(statistics.debiased_cka(jnp.ones((5, 5)), jnp.eye(5)))
+    with pytest.raises(JaxdynError, match=r"4 sites or more, got \(3, 3\)"):
+        statistics.debiased_hsic.__wrapped__(jnp.eye(3), jnp.eye(3))
+
+
 # -- the parts ------------------------------------------------------------------------------------
 
 
@@ -143,6 +213,37 @@ def test_component_shares_are_projections_that_sum_to_one(x64):
     np.testing.assert_allclose((got.representation, got.gradient, got.cross), want, rtol=1e-14)
     np.testing.assert_allclose(got.total, 1.0, rtol=1e-14)
     assert got.gradient < 0 < got.cross
+
+
+def test_a_summary_equals_numpy():
+    """Float32 kernels, summed up in float64; a component that is zero has no numbers."""
+    rng = np.random.default_rng(11)
+    phi = rng.standard_normal((6, 4)).astype(np.float32)
+    stack = np.stack([x @ x.T for x in rng.standard_normal((3, 6, 9))]).astype(np.float32)
+    gram = (phi @ phi.T).astype(np.float32)
+    zero = np.zeros((6, 6), np.float32)
+    kernel = {"representation": gram, "gradient": stack.sum(axis=0), "cross": zero}
+    found = summarize(kernel, {"mlp": stack}, phi)
+    total = sum(x.astype(np.float64) for x in kernel.values())
+    for name, matrix in (("total", total), ("gradient", kernel["gradient"].astype(np.float64))):
+        values = np.linalg.eigvalsh(matrix)[::-1]
+        np.testing.assert_allclose(found[f"spectrum/{name}"], values, rtol=1e-9, atol=1e-9)
+        p = values / values.sum()
+        np.testing.assert_allclose(found[f"effective_rank/{name}"], np.exp(-(p * np.log(p)).sum()))
+    on = np.eye(6, dtype=bool)
+    for part in ("representation", "gradient"):
+        x = kernel[part].astype(np.float64)
+        wanted = [(x * total)[m].sum() / (total**2)[m].sum() for m in (on | True, on, ~on)]
+        np.testing.assert_allclose(found[f"share/{part}"], wanted, rtol=1e-12)
+    wanted = [(x * total).sum() / (total**2).sum() for x in stack.astype(np.float64)]
+    np.testing.assert_allclose(found["share_by_layer/mlp"], wanted, rtol=1e-12)
+    phi = phi.astype(np.float64)
+    unit = phi / np.linalg.norm(phi, axis=1, keepdims=True)
+    cosines = [unit[i] @ unit[j] for i in range(6) for j in range(i + 1, 6)]
+    np.testing.assert_allclose(found["features/cosines"], cosines, rtol=1e-10)
+    assert not [name for name in found if "cross" in name]
+    alone = summarize({name: x[:1, :1] for name, x in kernel.items()})
+    assert np.isnan(alone["share/gradient"][2]) and np.isfinite(alone["share/gradient"][:2]).all()
 
 
 # -- signs of inner products ----------------------------------------------------------------------

@@ -19,7 +19,7 @@ from kernel_oracles import (
 )
 
 from jaxdyn import kernels
-from jaxdyn.kernels import trace
+from jaxdyn.kernels import blocks, passes, trace_probed
 from jaxdyn.types import JaxdynError
 
 V = oracles.VOCAB
@@ -45,10 +45,10 @@ def of_probes(name, signs):
 def test_probes_in_groups_and_tiles(name, x64, monkeypatch):
     """Given signs, to the last digits; of 16 whose second moments are I the mean is the trace."""
     signs = jnp.asarray(scipy.linalg.hadamard(16)[:, :V], jnp.float64)
-    probes = lambda key, count, weight: trace.Pulled((signs @ weight)[:count], signs[:count])
-    monkeypatch.setattr(trace, "_probes", probes)
-    monkeypatch.setattr(trace, "_GROUP", 8)
-    monkeypatch.setattr(trace, "tile_size", lambda *_: 3)
+    probes = lambda key, count, weight: ((signs @ weight)[:count], signs[:count])
+    monkeypatch.setattr(trace_probed, "draw_probes", probes)
+    monkeypatch.setattr(passes, "GROUP", 8)
+    monkeypatch.setattr(blocks, "tile_size", lambda *_: 3)
     for count in (16, 8):
         found, total = of_probes(name, np.asarray(signs[:count]))
         expected = {part: x.mean(axis=0) for part, x in found.items()}
@@ -66,8 +66,8 @@ def test_probes_in_groups_and_tiles(name, x64, monkeypatch):
 @pytest.mark.slow
 def test_rows_of_the_factor_in_groups_and_tiles(x64, monkeypatch, tmp_path):
     """Eight rows of R in groups of three: passes that are done are not made again."""
-    monkeypatch.setattr(trace, "_GROUP", 3)
-    monkeypatch.setattr(trace, "tile_size", lambda *_: 2)
+    monkeypatch.setattr(passes, "GROUP", 3)
+    monkeypatch.setattr(blocks, "tile_size", lambda *_: 2)
     expected, done = traces("gpt2-tied", A, B), []
 
     def progress(*at):

@@ -14,11 +14,12 @@ import jax
 import plans
 import pytest
 
-from jaxdyn.commands.plan import PlanConfig
+from jaxdyn.commands.plan import planned_run
+from jaxdyn.commands.plan_options import PlanOptions
 from jaxdyn.distributed import make_mesh
 from jaxdyn.plan.chips import CHIPS
+from jaxdyn.plan.cost import Cost
 from jaxdyn.plan.demand import Demand, demand_of, exhausted
-from jaxdyn.plan.hlo import Cost
 from jaxdyn.plan.programs import Setting
 from jaxdyn.presets import SHAPES
 from jaxdyn.sections import MeshConfig
@@ -35,7 +36,7 @@ TINY = SHAPES["tiny"]
 
 def setting(data, fsdp, tensor):
     mesh = make_mesh(MeshConfig(data, fsdp, tensor), jax.devices()[: data * fsdp * tensor])
-    return Setting(TINY, PlanConfig("tiny", **OPTIONS).run, mesh)
+    return Setting(TINY, planned_run(PlanOptions("tiny", **OPTIONS)), mesh)
 
 
 @pytest.fixture(scope="module")

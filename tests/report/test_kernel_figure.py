@@ -1,17 +1,16 @@
+import dataclasses
 import json
 
-import jax.numpy as jnp
+import jax
 import matplotlib
 import numpy as np
 import pytest
 
-from jaxdyn.kernels import component_shares
-from jaxdyn.kernels import effective_rank as effective_rank_of
-from jaxdyn.kernels import spectrum as spectrum_of
+from jaxdyn.kernels import summarize
 from jaxdyn.report import kernel_figure as figure
-from jaxdyn.report.kernel_file import COMPONENTS, SavedKernel, load_kernel
+from jaxdyn.report.kernel_file import SavedKernel, load_kernel
 from jaxdyn.report.plotting import STYLE
-from jaxdyn.types import Components, JaxdynError
+from jaxdyn.types import COMPONENTS, JaxdynError
 
 NAMES = ("ant", "bee", "cat")
 
@@ -49,7 +48,9 @@ def saved_kernel(count=12, tied=True, features=True, parts=True, rng_seed=0, **c
             "config": {"num_probes": None},
         },
     }
-    return SavedKernel(**(fields | changes))
+    fields |= changes
+    statistics = summarize(fields, fields["parts"], fields["features"])
+    return SavedKernel(**fields, statistics=statistics)
 
 
 # -- the file -------------------------------------------------------------------------------------
@@ -61,10 +62,12 @@ def test_a_file_holds_all_of_it(tmp_path):
     again = load_kernel(tmp_path / "k.npz")
     assert again.about == saved.about
     assert set(again.parts) == {"attention", "embedding"}
-    for kind in again.parts:
-        np.testing.assert_array_equal(again.parts[kind], saved.parts[kind])
+    assert set(again.statistics) == set(saved.statistics)
+    for kept, given in ((again.parts, saved.parts), (again.statistics, saved.statistics)):
+        for name, x in kept.items():
+            np.testing.assert_array_equal(x, given[name])
     for name in vars(saved):
-        if name not in ("about", "parts"):
+        if name not in ("about", "parts", "statistics"):
             ours, theirs = getattr(saved, name), getattr(again, name)
             np.testing.assert_array_equal(theirs, ours, err_msg=name)
             assert theirs.dtype == ours.dtype
@@ -90,8 +93,8 @@ def without(path, *names, **changes):
         (lambda p: np.save(p.open("wb"), np.ones(3)), "is not a kernel file"),
         (lambda p: np.savez(p, x=1), "it has no description"),
         (lambda p: np.savez(p, x=np.array([{}])), "is not a kernel file"),
-        (lambda p: np.savez(p, about="[1]"), "wanted 'jaxdyn kernel 1', got None"),
-        (lambda p: np.savez(p, about='{"format": "x"}'), "wanted 'jaxdyn kernel 1', got 'x'"),
+        (lambda p: np.savez(p, about="[1]"), "wanted 'jaxdyn kernel 2', got None"),
+        (lambda p: np.savez(p, about='{"format": "x"}'), "wanted 'jaxdyn kernel 2', got 'x'"),
         (lambda p: without(p, "gradient"), "has no gradient"),
         (lambda p: without(p, cross=np.ones(12)), r"cross should be \[12, 12\], got \[12\]"),
     ],
@@ -130,27 +133,38 @@ def test_a_place_without_a_cosine_still_has_its_place():
     np.testing.assert_allclose(values[1, 2], kernel[1, 2] / np.sqrt(kernel[1, 1] * kernel[2, 2]))
 
 
-def test_numbers_are_those_of_the_library(x64):
+def test_the_panels_draw_what_is_stored():
+    """Every line, bar and label, of numbers that no kernel has."""
     saved = saved_kernel()
-    shares = component_shares(Components(*(jnp.asarray(getattr(saved, n)) for n in COMPONENTS)))
-    for name in COMPONENTS:
-        mine = figure.share(getattr(saved, name), saved.total)
-        np.testing.assert_allclose(mine, getattr(shares, name), rtol=1e-12)
-    values = figure.spectrum(saved.total)
-    np.testing.assert_allclose(
-        values, spectrum_of(jnp.asarray(saved.total)), rtol=1e-10, atol=1e-10
-    )
-    np.testing.assert_allclose(
-        figure.effective_rank(values), effective_rank_of(jnp.asarray(values)), rtol=1e-12
-    )
+    made_up = np.random.default_rng(3)
+    draw = lambda x: made_up.uniform(0.1, 1, x.shape)
+    saved = dataclasses.replace(saved, statistics=jax.tree.map(draw, saved.statistics))
+    axes = matplotlib.figure.Figure().subplots(4)
+    stored = saved.statistics
+    figure.draw_spectra(axes[0], saved)
+    for line, name in zip(axes[0].lines, ("total", *COMPONENTS), strict=True):
+        values = np.sort(stored[f"spectrum/{name}"])[::-1]
+        np.testing.assert_allclose(line.get_ydata(), values / values.sum())
+        assert line.get_label() == f"{name}, {stored[f'effective_rank/{name}']:.1f}"
+    figure.draw_shares(axes[1], saved)
+    for bars, name in zip(axes[1].containers, COMPONENTS, strict=True):
+        np.testing.assert_allclose([bar.get_height() for bar in bars], stored[f"share/{name}"])
+    figure.draw_feature_cosines(axes[2], saved)
+    assert f"mean {stored['features/cosines'].mean():.2f}" in axes[2].texts[0].get_text()
+    figure.draw_layers(axes[3], saved)
+    for line, kind in zip(axes[3].lines, saved.parts, strict=False):
+        np.testing.assert_allclose(line.get_ydata(), stored[f"share_by_layer/{kind}"])
 
 
-def test_shares_on_and_off_the_diagonal():
-    total, part = np.array([[2.0, 1.0], [1.0, 2.0]]), np.array([[1.0, -1.0], [-1.0, 1.0]])
-    on = np.eye(2, dtype=bool)
-    assert figure.share(part, total, on) == 0.5
-    assert figure.share(part, total, ~on) == -1.0
-    assert figure.share(part, total) == 2 / 10
+def test_a_file_of_the_first_format_is_read_but_not_drawn(tmp_path):
+    saved = saved_kernel()
+    saved.write(tmp_path / "k.npz")
+    about = json.dumps({**saved.about, "format": "jaxdyn kernel 1"})
+    without(tmp_path / "k.npz", *saved.statistics, about=about)
+    again = load_kernel(tmp_path / "k.npz")
+    np.testing.assert_array_equal(again.total, saved.total)
+    with pytest.raises(JaxdynError, match="earlier format, without spectra: compute it again"):
+        figure.draw_kernel(tmp_path / "k.npz", tmp_path / "k.png")
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import tyro
 
-from jaxdyn.rewards import RewardConfig, make_reward
+from jaxdyn.rewards import BUILT_IN, Length, RegexMatch, RewardConfig, make_reward
 from jaxdyn.types import JaxdynError
 
 PROMPTS = ["abc=", "abc=", "xyz="]
@@ -75,22 +75,25 @@ def test_weighted_total():
 
 
 def test_the_users_own_by_path_with_unscorable_completions(mine):
-    output = evaluate("anagram", f"{mine}:sometimes", f"{mine}.never", weights=(1.0, 0.5, 9.0))
+    output = evaluate("anagram", f"{mine}:sometimes", f"{mine}.never", weights=(1.0, 0.5, 0.0))
     np.testing.assert_array_equal(output.values["sometimes"], [3, np.nan, 3])
-    # Left out of the mean, and nothing to the total.
+    # Left out of the mean, and unscorable as a whole: a sum without a term is another quantity.
     assert output.means["sometimes"] == 3
     assert math.isnan(output.means["never"])
-    np.testing.assert_array_equal(output.total, [2.5, 0, 2.5])
+    np.testing.assert_array_equal(output.total, [2.5, np.nan, 2.5])
+    # A function without a weight takes nothing away.
+    weighed = evaluate("anagram", f"{mine}:never", weights=(1.0, 1e-9))
+    np.testing.assert_array_equal(weighed.total, [np.nan] * 3)
     np.testing.assert_array_equal(evaluate(f"{mine}:scalars").total, [1, 0, 1])
 
 
 def test_options_reach_the_functions():
-    options = {"pattern": "b$", "min_length": 3, "max_length": 3}
+    options = {"regex_match": RegexMatch("b$"), "length": Length(3, 3)}
     output = evaluate("regex_match", "length", **options)
     np.testing.assert_array_equal(output.values["regex_match"], [1, 0, 0])
     np.testing.assert_array_equal(output.values["length"], [1, 0, 1])
     # A column of the examples never stands in for an option.
-    reward = make_reward(RewardConfig(("regex_match",), pattern="a"))
+    reward = make_reward(RewardConfig(("regex_match",), regex_match=RegexMatch("a")))
     assert reward(["p"], ["a"], {"pattern": ["b"]}).total == [1]
     # Nor one called like an argument for it.
     assert reward(["p"], ["a"], {"completions": ["b"], "prompts": ["c"]}).total == [1]
@@ -135,7 +138,7 @@ def test_an_answer_that_does_not_fit_names_the_example():
         ("broken_rewards.f", "ModuleNotFoundError: No module named 'absent_module'"),
         ("my_rewards:absent", "cannot import.*AttributeError"),
         ("my_rewards:constant", "is a int, not a function"),
-        ("regex_match", "needs pattern"),
+        ("regex_match", "^reward.regex_match.pattern must be set, got ''$"),
     ],
 )
 def test_a_reward_that_cannot_be_found(mine, path, message):
@@ -145,15 +148,50 @@ def test_a_reward_that_cannot_be_found(mine, path, message):
 
 
 def test_config_errors(mine):
-    with pytest.raises(JaxdynError, match="2 functions but 1 weights"):
+    with pytest.raises(JaxdynError, match=r"^reward.weights must be as many as .* \(2\), got 1$"):
         RewardConfig(("anagram", "finished"), weights=(1.0,))
-    with pytest.raises(JaxdynError, match="functions is empty"):
+    with pytest.raises(JaxdynError, match=r"^reward.weights must be finite, got nan$"):
+        RewardConfig(("anagram",), weights=(math.nan,))
+    with pytest.raises(JaxdynError, match=r"^reward.functions must name at least one, got \(\)$"):
         RewardConfig(())
-    with pytest.raises(JaxdynError, match="two functions are named 'anagram'"):
+    with pytest.raises(JaxdynError, match=r"^reward.functions names 'anagram' twice$"):
         make_reward(RewardConfig(("anagram", "anagram")))
 
 
 def test_the_command_line_can_edit_it():
-    args = ["--functions", "length", "finished", "--weights", "1", "0.5", "--max-length", "9"]
+    args = ["--functions", "length", "finished", "--weights", "1", "0.5", "--length.maximum", "9"]
     config = tyro.cli(RewardConfig, args=args)
-    assert config == RewardConfig(("length", "finished"), (1.0, 0.5), max_length=9)
+    assert config == RewardConfig(("length", "finished"), (1.0, 0.5), length=Length(maximum=9))
+
+
+def test_the_help_names_every_built_in_function():
+    assert set(BUILT_IN) >= {"anagram", "finished"}
+    assert all(name in (RewardConfig.__doc__ or "") for name in BUILT_IN)
+
+
+class Counting:
+    """A scorer with a state, as a model's would have: it has been called so many times."""
+
+    def __init__(self):
+        self.calls = 0
+
+    def __call__(self, prompts, completions, **columns):
+        self.calls += 1
+        return [float(self.calls + len(text)) for text in completions]
+
+
+def test_a_scorer_that_exists_already_can_be_handed_in(mine):
+    """It comes before a built-in function or a path of its name."""
+    counting, other = Counting(), Counting()
+    names = ("model", "finished", "anagram", f"{mine}:halves")
+    scorers = {"model": counting, "finished": other, "unused": None}
+    reward = make_reward(RewardConfig(names, weights=(10.0, 1.0, 0.0, 0.0)), scorers)
+    for call in (1, 2):
+        output = reward(PROMPTS, COMPLETIONS, COLUMNS)
+        lengths = np.array([3, 1, 3])
+        np.testing.assert_array_equal(output.values["model"], call + lengths)
+        np.testing.assert_array_equal(output.total, 11 * (call + lengths))
+        np.testing.assert_array_equal(output.values["halves"], [0.5] * 3)
+    assert (counting.calls, other.calls) == (2, 2)
+    with pytest.raises(JaxdynError, match="unknown reward 'model'"):
+        make_reward(RewardConfig(("model",)))

@@ -15,6 +15,7 @@ from jaxdyn.rl import (
     AdvantageConfig,
     LossConfig,
     Normalizer,
+    ScoredBatch,
     aggregate,
     drop_truncated,
     estimate_advantages,
@@ -127,13 +128,14 @@ def by_hand(config, new, old, ref, advantages, mask, entropy, held=None):
                 # one term a sequence, spread over its tokens
                 "rloo": clip(np.exp(log_ratio), a) / len(tokens),
             }.get(config.loss_type, clip(ratio, a))
-            terms.append(term + in_loss * kl - config.entropy_coefficient * entropy[b, t])
+            terms.append(term + in_loss * kl)
         rows.append((sum(terms), len(tokens)))
+    bonus = config.entropy_coefficient * entropy[mask].mean()
     kind = MEANS.get(config.aggregation or config.loss_type, "token")
     if kind == "token":
-        return sum(total for total, _ in rows) / sum(count for _, count in rows)
+        return sum(total for total, _ in rows) / sum(count for _, count in rows) - bonus
     scale = {"mean": lambda n: n, "sum": lambda n: 1, "constant": lambda n: LONGEST}[kind]
-    return sum(total / scale(count) for total, count in rows) / len(rows)
+    return sum(total / scale(count) for total, count in rows) / len(rows) - bonus
 
 
 def value_and_grad(config, new, old, ref, advantages, mask, entropy=None, normalizer=None):
@@ -179,8 +181,8 @@ def test_values_and_gradients_are_those_of_trl_and_tunix(data, case):
 def test_advantages_are_those_of_trl_and_tunix(name, case, config, loss):
     data = json.loads((GOLDEN / f"{name}.json").read_text())
     rewards = jnp.asarray(data["rewards"], jnp.float32)
-    mask = jnp.asarray(data["mask"], bool)
-    got, returns = estimate_advantages(config, loss, rewards, data["num_generations"], mask)
+    batch = ScoredBatch(rewards, jnp.ones(len(rewards), bool), jnp.asarray(data["mask"], bool))
+    got, returns = estimate_advantages(config, loss, batch, data["num_generations"])
     np.testing.assert_allclose(got, data["cases"][case]["advantages"], rtol=0, atol=1e-6)
     assert returns is None
 
@@ -293,15 +295,30 @@ def test_no_old_log_probs_means_ratio_one(x64):
     assert "kl" not in metrics
 
 
-def test_clip_ratios_count_where_a_bound_took_effect(x64):
-    old = np.zeros((2, 4))
-    new = np.log([[1.5, 0.5, 1.1, 1.3], [1.5, 0.5, 0.7, 9.0]])
+@pytest.mark.parametrize("name", ["grpo", "dr_grpo", "dapo", "ppo", "cispo", "gspo", "rloo"])
+def test_clip_ratios_are_shares_of_tokens_or_of_sequences(name, x64):
+    """However the loss averages, and however long a completion may be."""
+    ratios = np.array([[1.5, 0.5, 1.1, 1.3], [1.5, 0.5, 0.7, 9.0]])
     mask = np.array([[1, 1, 1, 1], [1, 1, 1, 0]], bool)
     advantages = np.array([1.0, -1.0])
-    metrics = value_and_grad(LossConfig(), new, old, None, advantages, mask)[1]
-    # A > 0: 1.5 and 1.3 exceed 1.2, two of four. A < 0: 0.5 and 0.7 fall below 0.8, two of three.
-    np.testing.assert_allclose(metrics["clip_ratio/high_mean"], (2 / 4) / 2, rtol=1e-14)
-    np.testing.assert_allclose(metrics["clip_ratio/low_mean"], (2 / 3) / 2, rtol=1e-14)
+    high = {"cispo": {"epsilon_high": 1.2}}.get(name, {})
+    metrics = value_and_grad(
+        LossConfig(loss_type=name, **high), np.log(ratios), 0 * ratios, None, advantages, mask
+    )[1]
+    # A > 0: 1.5 and 1.3 exceed 1.2. A < 0: 0.5 and 0.7 fall below 0.8. Of seven tokens.
+    want = {"high": 2 / 7, "low": 2 / 7}
+    if name == "cispo":  # caps whatever the advantage's sign
+        want = {"high": 3 / 7}
+    if name in ("gspo", "rloo"):  # the sequences' ratios are 1.0725 and 0.525, or their roots
+        want = {"high": 1 / 2 if name == "gspo" else 0, "low": 1 / 2}
+    got = {key: value for key, value in metrics.items() if key.startswith("clip_ratio/")}
+    assert got.keys() == {f"clip_ratio/{side}_mean" for side in want}
+    for side, share in want.items():
+        np.testing.assert_allclose(got[f"clip_ratio/{side}_mean"], share, rtol=1e-14)
+
+
+def test_only_ppo_learns_a_value_head():
+    assert [name for name in LOSSES if LossConfig(loss_type=name).critic] == ["ppo"]
 
 
 def test_kl_metric_is_the_mean_over_tokens(x64):
@@ -426,10 +443,11 @@ def test_truncated_completions_have_no_loss_but_count_as_sequences(x64):
     assert (grad[np.array([1, 4])] == 0).all()
 
 
-def test_the_entropy_bonus_raises_entropy(x64):
-    """d loss / d entropy is -c times the aggregate's weights."""
+@pytest.mark.parametrize("loss_type", ["grpo", "dr_grpo", "dapo", "rloo"])
+def test_the_entropy_bonus_raises_entropy(loss_type, x64):
+    """d loss / d entropy is -c times the weights of a mean over tokens, however a loss averages."""
     new, old, _, advantages, mask, entropy = map(jnp.asarray, arrays())
-    config = LossConfig(loss_type="dapo", entropy_coefficient=0.3)
+    config = LossConfig(loss_type=loss_type, entropy_coefficient=0.3)
     loss = lambda h: policy_loss(config, new, old, None, advantages, mask, None, h)[0]
     grad = jax.grad(loss)(jnp.where(mask, entropy, jnp.nan))
     np.testing.assert_allclose(grad, np.where(mask, -0.3 / mask.sum(), 0), rtol=1e-13)
@@ -509,41 +527,44 @@ def test_expected_gradient_of_k1_in_the_reward_is_that_of_the_kl(site):
     "fields, words",
     [
         ({"loss_type": "ppo2"}, "loss_type must be one of .*'ppo2'"),
-        ({"beta": -0.1}, "beta must be 0 or more, got -0.1"),
-        ({"beta": float("nan")}, "beta must be 0 or more, got nan"),
-        ({"epsilon": 0.0}, "epsilon must lie between 0 and 1, got 0.0"),
-        ({"epsilon": 1.5}, "epsilon must lie between 0 and 1, got 1.5"),
-        ({"epsilon_high": -0.2}, "epsilon_high must be above 0, got -0.2"),
+        ({"beta": -0.1}, "beta must be at least 0, got -0.1"),
+        ({"beta": float("nan")}, "beta must be finite, got nan"),
+        ({"epsilon": 0.0}, r"epsilon must lie in \(0, 1\), got 0.0"),
+        ({"epsilon": 1.5}, r"epsilon must lie in \(0, 1\), got 1.5"),
+        ({"epsilon_high": -0.2}, "epsilon_high must be positive, got -0.2"),
         ({"delta": 1.0}, "delta must be above 1, got 1.0"),
-        ({"delta": float("inf")}, "delta must be above 1, got inf"),
-        ({"entropy_coefficient": -1.0}, "entropy_coefficient must be 0 or more, got -1.0"),
+        ({"delta": float("inf")}, "delta must be finite, got inf"),
+        ({"entropy_coefficient": -1.0}, "entropy_coefficient must be at least 0, got -1.0"),
         ({"aggregation": "mean"}, "aggregation must be one of .*'mean'"),
         ({"kl_estimator": "k4"}, "kl_estimator must be one of .*'k4'"),
         ({"kl_placement": "both"}, "kl_placement must be one of .*'both'"),
-        ({"kl_placement": "reward"}, "kl_placement is 'reward' but beta is 0"),
-        ({"use_bias_correction_kl": True}, "use_bias_correction_kl but beta is 0"),
+        ({"kl_placement": "reward"}, "kl_placement is 'reward' but loss.beta is 0"),
+        ({"use_bias_correction_kl": True}, "use_bias_correction_kl needs a KL in the loss, got be"),
         (
             {"kl_placement": "reward", "beta": 0.1, "use_bias_correction_kl": True},
-            "use_bias_correction_kl needs kl_placement 'loss'",
+            "use_bias_correction_kl needs a KL in the loss, got beta 0.1 and kl_placement 'reward'",
         ),
-        ({"loss_type": "rloo", "aggregation": "token-mean"}, "rloo weighs whole sequences"),
-        ({"loss_type": "gspo", "aggregation": "dapo"}, "gspo weighs whole sequences"),
-        ({"loss_type": "reinforce", "epsilon": 0.1}, "reinforce has no use for epsilon, got 0.1"),
-        ({"loss_type": "reinforce", "epsilon_high": 0.3}, "reinforce has no use for epsilon_high"),
-        ({"loss_type": "reinforce", "delta": 2.0}, "reinforce has no use for delta, got 2.0"),
-        ({"loss_type": "cispo", "epsilon": 0.1}, "cispo has no use for epsilon, got 0.1"),
-        ({"loss_type": "cispo", "delta": 3.0}, "cispo has no use for delta, got 3.0"),
-        ({"loss_type": "cispo", "epsilon_high": 0.28}, "must be 1 or more, got 0.28"),
-        ({"value_clip": 0.3}, "grpo has no use for value_clip, got 0.3"),
-        ({"value_clip": None}, "grpo has no use for value_clip, got None"),
-        ({"loss_type": "dapo", "value_coefficient": 1.0}, "dapo has no use for value_coefficient"),
-        ({"loss_type": "ppo", "value_clip": 0.0}, "value_clip must be above 0, got 0.0"),
-        ({"loss_type": "ppo", "value_coefficient": -0.1}, "value_coefficient must be 0 or more"),
+        (
+            {"loss_type": "rloo", "aggregation": "token-mean"},
+            "aggregation must be 'sequence-mean-token-sum' for rloo, .*, got 'token-mean'",
+        ),
+        ({"loss_type": "gspo", "aggregation": "dapo"}, "aggregation must be .*, got 'dapo'"),
+        ({"loss_type": "reinforce", "epsilon": 0.1}, "epsilon is of no use to reinforce, got 0.1"),
+        ({"loss_type": "reinforce", "epsilon_high": 0.3}, "epsilon_high is of no use to reinforce"),
+        ({"loss_type": "reinforce", "delta": 2.0}, "delta is of no use to reinforce, got 2.0"),
+        ({"loss_type": "cispo", "epsilon": 0.1}, "epsilon is of no use to cispo, got 0.1"),
+        ({"loss_type": "cispo", "delta": 3.0}, "delta is of no use to cispo, got 3.0"),
+        ({"loss_type": "cispo", "epsilon_high": 0.28}, "epsilon_high must be at least 1 .* 0.28"),
+        ({"value_clip": 0.3}, "value_clip is of no use to grpo, got 0.3"),
+        ({"value_clip": None}, "value_clip is of no use to grpo, got None"),
+        ({"loss_type": "dapo", "value_coefficient": 1.0}, "value_coefficient is of no use to dapo"),
+        ({"loss_type": "ppo", "value_clip": 0.0}, "value_clip must be positive, got 0.0"),
+        ({"loss_type": "ppo", "value_coefficient": -0.1}, "value_coefficient must be at least 0"),
     ],
 )
 def test_nonsense_is_refused_by_name(fields, words, monkeypatch):
     monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)  # as outside the tests
-    with pytest.raises(JaxdynError, match=words) as error:
+    with pytest.raises(JaxdynError, match=rf"^loss\.{words}") as error:
         LossConfig(**fields)
     assert "\n" not in str(error.value)
 
@@ -555,7 +576,7 @@ ROW = jnp.zeros((1, 2)), None, None, jnp.ones(1), jnp.ones((1, 2), bool)
     "config, words",
     [
         (LossConfig(beta=0.1), "there are no reference log-prob"),
-        (LossConfig(entropy_coefficient=0.1), "entropy_coefficient is 0.1 but entropy is not"),
+        (LossConfig(entropy_coefficient=0.1), "entropy_coefficient is 0.1 but there is no entropy"),
     ],
 )
 def test_what_a_config_asks_for_must_be_there(config, words):

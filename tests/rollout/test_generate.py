@@ -15,7 +15,7 @@ from jaxdyn.models import LanguageModel
 from jaxdyn.rl import token_statistics
 from jaxdyn.rollout import SamplingConfig, generate, step_key, trim
 from jaxdyn.rollout.generate import cache_sizes
-from jaxdyn.types import JaxdynError, KVCache, PromptBatch, Rollout
+from jaxdyn.types import JaxdynError, KVCache, Model, PromptBatch, Rollout
 
 VOCAB = 31
 # The oracles' tiny models, wider, so that sampled log-probs differ.
@@ -281,12 +281,17 @@ class _Context:
 
 
 @dataclasses.dataclass(frozen=True)
-class Chain:
-    """Token v is followed by `successor[v]`; features are one-hot, `view` holds the successors."""
+class Chain(Model):
+    """Token v is followed by `successor[v]`; features are one-hot, W holds the successors."""
 
     vocab: int
     config: _Context = _Context()
     steps: ClassVar[list[int]] = []
+    dtype: ClassVar = jnp.float32
+    shards: ClassVar[int] = 1
+
+    def view(self, params):
+        return params
 
     def prefill(self, backbone, tokens, mask):
         cache = jnp.zeros((1, tokens.shape[0], 1, tokens.shape[1], 1))
@@ -374,13 +379,13 @@ def test_prompts_beyond_the_context_are_refused():
     "fields, words",
     [
         ({"max_completion_length": 0}, "max_completion_length must be at least 1, got 0"),
-        ({"temperature": -1.0}, "temperature must be 0 .greedy. or above, got -1.0"),
-        ({"temperature": float("nan")}, "temperature must be 0 .greedy. or above, got nan"),
-        ({"top_k": -1}, "top_k must be 0 .off. or above, got -1"),
-        ({"top_p": 0.0}, "top_p must lie above 0 .*, got 0.0"),
-        ({"top_p": 1.5}, "top_p must lie above 0 .*, got 1.5"),
+        ({"temperature": -1.0}, "temperature must be at least 0, got -1.0"),
+        ({"temperature": float("nan")}, "temperature must be finite, got nan"),
+        ({"top_k": -1}, "top_k must be at least 0, got -1"),
+        ({"top_p": 0.0}, r"top_p must lie in \(0, 1\], got 0.0"),
+        ({"top_p": 1.5}, r"top_p must lie in \(0, 1\], got 1.5"),
     ],
 )
 def test_settings_out_of_range_are_refused(fields, words):
-    with pytest.raises(JaxdynError, match=words):
+    with pytest.raises(JaxdynError, match=rf"^sampling\.{words}"):
         SamplingConfig(**fields)

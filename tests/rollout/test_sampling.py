@@ -59,6 +59,35 @@ def test_ties_with_the_last_token_kept_are_kept():
     np.testing.assert_array_equal(np.isfinite(got[0]), [True, True, True, False])
 
 
+WIDE = {
+    "one masked by -1e30": [-1e30, 1.0, 1.0 + 2**-20, 0.5],
+    "all but two masked": [-1e30, -1e30, 3.0, 3.0 + 2**-20],
+    "masked by -inf": [-np.inf, 0.25, 0.5, -np.inf],
+    "all but two -inf": [-np.inf, -np.inf, -1e-30, 1e-30],
+    "of every size": [-1e38, -1.0, -1e-37, 0.0, 1e-37, 1e-20, 1.0, 3e38],
+    "next to each other": [1.0, 1.0 + 2**-23, 1.0 + 2**-22, -3e38],
+    "both zeros": [-0.0, 0.0, -1.0, 1.0],
+}
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize("name", WIDE)
+def test_the_kth_largest_logit_is_found_whatever_the_range(name, dtype, x64):
+    """Against a sort; ties with the last are kept."""
+    f = np.array(WIDE[name], dtype)
+    for k in range(1, len(f) + 1):
+        got = jax.jit(filtered)(jnp.asarray(f)[None], jnp.int32(k), jnp.float32(1.0))[0]
+        expected = np.where(f >= np.sort(f)[-k], f, -np.inf)
+        np.testing.assert_array_equal(got, expected, err_msg=f"k = {k}")
+
+
+def test_the_nucleus_is_found_beside_masked_tokens():
+    logits = jnp.log(jnp.asarray([[0.0, 0.5, 0.3, 0.2, 0.0]])).at[0, 4].set(-1e30)
+    for top_p, kept in ((0.4, [1]), (0.7, [1, 2]), (0.9, [1, 2, 3])):
+        got = filtered(logits, jnp.int32(0), jnp.float32(top_p))[0]
+        np.testing.assert_array_equal(np.flatnonzero(np.isfinite(got)), kept)
+
+
 def test_equal_logits_survive_every_filter():
     logits = jnp.zeros((1, 5))
     assert np.isfinite(filtered(logits, jnp.int32(2), jnp.float32(0.3))).all()

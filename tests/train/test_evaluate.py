@@ -85,7 +85,7 @@ def config(root):
     changes = {
         "evaluation__temperatures": TEMPERATURES,
         "evaluation__metrics": ("finished", "length"),
-        "reward__min_length": 3,
+        "reward__length__minimum": 3,
         "train__steps": 2,
         "evaluation__every": 1,
     }

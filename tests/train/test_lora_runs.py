@@ -7,8 +7,8 @@ import tiny_runs
 from flax.traverse_util import flatten_dict
 from test_resume import Killed, assert_same_run, at_call
 
-from jaxdyn.commands.kernel import open_subject
-from jaxdyn.commands.kernel_options import KernelConfig
+from jaxdyn.commands.kernel_options import KernelOptions
+from jaxdyn.commands.kernel_subject import open_subject
 from jaxdyn.config import RunConfig
 from jaxdyn.grammar import load_config
 from jaxdyn.kernels import log_prob_kernel
@@ -112,10 +112,10 @@ def test_export_merges_and_the_analysis_repeats_the_run(both_run, tmp_path):
 
 
 def test_kernels_of_a_run_are_merged_but_in_adams_metric_of_the_adapters(both_run):
-    config = KernelConfig(run=str(both_run), prompts="unread", output="unwritten")
+    config = KernelOptions(run=str(both_run), prompts="unread", output="unwritten")
     merged = open_subject(config)
     assert not has_adapters(merged.params) and merged.preconditioner is None
-    own = open_subject(KernelConfig(**{**vars(config), "preconditioned": True}))
+    own = open_subject(KernelOptions(**{**vars(config), "preconditioned": True}))
     p = flatten_dict(own.preconditioner)
     assert all(np.any(x) == (path[-1] in ("lora_a", "lora_b")) for path, x in p.items())
     sites = Sites(

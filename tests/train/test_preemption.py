@@ -34,14 +34,23 @@ def told_in_call(number, original):
     return function
 
 
-def test_a_second_signal_ends_at_once():
+@pytest.fixture
+def interruptible():
+    """Ctrl-C as in the foreground; a suite in the background ignores it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+def test_a_second_signal_ends_at_once(interruptible):
     before = signal.getsignal(signal.SIGTERM)
     with Preemption() as preemption:
         assert not preemption.reached()
         os.kill(os.getpid(), signal.SIGTERM)
         assert preemption.reached()
         assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
-        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
     assert signal.getsignal(signal.SIGTERM) == before
     reached = []
     thread = threading.Thread(target=lambda: reached.append(watched()))

@@ -119,7 +119,7 @@ def test_ppo_learns_values_beside_the_policy(root, schedule, tmp_path):
     changes = {
         "loss__loss_type": "ppo",
         "loss__value_clip": None,
-        "reward__pattern": ".?",
+        "reward__regex_match__pattern": ".?",
         "train__steps": 20,
         "train__num_iterations": 2,
         "evaluation__every": 0,

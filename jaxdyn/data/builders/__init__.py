@@ -1,4 +1,4 @@
-"""TensorFlow Datasets builders, one a module; they are imported when a data set is first used."""
+"""The TensorFlow Datasets builder; it is imported when a data set is first used."""
 
 import tensorflow_datasets as tfds
 

@@ -21,26 +21,15 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxdyn.hosts import fetch
-from jaxdyn.kernels.blocks import (
-    assemble,
-    attention_bytes,
-    budget_of,
-    nbytes,
-    tile_size,
-    workspace_of,
-)
+from jaxdyn.kernels.blocks import assemble, tiling
+from jaxdyn.kernels.execution import Execution, budget_of, method_of, require_options
 from jaxdyn.kernels.gram import contract, factorize
+from jaxdyn.kernels.memory import attention_bytes, nbytes
 from jaxdyn.kernels.parts import require_merged
 from jaxdyn.kernels.plain import plain_kernels
 from jaxdyn.kernels.preconditioner import roots_of
-from jaxdyn.kernels.result import Execution, Kernel
-from jaxdyn.kernels.sites import (
-    Rows,
-    sequence_rows,
-    site_rows,
-    with_chosen,
-    with_cotangents,
-)
+from jaxdyn.kernels.result import Kernel
+from jaxdyn.kernels.rows import Rows, sequence_rows, site_rows, with_chosen, with_cotangents
 from jaxdyn.types import JaxdynError, Model, Params, Rollout, Sites
 
 PATHS = ("representation", "cross")
@@ -66,7 +55,7 @@ def log_prob_kernel(
 
     Args:
       model: a `LanguageModel`.
-      params: its parameters, as stored or as a view.
+      params: its parameters, as stored.
       sites_a: N sites.
       sites_b: M sites, in sequences of any length; without them, `sites_a` again.
       preconditioner: P of the metric, shaped as the parameters, as `adam_preconditioner` gives it:
@@ -219,10 +208,11 @@ def _kernels(
     execution: Execution,
 ) -> dict[str, np.ndarray]:
     """Representation, cross and the gradient component by kind, [(L,) N, K, M, J]."""
-    budget, method = budget_of(execution), execution.get("method", "auto")
+    require_options(execution)
+    budget, method = budget_of(execution), method_of(execution)
     view, roots = model.view(params), roots_of(model, params, preconditioner)
-    held = sum(len(r.tokens) * r.outputs for r in (rows, columns) if r is not None)
-    gradients = held * nbytes(view)
+    both = [r for r in (rows, columns) if r is not None]
+    gradients = sum(len(r.tokens) * r.outputs for r in both) * nbytes(view)
     if method == "plain" or (method == "auto" and gradients <= min(TINY, budget)):
         if gradients > budget:
             raise JaxdynError(
@@ -230,19 +220,12 @@ def _kernels(
                 f"{budget}; method 'gram' holds none"
             )
         return fetch(plain_kernels(model, view, roots, rows, columns))
-    if method not in ("auto", "gram"):
-        raise JaxdynError(f"method must be 'auto', 'plain' or 'gram', got {method!r}")
     require_merged(params)
-
-    workspace, spare = workspace_of(budget)
-    sizes = (len(rows.tokens), len((columns or rows).tokens))
-    most = lambda name: max(getattr(r, name).shape[1] for r in (rows, columns) if r is not None)
-    held, working = row_bytes(model, most("tokens"), most("positions"), rows.outputs)
+    slots, counted = (max(getattr(r, n).shape[1] for r in both) for n in ("tokens", "positions"))
+    tiles = tiling(rows, columns, *row_bytes(model, slots, counted, rows.outputs), budget)
     return assemble(
         f"{kind} {model!r}",
-        rows,
-        columns,
-        tile_size(sizes, columns is None, held, working, budget - spare),
+        tiles,
         (view, roots),
         lambda operands, tile: factorize(model, *operands, tile),
         lambda operands, left, right: contract(
@@ -251,7 +234,7 @@ def _kernels(
             right,
             tied=model.config.tied,
             biased=model.config.classifier_bias,
-            workspace=workspace,
+            workspace=tiles.workspace,
         ),
         execution,
     )

@@ -1,0 +1,67 @@
+"""The options of the commands that have few."""
+
+import dataclasses
+from typing import Annotated, Literal
+
+import tyro
+
+from jaxdyn.errors import JaxdynError
+
+
+@dataclasses.dataclass(frozen=True)
+class QuickstartOptions:
+    """Make a small Pythia-like model, train it on anagrams until it is partly right, run standard
+    and classifier-first RL from that checkpoint, and write the report. Needs no network.
+
+    Attributes:
+      output: where everything goes.
+      seed: seed of the model, the data order and the sampling.
+    """
+
+    output: str = "runs/quickstart"
+    seed: int = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class AnalyzeOptions:
+    """Take again the update that follows each checkpoint of RUN, and measure what it did.
+
+    Attributes:
+      run: the run's directory.
+      output: where to write; RUN/analysis when not given.
+    """
+
+    run: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
+    output: str | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class ReportOptions:
+    """Figures, tables and one self-contained HTML page about the runs.
+
+    Attributes:
+      runs: run directories.
+      output: where to write; by default `report` in the run, or in the runs' common parent.
+    """
+
+    runs: Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
+    output: str | None = None
+
+    def __post_init__(self):
+        if not self.runs:
+            raise JaxdynError("jaxdyn report needs at least one run directory")
+
+
+@dataclasses.dataclass(frozen=True)
+class ExportOptions:
+    """Write the model of RUN as a Hugging Face directory.
+
+    Attributes:
+      run: the run's directory.
+      output: the directory to write.
+      step: which checkpoint, or "best" (train.keep_best); the newest when not given.
+    """
+
+    run: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
+    output: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="OUTPUT")]
+    step: int | Literal["best"] | None = None

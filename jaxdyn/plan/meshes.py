@@ -1,0 +1,110 @@
+"""Ways to divide a run's work over a slice: meshes that suit it, and the batch one can hold."""
+
+import dataclasses
+import itertools
+import math
+from collections.abc import Callable
+
+from jax.sharding import Mesh
+
+from jaxdyn.distributed import make_mesh, require_divisible
+from jaxdyn.models import ModelConfig
+from jaxdyn.plan.chips import Chip, Topology
+from jaxdyn.plan.demand import Demand, Program
+from jaxdyn.plan.programs import Setting
+from jaxdyn.plan.text import Number
+from jaxdyn.sections import AXES, MeshConfig
+from jaxdyn.types import JaxdynError
+
+
+@dataclasses.dataclass(frozen=True)
+class Way:
+    """A mesh, and what the programs that make a step ask of each of its devices."""
+
+    setting: Setting
+    demands: dict[str, Demand]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return tuple(self.setting.mesh.shape[axis] for axis in AXES)
+
+    @property
+    def peak(self) -> Number:
+        return max(demand.peak for demand in self.demands.values())
+
+    def fits(self, chip: Chip | None) -> bool:
+        return all(demand.fits(chip) for demand in self.demands.values())
+
+    def step_seconds(self, chip: Chip | None) -> Number:
+        """A joint step's: the prompts' pass, as many decoding steps as slots, the update.
+
+        Without a chip's figures a rate of one for all: flops alone.
+        """
+        time = lambda name: self.demands[name].least(chip)
+        steps = self.setting.run.sampling.max_completion_length
+        return time("prefill") + steps * time("decode") + time("stage 2")
+
+
+def candidates(
+    asked: MeshConfig, shape: ModelConfig, topology: Topology, num_prompts: int, most: int
+) -> list[Mesh]:
+    """The mesh that is asked for, or the first `most` of those that divide everything.
+
+    Those come first that divide the sequences' work least, then those that copy least.
+
+    Raises:
+      JaxdynError: if the topology has fewer devices, or what is asked for does not divide them, the
+        model or the batch.
+    """
+    devices = topology.devices[: asked.devices or None]
+    if asked.devices > len(topology.devices):
+        raise JaxdynError(
+            f"mesh.devices is {asked.devices}; {topology.name} has {len(topology.devices)}"
+        )
+    divide = lambda mesh: require_divisible(mesh, shape, num_prompts, "num_prompts")
+    if asked != MeshConfig(devices=asked.devices):
+        mesh = make_mesh(asked, devices)
+        divide(mesh)
+        return [mesh]
+    found = []
+    sizes = [n for n in range(1, len(devices) + 1) if len(devices) % n == 0]
+    for tensor, data in itertools.product(sizes, sizes):
+        if len(devices) % (tensor * data):
+            continue
+        mesh = make_mesh(MeshConfig(data, -1, tensor), devices)
+        try:
+            divide(mesh)
+        except JaxdynError as error:
+            refused = error
+        else:
+            found.append(mesh)
+    if not found:
+        raise JaxdynError(f"no mesh of {len(devices)} devices suits this batch: {refused}")
+    return found[:most]
+
+
+def largest_batch(
+    setting: Setting,
+    demands: dict[str, Demand],
+    room: int,
+    compile_: Callable[[Program], Demand],
+) -> dict[str, int]:
+    """The most prompts a step whose rollout and joint update fit `room` bytes, if peaks are linear.
+
+    Each is compiled at one and at two prompts for every part of the batch.
+    """
+    parts = setting.mesh.shape["data"] * setting.mesh.shape["fsdp"]
+    most = math.inf
+    for name in ("rollout", "stage 2"):
+        peaks = []
+        for count in (parts, 2 * parts):
+            train = dataclasses.replace(setting.run.train, num_prompts=count)
+            run = dataclasses.replace(setting.run, train=train)
+            other = dataclasses.replace(setting, run=run)
+            same = count == setting.run.train.num_prompts
+            program = other.rollout() if name == "rollout" else other.update("joint")
+            peaks.append((demands[name] if same else compile_(program)).peak)
+        slope = max(peaks[1] - peaks[0], 1)
+        most = min(most, 1 + (room - peaks[0]) / slope)
+    prompts = max(0, math.floor(most)) * parts
+    return {"num_prompts": prompts, "sequences": prompts * setting.run.train.num_generations}

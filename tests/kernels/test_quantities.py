@@ -1,0 +1,310 @@
+"""The battery that every quantity of the kernel passes: float64 oracles, precision, metrics.
+
+A quantity is a call and what the full Jacobians say of it, both arrays by name.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import oracles
+import pytest
+import scipy
+from kernel_oracles import (
+    BIASED,
+    NAMES,
+    PARTS,
+    A,
+    B,
+    all_sites,
+    kernels_by_kind,
+    metric,
+    random_cotangents,
+    rollout,
+    scalars,
+    sequence_scalars,
+    sequence_weights,
+    some,
+    theta,
+    tiny_model,
+    token_blocks,
+    traces,
+)
+
+from jaxdyn import kernels
+from jaxdyn.kernels import blocks, gram, trace_probed
+
+CHOSEN = [7, 2]
+SIGNS = scipy.linalg.hadamard(16)[:, : oracles.VOCAB]
+"""Sixteen probes whose second moments are the identity: they give the exact trace."""
+
+
+def both():
+    return some(all_sites(), A), some(all_sites(), B)
+
+
+def update(model, params, function=kernels.update_kernel, **options):
+    g = jnp.asarray(random_cotangents(), model.dtype)
+    return function(model, params, *both(), cotangents_a=g[A], cotangents_b=g[B], **options)
+
+
+def by_part(model, params, **options):
+    return update(model, params, kernels.update_kernel_by_part, **options)
+
+
+def log_prob_by_part(model, params, **options):
+    return kernels.update_kernel_by_part(model, params, *both(), **options)
+
+
+def sequences(model, params, **options):
+    weights = [jnp.asarray(sequence_weights(seed), model.dtype) for seed in (5, 6)]
+    return kernels.sequence_kernel(
+        model, params, rollout(), rollout(), weights_a=weights[0], weights_b=weights[1], **options
+    )
+
+
+def mean_trace(model, params, **options):
+    return kernels.trace_kernel(model, params, both()[0], mean=True, **options)
+
+
+def probed(model, params, **options):
+    key = jax.random.key(0)
+    return kernels.trace_kernel(model, params, *both(), num_probes=16, key=key, **options)
+
+
+@dataclasses.dataclass(frozen=True)
+class Quantity:
+    """`call(model, params, **options)`, and `expected(name, preconditioned=...)` in float64."""
+
+    call: Callable
+    expected: Callable
+    plain: bool = True  # whether method "plain" knows it
+
+
+per_site = lambda function: lambda model, params, **o: function(model, params, *both(), **o)
+of_score = lambda function, name, **p: function(name, theta(name)[1], A, B, **p)
+QUANTITIES = {
+    "log_prob": Quantity(per_site(kernels.log_prob_kernel), functools.partial(of_score, scalars)),
+    "log_prob by part": Quantity(log_prob_by_part, functools.partial(of_score, kernels_by_kind)),
+    "update": Quantity(update, lambda name, **p: scalars(name, random_cotangents(), A, B, **p)),
+    "update by part": Quantity(
+        by_part, lambda name, **p: kernels_by_kind(name, random_cotangents(), A, B, **p)
+    ),
+    "tokens": Quantity(
+        per_site(functools.partial(kernels.token_block, token_ids=CHOSEN)),
+        lambda name, **p: token_blocks(name, A, B, CHOSEN, **p),
+    ),
+    "sequences": Quantity(
+        sequences,
+        lambda name, **p: sequence_scalars(name, sequence_weights(5), sequence_weights(6), **p),
+    ),
+    "trace": Quantity(per_site(kernels.trace_kernel), lambda name, **p: traces(name, A, B, **p)),
+    "mean trace": Quantity(
+        mean_trace,
+        lambda name, **p: {k: x / oracles.VOCAB for k, x in traces(name, A, A, **p).items()},
+    ),
+    "probed trace": Quantity(probed, lambda name, **p: traces(name, A, B, **p), plain=False),
+}
+# Every architecture on every quantity; of those that are not slow, half are tied.
+FOUR = ("gpt_neox-untied", "llama-tied", "qwen2-untied", "gpt2-tied")
+TWO = ("gpt2-tied", BIASED)
+
+
+def cases(names, quick, quantities=QUANTITIES):
+    """All pairs, slow but for the quick names; some quantities have quick names of their own."""
+    own = lambda quantity: quick.get(quantity, quick[None]) if isinstance(quick, dict) else quick
+    marks = lambda q, n: [] if n in own(q) else [pytest.mark.slow]
+    pairs = [(q, n) for q in quantities for n in names]
+    return [pytest.param(q, n, marks=marks(q, n), id=f"{q}-{n}") for q, n in pairs]
+
+
+@pytest.fixture
+def exact_probes(monkeypatch):
+    def draw(key, count, weight):
+        signs = jnp.asarray(SIGNS, weight.dtype)
+        return signs @ weight, signs
+
+    monkeypatch.setattr(trace_probed, "draw_probes", draw)
+
+
+def arrays_of(result):
+    if isinstance(result, dict):
+        return result
+    return {part: getattr(result, part) for part in PARTS}
+
+
+def assert_close(result, expected, tolerance):
+    """Each array within `tolerance` of the largest entry expected of it."""
+    found = arrays_of(result)
+    assert found.keys() == expected.keys()
+    for name, wanted in expected.items():
+        got, scale = np.asarray(found[name]), np.abs(wanted).max()
+        assert got.shape == wanted.shape
+        np.testing.assert_allclose(got, wanted, rtol=0, atol=tolerance * scale, err_msg=name)
+
+
+# -- against full Jacobians -----------------------------------------------------------------------
+
+
+@pytest.mark.usefixtures("x64", "exact_probes")
+@pytest.mark.parametrize(
+    ("quantity", "name"), cases(NAMES, {"update": FOUR, "trace": FOUR, None: FOUR[::3]})
+)
+def test_gram(quantity, name):
+    found, model_and_params = QUANTITIES[quantity], tiny_model(name)
+    result = found.call(*model_and_params, method="gram")
+    assert_close(result, found.expected(name), 1e-9)
+    if isinstance(result, kernels.Kernel):
+        assert result.representation_form == "scalar"
+
+
+@pytest.mark.usefixtures("x64")
+@pytest.mark.parametrize(
+    ("quantity", "name"), cases(TWO, TWO[:1], [k for k, q in QUANTITIES.items() if q.plain])
+)
+@pytest.mark.parametrize("preconditioned", [False, True])
+def test_plain(quantity, name, preconditioned):
+    found, model_and_params = QUANTITIES[quantity], tiny_model(name)
+    p = metric(name) if preconditioned else None
+    result = found.call(*model_and_params, method="plain", preconditioner=p)
+    assert_close(result, found.expected(name, preconditioned=preconditioned), 1e-9)
+
+
+@pytest.mark.usefixtures("x64", "exact_probes")
+@pytest.mark.parametrize(("quantity", "name"), cases((*TWO, "llama-tied", "qwen2-untied"), TWO))
+def test_gram_in_a_metric(quantity, name):
+    found, model_and_params = QUANTITIES[quantity], tiny_model(name)
+    result = found.call(*model_and_params, method="gram", preconditioner=metric(name))
+    assert_close(result, found.expected(name, preconditioned=True), 1e-9)
+    if isinstance(result, kernels.Kernel):
+        assert result.representation_form == "diagonal"
+
+
+@pytest.mark.parametrize("name", TWO)
+def test_a_metric_of_the_views_shape(name, x64):
+    model, params = tiny_model(name)
+    p, g = model.view(metric(name)), random_cotangents()
+    options = {"cotangents_a": jnp.asarray(g), "method": "gram", "preconditioner": p}
+    result = kernels.update_kernel(model, params, all_sites(), **options)
+    assert_close(result, scalars(name, g, preconditioned=True), 1e-9)
+
+
+def test_parts_sum_to_the_gradient_component(x64):
+    model, params = tiny_model("gpt2-tied")
+    whole = update(model, params, method="gram").gradient
+    total = sum(x.sum(axis=0) for x in by_part(model, params, method="gram").values())
+    np.testing.assert_allclose(total, whole, rtol=0, atol=1e-14 * float(jnp.abs(whole).max()))
+
+
+@pytest.mark.parametrize("name", TWO)
+def test_the_representation_of_a_token_block_in_a_metric_is_a_diagonal_that_varies(name, x64):
+    model, params = tiny_model(name)
+    sites, p = all_sites(), metric(name)
+    result = QUANTITIES["tokens"].call(model, params, method="gram", preconditioner=p)
+    features = jax.jit(model.features)(params["backbone"], sites.tokens, sites.mask)
+    phi = np.asarray(features[sites.rows, sites.positions])
+    head = jax.tree.map(lambda x: np.asarray(x)[CHOSEN], model.view(p)["classifier"])
+    diagonal = np.einsum("kd,nd,md->nmk", head["weight"], phi[A], phi[B])
+    diagonal += head.get("bias", np.zeros(2))
+    expected = diagonal[..., None] * np.eye(2)
+    scale = abs(expected).max()
+    np.testing.assert_allclose(result.representation, expected, rtol=0, atol=1e-12 * scale)
+    assert np.abs(diagonal[..., 0] - diagonal[..., 1]).max() > 0.1 * scale
+
+
+@pytest.mark.parametrize("name", ["gpt_neox-untied"])
+def test_longer_padding_changes_nothing(name, x64):
+    """The columns' sequences get two slots of padding more on each side."""
+    model, params = tiny_model(name)
+    sites = all_sites()
+    longer = dataclasses.replace(
+        sites,
+        tokens=jnp.pad(sites.tokens, ((0, 0), (2, 2)), constant_values=3),
+        mask=jnp.pad(sites.mask, ((0, 0), (2, 2))),
+        positions=sites.positions + 2,
+    )
+    result = kernels.log_prob_kernel(model, params, sites, some(longer, B), method="gram")
+    assert_close(result, scalars(name, theta(name)[1], columns=B), 1e-9)
+
+
+# -- in tiles of three of eight sites, and so little workspace that every block is the smallest ----
+
+
+@pytest.fixture
+def tiles_of_three(monkeypatch):
+    monkeypatch.setattr(blocks, "tile_size", lambda *_: 3)
+
+
+def test_tiles_of_one_set_change_nothing_and_compile_once(x64, tiles_of_three):
+    model, params = tiny_model("gpt2-tied")
+    compiled = lambda: (gram.factorize._cache_size(), gram.contract._cache_size())
+    before = compiled()
+    tiled = kernels.log_prob_kernel(model, params, all_sites(), method="gram", memory_budget=8)
+    assert_close(tiled, scalars("gpt2-tied", theta("gpt2-tied")[1]), 1e-12)
+    # On the diagonal the columns are the rows: a program of its own.
+    assert compiled() == (before[0] + 1, before[1] + 2)
+
+
+def test_tiles_of_two_sets_change_nothing(x64, tiles_of_three):
+    model, params = tiny_model("gpt2-tied")
+    sites = all_sites()
+    tiled = kernels.trace_kernel(model, params, sites, some(sites, B), memory_budget=8)
+    assert_close(tiled, traces("gpt2-tied", slice(None), B), 1e-12)
+
+
+# -- precision ------------------------------------------------------------------------------------
+
+
+def assert_float32(quantity, name, method="gram", preconditioned=False):
+    found, model_and_params = QUANTITIES[quantity], tiny_model(name, jnp.float32)
+    p = metric(name, jnp.float32) if preconditioned else None
+    result = found.call(*model_and_params, method=method, preconditioner=p)
+    assert all(x.dtype == jnp.float32 for x in arrays_of(result).values())
+    assert_close(result, found.expected(name, preconditioned=preconditioned), 1e-4)
+
+
+@pytest.mark.parametrize(("quantity", "name"), cases(FOUR, FOUR[:2], ("update", "trace")))
+def test_float32(quantity, name):
+    assert_float32(quantity, name)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", NAMES)
+def test_every_quantity_in_float32_and_a_metric(name):
+    for quantity in ("log_prob", "tokens", "sequences", "trace"):
+        assert_float32(quantity, name, preconditioned=True)
+    assert_float32("log_prob", name, "plain", preconditioned=True)
+
+
+def assert_rounded(result, expected, layers):
+    """Off by about as much as bfloat16 rounds: float32 results of which no more is known.
+
+    Some ten roundings a layer and direction, each up to 2⁻⁸ of its value and independent, make
+    √(20 L) 2⁻⁸ for a gradient, and twice that for a product of two. Float32 would be off by less
+    than a hundredth of one of these roundings.
+    """
+    for part in PARTS:
+        got, wanted = np.asarray(getattr(result, part)), np.asarray(expected[part])
+        assert got.dtype == np.float32
+        off = np.linalg.norm(got - wanted)
+        assert off <= 2 * np.sqrt(20 * layers) * 2**-8 * np.linalg.norm(wanted), part
+        assert not wanted.any() or off > 2**-8 / 100 * np.linalg.norm(wanted), part
+
+
+@pytest.mark.parametrize(
+    ("quantity", "name"),
+    [
+        ("log_prob", "gpt2-tied"),
+        ("trace", "gpt2-tied"),
+        pytest.param("log_prob", "llama-untied", marks=pytest.mark.slow),
+    ],
+)
+def test_bfloat16_computation_of_float32_parameters(quantity, name):
+    model, params = tiny_model(name, jnp.float32)
+    half = type(model)(model.config, jnp.bfloat16)
+    found = QUANTITIES[quantity]
+    result = found.call(half, params, method="gram")
+    assert_rounded(result, found.expected(name), model.config.num_layers)
