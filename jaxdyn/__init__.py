@@ -15,21 +15,12 @@ from glob import glob
 
 __version__ = "0.1.0"
 
-_ROOMS = (
-    "config",
-    "data",
-    "dynamics",
-    "kernels",
-    "models",
-    "optim",
-    "report",
-    "rewards",
-    "rl",
-    "rollout",
-    "train",
-    "types",
+COMPONENTS = ("representation", "gradient", "cross")
+"""The components by which kernels and updates are split, as `types.Components` has them."""
+
+_ROOMS = frozenset(
+    "config data dynamics kernels models optim report rewards rl rollout train types".split()  # noqa: SIM905
 )
-__all__ = [*_ROOMS, "__version__"]
 
 NO_TPU = {"TPU_ACCELERATOR_TYPE": "v5litepod-1", "TPU_WORKER_HOSTNAMES": "localhost"}
 """What libtpu wants to know of its machine; one that is told nothing complains at length."""
@@ -48,4 +39,4 @@ def __getattr__(name: str):
 
 
 def __dir__():
-    return sorted(__all__)
+    return [*_ROOMS, "COMPONENTS", "__version__"]

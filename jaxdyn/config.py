@@ -11,9 +11,9 @@ import tyro
 
 from jaxdyn.data import DataConfig
 from jaxdyn.dynamics import ProbeConfig
+from jaxdyn.grammar import at_least
 from jaxdyn.models import LoraConfig
 from jaxdyn.optim import OptimConfig
-from jaxdyn.ranges import at_least
 from jaxdyn.rewards import RewardConfig
 from jaxdyn.rl import AdvantageConfig, LossConfig, check_combination
 from jaxdyn.rollout import SamplingConfig

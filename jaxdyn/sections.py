@@ -8,7 +8,7 @@ import math
 from typing import Literal
 
 from jaxdyn.errors import JaxdynError
-from jaxdyn.ranges import at_least
+from jaxdyn.grammar import at_least
 
 AXES = ("data", "fsdp", "tensor")
 """The axes of a mesh."""

@@ -18,8 +18,8 @@ import jax
 from flax import struct
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
+from jaxdyn import COMPONENTS as COMPONENTS
 from jaxdyn.errors import JaxdynError as JaxdynError
-from jaxdyn.names import COMPONENTS as COMPONENTS
 
 Params = dict[str, Any]
 """Parameters as stored and trained, `{"backbone": ..., "classifier": ...}`, tied or not.
@@ -76,41 +76,33 @@ class Model(Protocol):
     @property
     def shards(self) -> int:
         """Between how many devices the logits are divided."""
-        ...
 
     def init(self, key: PRNGKeyArray) -> Params:
         """Random float32 parameters, as stored."""
-        ...
 
     def view(self, params: Params) -> View:
         """The parameters with the classifier's weight in place, tied or not."""
-        ...
 
     def fold(self, gradient: View) -> Params:
         """The stored parameters' gradient from a view's: a shared matrix gets both roles' sum."""
-        ...
 
     def features(
         self, backbone: Params, tokens: Int[Array, "B T"], mask: Bool[Array, "B T"]
     ) -> Float[Array, "B T D"]:
         """φ at every slot. Slots where `mask` is false hold no token."""
-        ...
 
     def logits(self, classifier: Params, features: Float[Array, "*B D"]) -> Float[Array, "*B V"]:
         """f = Wφ (+ b), in float32 or better."""
-        ...
 
     def opened(
         self, backbone: Params, tokens: Int[Array, "B T"], mask: Bool[Array, "B T"]
     ) -> tuple[Float[Array, "B T D"], Params, Callable[[Array], Params]]:
         """φ, every layer's input, and the way back from φ's cotangent to the outputs' ones."""
-        ...
 
     def prefill(
         self, backbone: Params, tokens: Int[Array, "B S"], mask: Bool[Array, "B S"]
     ) -> tuple[Float[Array, "B S D"], "KVCache"]:
         """Features of the prompts, and the cache of their S slots."""
-        ...
 
     def decode(
         self,
@@ -123,7 +115,6 @@ class Model(Protocol):
         slot: Int[Array, ""],
     ) -> tuple[Float[Array, "B D"], "KVCache"]:
         """Features of one more token a sequence, which is written to `slot` of `cache`."""
-        ...
 
 
 @struct.dataclass

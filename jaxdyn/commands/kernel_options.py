@@ -5,7 +5,7 @@ import re
 from typing import Literal
 
 from jaxdyn.errors import JaxdynError
-from jaxdyn.ranges import at_least
+from jaxdyn.grammar import at_least
 
 NATS = "nats per unit of learning rate × advantage"
 ENTRIES = {  # what an entry of the kernel is, and its unit

@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 
 import tyro
 
-from jaxdyn.ranges import at_least
+from jaxdyn.grammar import at_least
 from jaxdyn.sections import MeshConfig, ModelSource, TrainConfig
 
 

@@ -13,25 +13,3 @@ from jaxdyn.data.batching import (
 from jaxdyn.data.source import SETS, DataConfig, DataSet, Example, Source, columns, load_source
 from jaxdyn.data.stories import StoriesConfig
 from jaxdyn.data.tokenizer import Tokenizer, character_tokenizer, load_tokenizer
-
-__all__ = [
-    "SETS",
-    "AnagramsConfig",
-    "DataConfig",
-    "DataSet",
-    "Example",
-    "Source",
-    "StoriesConfig",
-    "Tokenizer",
-    "batch_indices",
-    "bucket",
-    "character_tokenizer",
-    "columns",
-    "decode_completions",
-    "encode_prompts",
-    "encode_supervised",
-    "epoch_of",
-    "load_source",
-    "load_tokenizer",
-    "require_prompts_fit",
-]

@@ -14,7 +14,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from jaxdyn.ranges import at_least, between
+from jaxdyn.grammar import at_least, between
 from jaxdyn.types import JaxdynError
 
 MOST_SETS = 1_000_000

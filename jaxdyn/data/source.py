@@ -19,7 +19,7 @@ import numpy as np
 from jaxdyn.data.anagrams import AnagramsConfig, anagrams
 from jaxdyn.data.jsonl import JsonlFile, stored_rows
 from jaxdyn.data.stories import StoriesConfig, stories
-from jaxdyn.ranges import between
+from jaxdyn.grammar import between
 from jaxdyn.types import JaxdynError
 
 Example = dict[str, Any]

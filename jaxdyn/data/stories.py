@@ -9,7 +9,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from jaxdyn.ranges import at_least
+from jaxdyn.grammar import at_least
 from jaxdyn.types import JaxdynError
 
 OPENINGS = (

@@ -4,13 +4,3 @@ from jaxdyn.distributed.layout import Layout, one_device
 from jaxdyn.distributed.mesh import make_mesh, require_divisible
 from jaxdyn.distributed.rules import shardings
 from jaxdyn.distributed.sharded import ShardedModel, shard_model
-
-__all__ = [
-    "Layout",
-    "ShardedModel",
-    "make_mesh",
-    "one_device",
-    "require_divisible",
-    "shard_model",
-    "shardings",
-]

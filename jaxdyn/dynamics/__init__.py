@@ -17,21 +17,3 @@ from jaxdyn.dynamics.sites import (
     sites_from_rollout,
     sites_from_texts,
 )
-
-__all__ = [
-    "ProbeConfig",
-    "SiteState",
-    "StateMeasures",
-    "UpdateMeasures",
-    "delta_logits",
-    "measure_state",
-    "measure_update",
-    "propagate",
-    "rollout_from_texts",
-    "site_features",
-    "site_state",
-    "site_texts",
-    "sites_from_prompts",
-    "sites_from_rollout",
-    "sites_from_texts",
-]

@@ -2,7 +2,7 @@
 
 import dataclasses
 
-from jaxdyn.ranges import at_least
+from jaxdyn.grammar import at_least
 
 
 @dataclasses.dataclass(frozen=True)

@@ -27,33 +27,3 @@ from jaxdyn.kernels.statistics import (
 )
 from jaxdyn.kernels.summary import summarize
 from jaxdyn.kernels.trace import trace_kernel
-
-__all__ = [
-    "Eigenpairs",
-    "Execution",
-    "InnerProducts",
-    "Kernel",
-    "Sketch",
-    "adam_preconditioner",
-    "alignment",
-    "apply_kernel",
-    "component_shares",
-    "debiased_cka",
-    "debiased_hsic",
-    "effective_rank",
-    "inner_products",
-    "kernel_distance",
-    "log_prob_kernel",
-    "participation_ratio",
-    "sequence_kernel",
-    "sketch_gradients",
-    "sketch_kernel",
-    "sketch_sequences",
-    "spectrum",
-    "summarize",
-    "token_block",
-    "top_eigenpairs",
-    "trace_kernel",
-    "update_kernel",
-    "update_kernel_by_part",
-]

@@ -13,23 +13,3 @@ from jaxdyn.models.huggingface import (
 )
 from jaxdyn.models.lora import LoraConfig, add_adapters, has_adapters, merge_adapters
 from jaxdyn.models.model import LanguageModel, positions_of
-
-__all__ = [
-    *families.__all__,
-    "LanguageModel",
-    "LoraConfig",
-    "ModelConfig",
-    "RotaryScaling",
-    "add_adapters",
-    "config_from_hf",
-    "config_to_hf",
-    "has_adapters",
-    "init_value_head",
-    "load_pretrained",
-    "local_directory",
-    "merge_adapters",
-    "positions_of",
-    "pretrained_config",
-    "save_pretrained",
-    "state_values",
-]

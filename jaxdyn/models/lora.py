@@ -20,8 +20,8 @@ import jax.numpy as jnp
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jaxtyping import PRNGKeyArray
 
+from jaxdyn.grammar import above, at_least
 from jaxdyn.models.model import LanguageModel
-from jaxdyn.ranges import above, at_least
 from jaxdyn.types import JaxdynError, Params
 
 Target = Literal["query", "key", "value", "out", "up", "gate", "down"]

@@ -11,20 +11,3 @@ from jaxdyn.optim.optimizer import (
 )
 from jaxdyn.optim.stages import Schedule, Stage, StageName, stage_at, stages
 from jaxdyn.optim.tied import head_direction
-
-__all__ = [
-    "OptimConfig",
-    "Schedule",
-    "Stage",
-    "StageName",
-    "by_part",
-    "enter_stage",
-    "head_direction",
-    "learning_rate",
-    "make_optimizer",
-    "merge",
-    "split",
-    "stage_at",
-    "stages",
-    "trainable",
-]

@@ -10,9 +10,9 @@ from typing import Literal
 
 import optax
 
+from jaxdyn.grammar import above, at_least, between
 from jaxdyn.optim.labels import Mode, moves, split
 from jaxdyn.optim.stages import StageName
-from jaxdyn.ranges import above, at_least, between
 from jaxdyn.types import JaxdynError, Params
 
 

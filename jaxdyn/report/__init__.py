@@ -5,8 +5,6 @@ from collections.abc import Sequence
 from jaxdyn.paths import AnyPath, absolute, common_parent, open_path
 from jaxdyn.report.load import Run, load_run, load_runs
 
-__all__ = ["Run", "load_run", "load_runs", "write_report"]
-
 
 def write_report(
     run_directories: Sequence[str | AnyPath], output_directory: str | AnyPath | None = None

@@ -15,8 +15,8 @@ from matplotlib.ticker import MaxNLocator
 from scipy.cluster.hierarchy import leaves_list, linkage
 from scipy.spatial.distance import squareform
 
+from jaxdyn import COMPONENTS
 from jaxdyn.errors import JaxdynError
-from jaxdyn.names import COMPONENTS
 from jaxdyn.report.kernel_file import SavedKernel, load_kernel
 from jaxdyn.report.plotting import STYLE, say_empty
 from jaxdyn.report.update_figures import COSINE_BINS

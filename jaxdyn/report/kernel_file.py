@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 
+from jaxdyn import COMPONENTS
 from jaxdyn.errors import JaxdynError
-from jaxdyn.names import COMPONENTS
 
 FORMAT = "jaxdyn kernel 2"
 WITHOUT_STATISTICS = "jaxdyn kernel 1"

@@ -8,7 +8,7 @@ from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 
-from jaxdyn.names import COMPONENTS
+from jaxdyn import COMPONENTS
 from jaxdyn.report.load import Run
 from jaxdyn.report.plotting import (
     SERIES_COLUMNS,

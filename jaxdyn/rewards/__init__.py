@@ -12,20 +12,3 @@ from jaxdyn.rewards.verifiable import (
     RewardFunction,
     last_number,
 )
-
-__all__ = [
-    "BUILT_IN",
-    "Anagram",
-    "ContainsWords",
-    "ExactMatch",
-    "Finished",
-    "Length",
-    "NumericMatch",
-    "RegexMatch",
-    "Reward",
-    "RewardConfig",
-    "RewardFunction",
-    "RewardOutput",
-    "last_number",
-    "make_reward",
-]

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float
 
-from jaxdyn.ranges import finite
+from jaxdyn.grammar import finite
 from jaxdyn.rewards.verifiable import (
     Anagram,
     ContainsWords,

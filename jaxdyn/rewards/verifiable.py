@@ -16,7 +16,7 @@ import re
 from collections.abc import Callable
 from typing import Any, Literal
 
-from jaxdyn.ranges import at_least
+from jaxdyn.grammar import at_least
 from jaxdyn.types import JaxdynError
 
 RewardFunction = Callable[..., list[float | None]]

@@ -29,7 +29,7 @@ import jax.numpy as jnp
 from flax import struct
 from jaxtyping import Array, Bool, Float, Int
 
-from jaxdyn.ranges import at_least, between, one_of
+from jaxdyn.grammar import at_least, between, one_of
 from jaxdyn.rl.aggregation import drop_truncated
 from jaxdyn.rl.kl import kl_penalty
 from jaxdyn.rl.losses import LOSSES, LossConfig, Scale

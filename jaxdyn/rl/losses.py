@@ -27,7 +27,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from jaxdyn.ranges import above, at_least, between, one_of
+from jaxdyn.grammar import above, at_least, between, one_of
 from jaxdyn.rl.aggregation import (
     Aggregation,
     AggregationAlias,

@@ -4,5 +4,3 @@ from jaxdyn.rollout.generate import SamplingConfig, generate
 from jaxdyn.rollout.keys import Stream, step_key
 from jaxdyn.rollout.sampling import sample_token
 from jaxdyn.rollout.trim import trim
-
-__all__ = ["SamplingConfig", "Stream", "generate", "sample_token", "step_key", "trim"]

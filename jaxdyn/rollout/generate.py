@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import PRNGKeyArray
 
-from jaxdyn.ranges import at_least, between
+from jaxdyn.grammar import at_least, between
 from jaxdyn.rollout.sampling import sample_token
 from jaxdyn.types import JaxdynError, Model, Params, PromptBatch, Rollout
 

@@ -8,17 +8,3 @@ from jaxdyn.train.progress import Progress
 from jaxdyn.train.saved import SavedRun, open_run
 from jaxdyn.train.state import TrainState, fresh_state
 from jaxdyn.train.update import update
-
-__all__ = [
-    "Progress",
-    "SavedRun",
-    "TrainState",
-    "UpdateBatch",
-    "analyze",
-    "export",
-    "fresh_state",
-    "open_run",
-    "run_rl",
-    "run_sft",
-    "update",
-]

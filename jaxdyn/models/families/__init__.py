@@ -7,9 +7,9 @@ from jaxdyn.models.families.llama import LLAMA, llama
 from jaxdyn.models.families.qwen2 import QWEN2, qwen2
 from jaxdyn.types import JaxdynError
 
-FAMILIES = {family.model_type: family for family in (GPT_NEOX, LLAMA, QWEN2, GPT2)}
+__all__ = ["gpt2", "gpt_neox", "llama", "qwen2"]  # what `jaxdyn.models` takes over
 
-__all__ = ["gpt2", "gpt_neox", "llama", "qwen2"]
+FAMILIES = {family.model_type: family for family in (GPT_NEOX, LLAMA, QWEN2, GPT2)}
 
 
 def family_of(architecture: str) -> Family:
