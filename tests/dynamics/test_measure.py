@@ -1,4 +1,4 @@
-"""The probe's figures against plain numpy, and the choice of sites."""
+"""The probe's figures against plain numpy."""
 
 import jax
 import jax.numpy as jnp
@@ -6,9 +6,9 @@ import numpy as np
 import oracles
 import pytest
 
+from jaxdyn import kernels
 from jaxdyn.dynamics import ProbeConfig, measure_state, measure_update, site_state
-from jaxdyn.dynamics import sites_from_rollout as choose
-from jaxdyn.types import JaxdynError, Rollout
+from jaxdyn.types import JaxdynError, Sites
 
 
 def test_state_at_the_sites_equals_numpy(x64):
@@ -76,32 +76,63 @@ def test_an_update_that_moves_nothing_has_no_shares():
     assert not [key for key in scalars if key.startswith("share/") or key == "delta/correlation"]
 
 
-def rollout(lengths):
-    slots = max(lengths)
-    mask = np.arange(slots)[None] < np.array(lengths)[:, None]
-    ids = np.arange(len(lengths) * slots).reshape(-1, slots)
-    prompt = np.full((len(lengths), 3), 99)
-    return Rollout(
-        jnp.asarray(prompt),
-        jnp.ones(prompt.shape, bool),
-        jnp.asarray(ids),
-        jnp.asarray(mask),
-        jnp.zeros(ids.shape),
+def test_features_and_rows_of_the_classifier_equal_numpy(x64):
+    """Six sites of each kind, so that a debiased CKA exists."""
+    model, params = oracles.tiny_model("llama-tied")
+    rng = np.random.default_rng(3)
+    moved = jax.tree.map(lambda x: x + 0.2 * jnp.asarray(rng.standard_normal(x.shape)), params)
+    tokens = jnp.asarray(rng.integers(0, oracles.VOCAB, (12, 5)), jnp.int32)
+    n = jnp.arange(12, dtype=jnp.int32)
+    sites = Sites(tokens, jnp.ones((12, 5), bool), n, n % 5, tokens[:, 0], n < 6)
+    start = site_state(model, params, sites)
+    found = measure_state(model, moved, sites, start, start).scalars
+
+    features = lambda p: np.asarray(
+        jax.jit(model.features)(p["backbone"], tokens, sites.mask)[n, n % 5]
     )
+    for kind, rows in (("prompt", slice(0, 6)), ("completion", slice(6, 12))):
+        x, y = features(moved)[rows], features(params)[rows]
+        values = np.linalg.svd(x, compute_uv=False) ** 2
+        p = values / values.sum()
+        rank, ratio = np.exp(-(p * np.log(p)).sum()), 1 / (p**2).sum()
+        np.testing.assert_allclose(found[f"features/{kind}/effective_rank"], rank, rtol=1e-9)
+        np.testing.assert_allclose(found[f"features/{kind}/participation_ratio"], ratio, rtol=1e-9)
+        cka = found[f"features/{kind}/cka_to_start"]
+        grams = [jnp.asarray(z @ z.T) for z in (x, y)]
+        np.testing.assert_allclose(cka, float(kernels.debiased_cka(*grams)), rtol=1e-9)
+        assert cka < 0.99
+    norms = [np.linalg.norm(p["backbone"]["embed"]["embedding"], axis=1) for p in (moved, params)]
+    wanted = norms[0].mean(), norms[0].std(), norms[0].max()
+    got = [found[f"classifier/row_norm_{name}"] for name in ("mean", "std", "max")]
+    np.testing.assert_allclose(got, wanted, rtol=1e-12)
+    change = np.sqrt(((norms[0] - norms[1]) ** 2).mean())
+    np.testing.assert_allclose(found["classifier/row_norm_change"], change, rtol=1e-12)
+    still = measure_state(model, params, sites, start, start).scalars
+    assert still["classifier/row_norm_change"] == 0
+    np.testing.assert_allclose(still["features/prompt/cka_to_start"], 1, rtol=1e-12)
 
 
-def test_sites_are_the_prompts_end_and_places_inside_the_completion():
-    sampled = rollout([4, 1, 2])
-    sites = choose(sampled, sites_per_completion=2, seed=0)
-    rows, positions = np.asarray(sites.rows), np.asarray(sites.positions)
-    np.testing.assert_array_equal(rows, [0, 0, 0, 1, 2, 2])
-    np.testing.assert_array_equal(sites.is_prompt, [True, False, False, True, True, False])
-    # Slot 2 is the prompts' last; what a site predicts stands one slot further.
-    np.testing.assert_array_equal(positions[np.asarray(sites.is_prompt)], [2, 2, 2])
-    np.testing.assert_array_equal(np.asarray(sites.tokens)[rows, positions + 1], sites.targets)
-    assert np.asarray(sites.mask)[rows, positions + 1].all()
-    again = choose(sampled, sites_per_completion=2, seed=0)
-    np.testing.assert_array_equal(again.positions, positions)
+def test_fewer_than_four_sites_of_a_kind_have_no_cka():
+    model, params = oracles.tiny_model("gpt2-tied", jnp.float32)
+    sites = oracles.tiny_sites()
+    start = site_state(model, params, sites)
+    scalars = measure_state(model, params, sites, start, start).scalars
+    assert "features/prompt/effective_rank" in scalars
+    assert not [key for key in scalars if "cka" in key]
+
+
+def test_a_classifiers_adapter_counts_and_the_callers_numbers_stay():
+    model, params = oracles.adapted_model("gpt_neox-untied", jnp.float32)
+    params = jax.tree.map(np.array, params)
+    before = jax.tree.map(np.copy, params)
+    sites = oracles.tiny_sites()
+    start = site_state(model, params, sites)
+    found = measure_state(model, params, sites, start, start).scalars
+    jax.tree.map(np.testing.assert_array_equal, params, before)
+    head = before["classifier"]
+    whole = head["weight"] + model.config.lora_scale * head["lora_b"] @ head["lora_a"]
+    np.testing.assert_allclose(found["classifier/norm"], np.linalg.norm(whole), rtol=1e-5)
+    assert abs(np.linalg.norm(head["weight"]) / np.linalg.norm(whole) - 1) > 1e-3
 
 
 @pytest.mark.parametrize(

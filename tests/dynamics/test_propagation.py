@@ -95,6 +95,38 @@ def test_split_is_exact_and_its_residual_shrinks_with_the_square_of_the_step(nam
     assert abs(slope - 2) < 0.02
 
 
+@once
+def by_role(model, params, delta, sites):
+    """The split without a head share, the derivative of f along the whole, and along E's roles."""
+    logits = lambda params: oracles.site_logits(model, model.view(params), sites)
+    _, parts = delta_logits(model, params, delta, sites)
+    whole = jax.jvp(logits, (params,), (delta,))[1]
+
+    def roles(classifier, backbone):
+        view = {"classifier": classifier, "backbone": backbone}
+        return oracles.site_logits(model, view, sites)
+
+    view, change = model.view(params), model.view(delta)
+    still = lambda tree: jax.tree.map(jnp.zeros_like, tree)
+    at, along = (view["classifier"], view["backbone"]), (change["classifier"], change["backbone"])
+    head = jax.jvp(roles, at, (along[0], still(along[1])))[1]
+    body = jax.jvp(roles, at, (still(along[0]), along[1]))[1]
+    return parts, whole, head, body
+
+
+@pytest.mark.parametrize("adapted", [False, True])
+@pytest.mark.parametrize("name", ["gpt_neox-untied", "llama-tied"])
+def test_without_a_head_share_the_split_is_by_role_and_sums_to_the_whole(name, adapted, x64):
+    """Of stored parameters, with every leaf moving, adapters' too; a tied matrix's two roles."""
+    model, params = (oracles.adapted_model if adapted else oracles.tiny_model)(name)
+    parts, whole, head, body = by_role(model, params, random_like(params, 9), oracles.tiny_sites())
+    scale = float(jnp.abs(whole).max())
+    for got, wanted in ((parts.total, whole), (parts.representation, head), (parts.gradient, body)):
+        np.testing.assert_allclose(got, wanted, rtol=0, atol=1e-12 * scale)
+    assert not parts.cross.any()
+    assert min(float(jnp.abs(x).max()) for x in (head, body)) > 0.1 * scale
+
+
 def test_a_classifier_bias_belongs_to_the_representation_component(x64):
     import dataclasses
 

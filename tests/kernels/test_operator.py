@@ -25,7 +25,8 @@ from kernel_oracles import (
 from jaxdyn.kernels import operator
 from jaxdyn.kernels.eigenpairs import top_eigenpairs
 from jaxdyn.kernels.operator import apply_kernel
-from jaxdyn.types import JaxdynError
+from jaxdyn.models import LanguageModel
+from jaxdyn.types import JaxdynError, Sites
 
 QUICK = ("gpt_neox-untied", "gpt2-tied")
 TWO = [pytest.param(n, marks=[] if n in QUICK else [pytest.mark.slow]) for n in NAMES]
@@ -182,6 +183,29 @@ def test_memory_does_not_grow_with_the_sequences(x64):
 
     gradient = sum(x.nbytes for x in jax.tree.leaves(params))
     assert needed(many) - needed(sites) < 9 * gradient / 10
+
+
+@pytest.mark.parametrize("name, slots", [("gpt_neox-untied", 64), ("llama-tied", 384)])
+def test_batches_stay_within_the_budget_and_fill_it(name, slots):
+    """Beside it two vectors of the parameters' size, by XLA's own account of the product."""
+    sizes = {"vocab_size": 2048, "width": 128, "num_heads": 8, "head_dim": 16, "mlp_width": 512}
+    config = dataclasses.replace(
+        oracles.CONFIGS[name], **sizes, num_kv_heads=8, max_positions=slots
+    )
+    model, n = LanguageModel(config, remat="none"), jnp.arange(64, dtype=jnp.int32)
+    sites = Sites(
+        jnp.zeros((64, slots), jnp.int32), jnp.ones((64, slots), bool), n,
+        jnp.full(64, slots - 1), jnp.zeros(64, jnp.int32), n == n,
+    )  # fmt: skip
+    budget = room_for(model, slots, 1, 8)
+    batches = operator.batches_of(model, sites, "sites", {"memory_budget": budget})
+    assert batches.sites["tokens"].shape == (8, 8, slots)
+    view = jax.eval_shape(lambda key: model.view(model.init(key)), jax.random.key(0))
+    field = jax.ShapeDtypeStruct((64, 2048), jnp.float32)
+    lowered = operator.apply.lower(model, view, None, batches, None, field)
+    peak = lowered.compile().memory_analysis().temp_size_in_bytes
+    peak -= 2 * sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(view))
+    assert budget / 4 <= peak <= budget, peak / budget
 
 
 # Eigenvalues of Θ [NV, NV] by LAPACK. Lanczos meets the first V − D = 3 fold eigenvalue, the

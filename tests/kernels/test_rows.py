@@ -1,7 +1,9 @@
 """What is refused, before anything heavy runs."""
 
 import dataclasses
+from pathlib import Path
 
+import jax
 import jax.numpy as jnp
 import pytest
 from kernel_oracles import all_sites, rollout, tiny_model
@@ -9,6 +11,13 @@ from kernel_oracles import all_sites, rollout, tiny_model
 from jaxdyn import kernels
 from jaxdyn.kernels import contractions, passes, trace
 from jaxdyn.types import JaxdynError
+
+OPTIONS = {
+    "progress": lambda done, total: None,
+    "method": "gram",
+    "devices": jax.devices(),
+    "blocks": Path("nowhere"),
+}
 
 
 @pytest.fixture
@@ -118,3 +127,30 @@ def test_methods_and_budgets_that_are_refused(model_and_params):
             function(*model_and_params, sites, method="gram", memory_budget=1000)
         with pytest.raises(JaxdynError, match=r"'plain' holds \d+ bytes .* memory_budget is 1000"):
             function(*model_and_params, sites, method="plain", memory_budget=1000)
+
+
+def test_options_that_are_refused(model_and_params):
+    """Unknown ones as any keyword argument, and those for which a function has no use."""
+    model, params = model_and_params
+    sites, key = all_sites(), jax.random.key(0)
+    field = jnp.zeros((8, 11))
+    of_sites = {
+        kernels.log_prob_kernel: (),
+        kernels.trace_kernel: (),
+        kernels.apply_kernel: (field,),
+        kernels.top_eigenpairs: (2,),
+        kernels.sketch_gradients: (key,),
+    }
+    for function, arguments in of_sites.items():
+        with pytest.raises(TypeError, match="unexpected keyword argument 'memory'"):
+            function(model, params, sites, *arguments, memory=1)
+    for function, name, words in [
+        (kernels.apply_kernel, "progress", "progress has no use here: the options are memory_bud"),
+        (kernels.top_eigenpairs, "method", "method has no use here: the options are memory_budget"),
+        (kernels.sketch_gradients, "devices", "devices has no use here: .*_budget and progress"),
+    ]:
+        with pytest.raises(JaxdynError, match=words) as refused:
+            function(model, params, sites, *of_sites[function], **{name: OPTIONS[name]})
+        assert "\n" not in str(refused.value)
+    with pytest.raises(JaxdynError, match="blocks has no use here"):
+        kernels.sketch_sequences(model, params, rollout(), key, blocks=OPTIONS["blocks"])

@@ -23,7 +23,8 @@ def test_only_finite_numbers_enter_a_series_and_the_last_of_a_step_counts(tmp_pa
     directory = bare_run(tmp_path / "a")
     values = [1.0, float("nan"), None, "x", True, 2.0]
     lines = [{"step": t, "reward": v} for t, v in enumerate(values)]
-    write_lines(directory / "metrics.jsonl", [*lines, {"step": 0, "reward": 7.0}])
+    lines += [{"step": 6, "other": 1.0}, {"step": 0, "reward": 7.0}]
+    write_lines(directory / "metrics.jsonl", lines)
     assert load_run(directory).series("reward") == {0: 7.0, 5: 2.0}
     assert load_run(directory).series("absent") == {}
 
