@@ -86,12 +86,7 @@ def print_summary(runs: list[AnyPath]) -> None:
     for path in runs:
         lines = load_run(path).metrics
         first, last = lines[0], lines[-1]
-        pairs = (
-            (first["eval_reward"], last["eval_reward"]),
-            (first["eval_diversity/unique"], last["eval_diversity/unique"]),
-            (first["eval_entropy"], last["eval_entropy"]),
-            (first["eval_confidence/max_prob"], last["eval_confidence/max_prob"]),
-        )
-        cells = [f"{before:.2f} → {after:.2f}" for before, after in pairs]
+        names = ("reward", "diversity/unique", "entropy", "confidence/max_prob")
+        cells = [f"{first[f'eval_{x}']:.2f} → {last[f'eval_{x}']:.2f}" for x in names]
         table.add_row(path.name, *cells, f"{last['time/wall']:.0f} s")
     Console().print(table)

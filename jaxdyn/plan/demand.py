@@ -18,8 +18,7 @@ from typing import Any
 import jax
 
 from jaxdyn.plan.chips import Chip
-from jaxdyn.plan.cost import Cost
-from jaxdyn.plan.hlo import cost_of
+from jaxdyn.plan.hlo import Cost, cost_of
 from jaxdyn.plan.text import Number
 
 UNITS = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}

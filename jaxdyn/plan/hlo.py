@@ -14,15 +14,68 @@ walked from its entry, and a loop's body counts as often as it runs:
 A program of many devices is the program of one of them, so all of it is per device.
 """
 
+import dataclasses
+import math
 import re
+from collections import Counter
 from collections.abc import Callable
 
-from jaxdyn.plan.collectives import collective
-from jaxdyn.plan.cost import Cost
 from jaxdyn.plan.loops import Scope, loop
 from jaxdyn.plan.products import PRODUCTS
-from jaxdyn.plan.text import COLLECTIVES, Instruction, called_by, parse
+from jaxdyn.plan.text import (
+    COLLECTIVES,
+    Computation,
+    Instruction,
+    Number,
+    called_by,
+    parse,
+    results_of,
+)
 from jaxdyn.plan.traffic import traffic
+
+# What the compilers for TPUs and GPUs note in the form of calls.
+LABELS = {
+    "AllocateBuffer",
+    "AssumeGatherIndicesInBound",
+    "AsyncCollectiveDone",
+    "AsyncCollectiveStart",
+    "ConcatBitcast",
+    "GatherScatterIndicesBitpacked",
+    "Sharding",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Cost:
+    """Flops, bytes and collectives of one device; see the module.
+
+    Attributes:
+      flops: of matrix products and convolutions.
+      bytes: read and written.
+      sent: by ("all-reduce", devices a group), bytes that a device sends.
+      moved: by the same, bytes of the whole arrays gathered, reduced, exchanged.
+      uncounted: custom calls whose work is not known, by target, as often as they run.
+    """
+
+    flops: Number = 0
+    bytes: Number = 0
+    sent: Counter = dataclasses.field(default_factory=Counter)
+    moved: Counter = dataclasses.field(default_factory=Counter)
+    uncounted: Counter = dataclasses.field(default_factory=Counter)
+
+    def __add__(self, other: "Cost") -> "Cost":
+        pairs = ((getattr(self, f.name), getattr(other, f.name)) for f in dataclasses.fields(self))
+        return Cost(*(a + b for a, b in pairs))
+
+    def times(self, count: Number) -> "Cost":
+        scale = lambda x: Counter({k: v * count for k, v in x.items()})
+        counted = map(scale, (self.sent, self.moved, self.uncounted))
+        return Cost(self.flops * count, self.bytes * count, *counted)
+
+    @property
+    def collective_bytes(self) -> Number:
+        """Bytes that a device sends, in all."""
+        return sum(self.sent.values())
 
 
 def cost_of(text: str, trips: int = 1, branch: Callable = max) -> Cost:
@@ -82,10 +135,55 @@ class Walk:
         if opcode == "fusion":
             cost += self.of(scope.enter(one, "calls", []), met)
         elif opcode in PRODUCTS:
-            cost += PRODUCTS[opcode](computation, one)
+            flops = PRODUCTS[opcode](computation, one)
+            cost += Cost(uncounted=unknown(one)) if flops is None else Cost(flops=flops)
         elif opcode in COLLECTIVES:
             chain = re.search(r"channel_id=\d+.*chain_id=\"\d+\"", one.attributes)
             if chain is None or chain[0] not in met:
                 cost += collective(computation, one, self.devices)
             met |= {chain[0]} if chain else set()
         return cost
+
+
+def collective(computation: Computation, one: Instruction, devices: int) -> Cost:
+    """What a device sends in a collective of a program of so many devices."""
+    kind, group = one.opcode, group_of(one, devices)
+    operands = [computation.instructions[name] for name in one.operands]
+    whole = sum(x.nbytes for operand in operands for x in operand.arrays)
+    if kind == "all-gather":
+        whole = sum(x.nbytes for x in results_of(one))
+    elif kind == "all-reduce" and feeds_a_slice(computation, one):
+        kind = "reduce-scatter"  # as the compiler for TPUs writes it, in one fusion
+    share = (group - 1) / group if group else 1
+    if kind == "all-reduce":
+        share *= 2
+    elif kind.startswith("collective-"):
+        share = 1
+    return Cost(sent=Counter({(kind, group): share * whole}), moved=Counter({(kind, group): whole}))
+
+
+def group_of(one: Instruction, devices: int) -> int:
+    """How many devices take part together."""
+    found = re.search(r"replica_groups=\[\d+,(\d+)\]<=", one.attributes)
+    if found:
+        return int(found[1])
+    found = re.search(r"replica_groups=mesh\[([^\]]*)\] ?\{([^}]*)\}", one.attributes)
+    if found:
+        sizes = dict(re.findall(r"'([^']+)'=(\d+)", found[1]))
+        axes = re.findall(r"'([^']+)'(?::\(\d+\)(\d+))?", found[2])
+        return math.prod(int(part or sizes[axis]) for axis, part in axes)
+    found = re.search(r"(?:replica_groups|source_target_pairs)=\{\{([\d,]*)\}", one.attributes)
+    return len(found[1].split(",")) if found and found[1] else devices
+
+
+def feeds_a_slice(computation: Computation, one: Instruction) -> bool:
+    """Whether all that is left of a sum over devices is this device's part."""
+    users = [x for x in computation.instructions.values() if one.name in x.operands]
+    return bool(users) and all(x.opcode == "dynamic-slice" for x in users)
+
+
+def unknown(one: Instruction) -> Counter:
+    """The name of a custom call whose work is not known."""
+    target = re.search(r'custom_call_target="([^"]*)"', one.attributes)
+    named = target[1] if target else "?"
+    return Counter({named: 1} if named not in LABELS else {})

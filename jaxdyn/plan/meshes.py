@@ -74,10 +74,9 @@ def candidates(
         mesh = make_mesh(MeshConfig(data, -1, tensor), devices)
         try:
             divide(mesh)
+            found.append(mesh)
         except JaxdynError as error:
             refused = error
-        else:
-            found.append(mesh)
     if not found:
         raise JaxdynError(f"no mesh of {len(devices)} devices suits this batch: {refused}")
     return found[:most]

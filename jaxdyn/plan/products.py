@@ -4,35 +4,31 @@ import functools
 import json
 import math
 import re
-from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
 import numpy as np
 
-from jaxdyn.plan.cost import Cost
-from jaxdyn.plan.text import Computation, Instruction, numbers
-
-# What the compilers for TPUs and GPUs note in the form of calls.
-LABELS = {
-    "AllocateBuffer",
-    "AssumeGatherIndicesInBound",
-    "AsyncCollectiveDone",
-    "AsyncCollectiveStart",
-    "ConcatBitcast",
-    "GatherScatterIndicesBitpacked",
-    "Sharding",
-}
+from jaxdyn.plan.text import Computation, Instruction, Number, numbers
 
 
-def dot(computation: Computation, one: Instruction) -> Cost:
-    """A matrix product, in batches or not."""
+def dot(computation: Computation, one: Instruction) -> Number:
+    """2 x multiply-adds of a matrix product, in batches or not."""
+    return product(computation, one, numbers(one, "lhs_contracting_dims"))
+
+
+def custom_call(computation: Computation, one: Instruction) -> Number | None:
+    """Those of a product of cuBLAS; what others do is not known."""
+    found = re.search(r'"lhs_contracting_dimensions":(\[[^\]]*\])', one.attributes)
+    return product(computation, one, map(int, json.loads(found[1]))) if found else None
+
+
+def product(computation: Computation, one: Instruction, contracted: Iterable[int]) -> Number:
     left = computation.instructions[one.operands[0]].arrays[0].dims
-    contracted = math.prod(left[i] for i in numbers(one, "lhs_contracting_dims"))
-    return Cost(flops=2 * math.prod(one.arrays[0].dims) * contracted)
+    return 2 * math.prod(one.arrays[0].dims) * math.prod(left[i] for i in contracted)
 
 
-def convolution(computation: Computation, one: Instruction) -> Cost:
+def convolution(computation: Computation, one: Instruction) -> Number:
     """2 x multiply-adds with an element of the input: none with padding or dilation's zeros.
 
     The compiler for TPUs writes matrix products so, with batch axes as spatial ones.
@@ -43,32 +39,14 @@ def convolution(computation: Computation, one: Instruction) -> Cost:
     out = one.arrays[0].dims
     places = 1
     for axis in sorted(set(inputs) - {"b", "f"}):
-        window = window_of(one, int(axis))
-        places *= positions(
-            left[inputs.index(axis)],
-            right[kernel.index(axis)],
-            out[outputs.index(axis)],
-            window,
-        )
+        sides = left[inputs.index(axis)], right[kernel.index(axis)], out[outputs.index(axis)]
+        places *= positions(*sides, window_of(one, int(axis)))
     groups = int((re.search(r"batch_group_count=(\d+)", one.attributes) or [0, 1])[1])
     rows = left[inputs.index("b")] // groups
-    pairs = rows * right[kernel.index("i")] * right[kernel.index("o")] * places
-    return Cost(flops=2 * pairs)
+    return 2 * rows * right[kernel.index("i")] * right[kernel.index("o")] * places
 
 
-def custom_call(computation: Computation, one: Instruction) -> Cost:
-    """A matrix product of cuBLAS; others have a name, and no figures."""
-    target = re.search(r'custom_call_target="([^"]*)"', one.attributes)
-    found = re.search(r'"lhs_contracting_dimensions":(\[[^\]]*\])', one.attributes)
-    if found is None:
-        named = target[1] if target else "?"
-        return Cost(uncounted=Counter({named: 1} if named not in LABELS else {}))
-    left = computation.instructions[one.operands[0]].arrays[0].dims
-    contracted = math.prod(left[int(i)] for i in json.loads(found[1]))
-    return Cost(flops=2 * math.prod(one.arrays[0].dims) * contracted)
-
-
-PRODUCTS: dict[str, Callable[[Computation, Instruction], Cost]] = {
+PRODUCTS: dict[str, Callable[[Computation, Instruction], Number | None]] = {
     "dot": dot,
     "convolution": convolution,
     "custom-call": custom_call,

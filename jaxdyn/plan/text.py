@@ -5,7 +5,7 @@ import re
 from typing import NamedTuple
 
 WIDTHS = {"pred": 1, "token": 0, "opaque": 0, "bf16": 2, "c64": 8, "c128": 16}
-COLLECTIVES = (
+COLLECTIVES = {
     "all-gather",
     "all-reduce",
     "reduce-scatter",
@@ -13,7 +13,7 @@ COLLECTIVES = (
     "collective-permute",
     "ragged-all-to-all",
     "collective-broadcast",
-)
+}
 
 Number = int | float
 

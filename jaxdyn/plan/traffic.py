@@ -1,13 +1,6 @@
 """Bytes that an instruction of a compiled program reads and writes in the main memory."""
 
-from jaxdyn.plan.text import (
-    Computation,
-    Instruction,
-    Number,
-    called_by,
-    parameters_of,
-    results_of,
-)
+from jaxdyn.plan.text import Computation, Instruction, Number, called_by, parameters_of, results_of
 
 # What moves no data, or leaves that to the computation it calls.
 FREE = {

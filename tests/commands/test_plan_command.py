@@ -8,8 +8,8 @@ import pytest
 from jaxdyn.cli import main
 from jaxdyn.commands import plan as command
 from jaxdyn.models import LanguageModel
-from jaxdyn.plan.cost import Cost
 from jaxdyn.plan.demand import Demand
+from jaxdyn.plan.hlo import Cost
 from jaxdyn.presets import SHAPES
 
 

@@ -18,8 +18,8 @@ from jaxdyn.commands.plan import planned_run
 from jaxdyn.commands.plan_options import PlanOptions
 from jaxdyn.distributed import make_mesh
 from jaxdyn.plan.chips import CHIPS
-from jaxdyn.plan.cost import Cost
 from jaxdyn.plan.demand import Demand, demand_of, exhausted
+from jaxdyn.plan.hlo import Cost
 from jaxdyn.plan.programs import Setting
 from jaxdyn.presets import SHAPES
 from jaxdyn.sections import MeshConfig
