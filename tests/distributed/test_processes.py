@@ -174,8 +174,8 @@ class Started:
     def __init__(self, root: Path, count: int, devices: int, *arguments: str, **variables: str):
         self.logs = [root / f"log-{time.monotonic_ns()}-{index}" for index in range(count)]
         self.processes = []
-        flags = f"--xla_force_host_platform_device_count={devices}"
-        flags += " --xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1"
+        # Of a flag given twice the last counts; the others are conftest's.
+        flags = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count={devices}"
         common = os.environ | {
             "XLA_FLAGS": flags,
             "JAX_COMPILATION_CACHE_DIR": str(root / "compiled"),

@@ -51,12 +51,15 @@ def test_padding_on_either_side_changes_nothing(name, tmp_path):
         np.testing.assert_allclose(right[:, :6], whole, atol=1e-12)
 
 
+@pytest.mark.parametrize("apart", [False, True])
 @pytest.mark.parametrize("name", [*FAMILIES, "heads-untied", "projections-untied"])
-def test_prefill_then_decode_equals_the_full_pass(name, tmp_path):
+def test_prefill_then_decode_equals_the_full_pass(name, apart, tmp_path):
     if name in oracles.NORMED:
         model, params = oracles.tiny_model(name, jnp.float32)
     else:
         model, params = tiny(name, tmp_path)
+    if apart:
+        model, params = model.unstack(params)
     backbone = params["backbone"]
     tokens = tiny_checkpoints.batch()[0] % model.config.vocab_size
     mask = np.ones(tokens.shape, bool)
@@ -91,6 +94,24 @@ def test_untying_keeps_the_logits_and_owns_its_matrix(name, tmp_path):
     np.testing.assert_array_equal(full_logits(untied, copied, tokens, mask), before)
     copied["classifier"]["weight"] = copied["classifier"]["weight"] + 1
     np.testing.assert_array_equal(full_logits(model, params, tokens, mask), before)
+
+
+@pytest.mark.parametrize("name", ["gpt_neox-untied", "llama-tied", "gpt2-tied"])
+def test_layers_apart_are_the_same_function_of_the_same_parameters(name, x64):
+    model, params = oracles.tiny_model(name)
+    apart, unstacked = model.unstack(params)
+    assert model.config.num_layers > 1 and "layers" not in unstacked["backbone"]
+    tokens, mask = map(jnp.asarray, tiny_checkpoints.batch())
+    tokens %= model.config.vocab_size
+
+    def squares(model, params):
+        return jnp.sum(full_logits(model, params, tokens, mask) ** 2)
+
+    value, by_layer = jax.value_and_grad(squares, argnums=1)(apart, unstacked)
+    want, gradient = jax.value_and_grad(squares, argnums=1)(model, params)
+    assert 0 < float(want) == pytest.approx(float(value), rel=1e-13)
+    close = lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-9, atol=1e-12, equal_nan=False)
+    jax.tree.map(close, by_layer, model.unstack(gradient)[1])
 
 
 @pytest.mark.parametrize("name", TIED)
