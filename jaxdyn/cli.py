@@ -26,7 +26,7 @@ class Command(NamedTuple):
     Attributes:
       text: the line.
       options: the dataclass of its options; it imports no JAX, but that of a run.
-      function: what is called with them.
+      function: what is called with them, or with their fields by name where they have few.
       result: the line to print of what that returns.
       presets: options with a name, to start from by `--preset NAME` (or `--config FILE`).
       done_by: of the processes that are given the command all, or the first, which needs no
@@ -41,11 +41,14 @@ class Command(NamedTuple):
     done_by: Literal["all", "first", "one"] = "all"
 
 
+FEW = "commands.options:"
+"""Where the options of commands with few of them are."""
+
 COMMANDS = {
     "quickstart": Command(
         "make a small model, train it, run RL and classifier-first RL, write the report",
         "commands.options:QuickstartOptions",
-        "commands.quickstart:run",
+        "commands.quickstart:quickstart",
         "report: {}",
         done_by="one",
     ),
@@ -72,7 +75,7 @@ COMMANDS = {
     "analyze": Command(
         "what the updates of a finished run did, recomputed from its checkpoints",
         "commands.options:AnalyzeOptions",
-        "commands.analyze:run",
+        "train:analyze",
         "analysis: {}",
     ),
     "kernel": Command(
@@ -90,14 +93,14 @@ COMMANDS = {
     "report": Command(
         "one HTML page of figures and tables about one or more runs",
         "commands.options:ReportOptions",
-        "commands.report:run",
+        "report:write_report",
         "report: {}",
         done_by="first",
     ),
     "export": Command(
         "write a run's model as a Hugging Face directory",
         "commands.options:ExportOptions",
-        "commands.export:run",
+        "train:export",
         "model: {}",
     ),
 }
@@ -211,7 +214,8 @@ def run_command(arguments: list[str]) -> None:
     if has_work(name, rest):
         command = COMMANDS[name]
         options = parse(f"jaxdyn {name}", rest, found(command.options), found(command.presets))
-        result = found(command.function)(options)
+        few, function = command.options.startswith(FEW), found(command.function)
+        result = function(**vars(options)) if few else function(options)
         if command.result:
             print(command.result.format(result))
 

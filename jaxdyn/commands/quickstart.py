@@ -12,7 +12,6 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from jaxdyn.commands.options import QuickstartOptions
 from jaxdyn.commands.output import refuse_others
 from jaxdyn.data import AnagramsConfig, character_tokenizer
 from jaxdyn.models import LanguageModel, gpt_neox
@@ -27,13 +26,13 @@ from jaxdyn.train.export import save_policy
 SCHEDULES: tuple[Schedule, ...] = ("joint", "classifier_first")
 
 
-def run(options: QuickstartOptions) -> AnyPath:
+def quickstart(output: str | Path, seed: int = 0) -> AnyPath:
     """Run it all; prints a short table and returns the report's path.
 
     Raises:
       JaxdynError: if the output holds anything but a quickstart of the same seed.
     """
-    progress, output, seed = Progress(), Path(options.output), options.seed
+    progress, output = Progress(), Path(output)
     new = output / "new"
     sft = dataclasses.replace(
         SFT["anagrams"], output=str(output / "sft"), seed=seed, model=ModelSource(str(new))

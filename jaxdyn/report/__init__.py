@@ -6,12 +6,10 @@ from jaxdyn.paths import AnyPath, absolute, common_parent, open_path
 from jaxdyn.report.load import Run, load_run, load_runs
 
 
-def write_report(
-    run_directories: Sequence[str | AnyPath], output_directory: str | AnyPath | None = None
-) -> AnyPath:
+def write_report(runs: Sequence[str | AnyPath], output: str | AnyPath | None = None) -> AnyPath:
     """Write `report.html`, `figures/*.png` and `tables/*.csv` about all the runs together.
 
-    `output_directory` is by default `report/` in the run's directory, or in the common parent of
+    `output` is by default `report/` in the run's directory, or in the common parent of
     several. Returns the page's path.
 
     Raises JaxdynError if a directory is not a run, a file in it is malformed, or the report cannot
@@ -19,7 +17,6 @@ def write_report(
     """
     from jaxdyn.report.page import write_page  # here, so that importing the room stays light
 
-    directories = [absolute(open_path(directory)) for directory in run_directories]
-    runs = load_runs(directories)
-    output = open_path(output_directory or common_parent(directories) / "report")
-    return write_page(runs, output)
+    directories = [absolute(open_path(directory)) for directory in runs]
+    where = open_path(output or common_parent(directories) / "report")
+    return write_page(load_runs(directories), where)

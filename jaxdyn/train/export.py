@@ -8,8 +8,8 @@ from jaxdyn.config import SFTConfig
 from jaxdyn.data import Tokenizer
 from jaxdyn.hosts import fetch
 from jaxdyn.models import LanguageModel, merge_adapters, save_pretrained
-from jaxdyn.paths import AnyPath, in_bucket
-from jaxdyn.train.loop import run
+from jaxdyn.paths import AnyPath, in_bucket, open_path
+from jaxdyn.train import loop
 from jaxdyn.train.probe import policy_of
 from jaxdyn.train.progress import Progress
 from jaxdyn.train.run_directory import RunDirectory
@@ -29,20 +29,21 @@ def save_policy(
         tokenizer.save(directory)
 
 
-def export(path: AnyPath, output: AnyPath, step: Which = None) -> AnyPath:
+def export(run: str | AnyPath, output: str | AnyPath, step: Which = None) -> AnyPath:
     """Write a checkpoint of a run (the newest), adapters merged and without its value head.
 
     Raises:
       JaxdynError: if there is no such run or checkpoint, or `output` is a bucket or not empty.
     """
-    if in_bucket(output):
-        raise JaxdynError(f"a model is written on disk, got {output}")
-    with open_run(path) as run:
-        step = run.find(step)
-        if output.exists() and any(output.iterdir()):
-            raise JaxdynError(f"{output} is not empty; choose another output")
-        save_policy(output, *run.policy(step), run.loaded.tokenizer)
-    return output
+    where = open_path(output)
+    if in_bucket(where):
+        raise JaxdynError(f"a model is written on disk, got {where}")
+    with open_run(run) as saved:
+        step = saved.find(step)
+        if where.exists() and any(where.iterdir()):
+            raise JaxdynError(f"{where} is not empty; choose another output")
+        save_policy(where, *saved.policy(step), saved.loaded.tokenizer)
+    return where
 
 
 def run_sft(config: SFTConfig, progress: Progress | None = None) -> AnyPath:
@@ -52,4 +53,4 @@ def run_sft(config: SFTConfig, progress: Progress | None = None) -> AnyPath:
         model, params = merge_adapters(task.model, policy_of(state.params))
         save_policy(directory.local / "model", model, params, task.tokenizer)
 
-    return run(config, progress, leave) / "model"
+    return loop.run(config, progress, leave) / "model"

@@ -3,13 +3,9 @@ import dataclasses
 import pytest
 
 from jaxdyn.commands import quickstart as command
-from jaxdyn.commands.options import QuickstartOptions
+from jaxdyn.commands.quickstart import quickstart
 from jaxdyn.presets import RL, SFT
 from jaxdyn.types import JaxdynError
-
-
-def quickstart(output, seed=0):
-    return command.run(QuickstartOptions(str(output), seed))
 
 
 @pytest.fixture
