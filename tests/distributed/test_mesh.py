@@ -9,7 +9,6 @@ from jax.sharding import PartitionSpec as P
 
 from jaxdyn.distributed import (
     Layout,
-    MeshConfig,
     make_mesh,
     one_device,
     require_divisible,
@@ -19,6 +18,7 @@ from jaxdyn.distributed.mesh import chosen_devices
 from jaxdyn.models import LanguageModel, config_from_hf, gpt_neox
 from jaxdyn.models.lora import LoraConfig, add_adapters
 from jaxdyn.optim import OptimConfig, make_optimizer
+from jaxdyn.sections import MeshConfig
 from jaxdyn.train.update import TrainState
 from jaxdyn.types import JaxdynError
 
