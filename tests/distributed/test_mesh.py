@@ -55,7 +55,7 @@ def test_a_cpu_is_one_device_unless_asked():
         ({"fsdp": 16}, 8, "does not divide 8 devices"),
         ({"data": -1}, 8, "only one of mesh.data, mesh.fsdp, mesh.tensor may be -1"),
         ({"tensor": 0}, 8, "mesh.tensor must be at least 1, or -1, got 0"),
-        ({"devices": -1}, 8, "mesh.devices must not be negative, got -1"),
+        ({"devices": -1}, 8, "mesh.devices must be at least 0, got -1"),
         ({"devices": 16}, 16, "mesh.devices is 16: there are 8 devices on 1 processes"),
     ],
 )
