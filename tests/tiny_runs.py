@@ -22,9 +22,9 @@ from jaxdyn.sections import EvaluationConfig, LoopConfig, ModelSource, TrainConf
 ALPHABET = "0123456789=abcd"
 
 
-def make_model(directory: Path, tied: bool = False, **overrides) -> str:
+def make_model(directory: Path, tied: bool = False, alphabet=ALPHABET, **overrides) -> str:
     """A random model and its tokenizer in the Hugging Face layout."""
-    tokenizer = character_tokenizer(ALPHABET)
+    tokenizer = character_tokenizer(alphabet)
     config = gpt_neox(
         tokenizer.vocab_size, width=16, num_layers=1, num_heads=2, max_positions=32, tied=tied
     )

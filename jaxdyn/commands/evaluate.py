@@ -108,7 +108,8 @@ def print_table(name: str, config: Config, lines: Sequence[dict[str, Any]]) -> N
                 shown[key] = words.format(key.removeprefix(prefix))
     shown |= {
         "diversity/unique": "unique completions",
-        "diversity/ead": "diversity (EAD)",
+        "diversity/vendi": "diversity (Vendi score)",
+        "diversity/self_bleu": "likeness (self-BLEU)",
         "entropy": "entropy (nats)",
         "completions/mean_length": "mean length (tokens)",
     }

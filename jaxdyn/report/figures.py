@@ -57,7 +57,7 @@ def confidence(runs: Sequence[Run]) -> Exhibit | None:
         ),
         "diversity": (
             Panel("diversity/distinct_2", "Diversity: distinct 2-grams", "share of 2-grams", True),
-            Panel("diversity/ead", "… expectation-adjusted (EAD)", "distinct / expected", True),
+            Panel("diversity/vendi", "… Vendi score", "effective number of samples", True),
             Panel("diversity/unique", "… unique completions", "share of a prompt's samples", True),
         ),
     }

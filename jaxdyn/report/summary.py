@@ -63,9 +63,11 @@ QUANTITIES = (
     Quantity("Confidence, fixed completion sites", "probe/confidence/completion", ends),
     Quantity("Entropy, sampled text (nats)", "entropy", tenths),
     Quantity("Entropy, fixed completion sites (nats)", "probe/entropy/completion", ends),
-    Quantity("Diversity (EAD), training prompts", "diversity/ead", tenths),
+    Quantity("Diversity (Vendi score), training", "diversity/vendi", tenths),
+    Quantity("Likeness (self-BLEU), training", "diversity/self_bleu", tenths),
     Quantity("Unique completions, training", "diversity/unique", tenths),
-    Quantity("Diversity (EAD), evaluation prompts", "eval_diversity/ead", ends),
+    Quantity("Diversity (Vendi score), evaluation", "eval_diversity/vendi", ends),
+    Quantity("Likeness (self-BLEU), evaluation", "eval_diversity/self_bleu", ends),
     Quantity("Unique completions, evaluation", "eval_diversity/unique", ends),
     Quantity("KL to the reference (nats per token)", "kl", final),
     Quantity("Share of the representation component", "share/representation", full_updates),
@@ -199,7 +201,7 @@ _SPOKEN = {  # the first of the keys that was logged
     "the reward": ("eval_reward", "reward"),
     "confidence": ("confidence/max_prob", "probe/confidence/completion"),
     "entropy": ("entropy", "probe/entropy/completion"),
-    "diversity (EAD)": ("eval_diversity/ead", "diversity/ead"),
+    "diversity (Vendi score)": ("eval_diversity/vendi", "diversity/vendi"),
 }
 _SPOKEN_ALONE = {
     "the representation component's share of the predicted change was": "share/representation",

@@ -2,6 +2,7 @@
 
 import argparse
 import functools
+import itertools
 import json
 import stat
 import subprocess
@@ -24,6 +25,7 @@ import rollout
 from peers.protocol import SHAPES
 
 STUB = Path(__file__).with_name("stub_peer.py")
+EXPERIMENTS = Path(interleave.__file__).parent
 TOY = SHAPES["toy"]
 
 
@@ -111,7 +113,7 @@ def here(monkeypatch):
 
 @pytest.mark.slow
 def test_kernels(run, here, monkeypatch, tmp_path):
-    monkeypatch.setattr(kernels, "AXES", {"sites": [1, 2], "slots": [0.5, 1]})
+    monkeypatch.setattr(kernels, "AXES", {"sites": [2 / 3, 1], "slots": [0.5, 1]})
     found = run(kernels, "--toy")
     assert found.keys() == {f"kernels_{suite}_toy" for suite in kernels.SUITES}
     for suite in ("small", "trace", "pythia", "large"):
@@ -123,7 +125,7 @@ def test_kernels(run, here, monkeypatch, tmp_path):
     assert set(found["kernels_large_toy"]["nt_batch"]) == {"4", "6"}
     axes = found["kernels_scaling_toy"]["axes"]
     values = {axis: x["values"] for axis, x in axes.items()}
-    assert values == {"sites": [6, 12], "slots": [3, 6]}
+    assert values == {"sites": [4, 6], "slots": [3, 6]}
     assert (tmp_path / "results/kernels_scaling_toy.png").stat().st_size > 5000
 
 
@@ -201,17 +203,20 @@ def test_rl_step_beside_its_peers(run, monkeypatch, tmp_path):
 
 @pytest.mark.slow
 def test_rollout(run, monkeypatch, tmp_path):
-    """One case really, the others by stubs."""
-    monkeypatch.setattr(interleave, "ARCHITECTURES", ("llama",))
-    found = run(rollout, "plain", *settings("--without", "tunix", "trl"))["rollout_toy"]["plain"]
-    assert found["speed"].keys() == {"jaxdyn llama", "floor"}
-    assert found["without"] == ["tunix", "trl"]
-    assert found["about"]["jaxdyn llama"]["parameters"] == found["about"]["floor"]["parameters"]
-    python = stub(tmp_path)
-    stubs = {name: [python, "some_worker.py"] for name in ("jaxdyn llama", "tunix llama")}
-    monkeypatch.setattr(interleave, "frameworks", lambda chosen: stubs)
-    found = run(rollout, *settings())["rollout_toy"]
+    """Ours really, once; the others, and the other cases, by stubs."""
+    script = str(EXPERIMENTS / "jaxdyn_worker.py")
+    ours, theirs = [sys.executable, script, "llama"], [stub(tmp_path), "some_worker.py"]
+    commands = itertools.chain([ours], itertools.repeat(theirs))
+    each = lambda chosen: {"jaxdyn llama": next(commands), "floor": theirs}
+    monkeypatch.setattr(interleave, "frameworks", each)
+    found = run(rollout, *settings("--without", "tunix", "trl"))["rollout_toy"]
     assert found.keys() - {"machine"} == rollout.CASES.keys()
+    assert found["plain"]["without"] == ["tunix", "trl"]
+    about, speed = found["plain"]["about"]["jaxdyn llama"], found["plain"]["speed"]["jaxdyn llama"]
+    # Embedding, W, four projections and three of the feed-forward, three norms.
+    assert about["parameters"] == 2 * 32 * 16 + 4 * 16 * 16 + 3 * 16 * 32 + 3 * 16
+    seconds = found["plain"]["medians"]["jaxdyn llama"]["generate"]
+    assert speed["tokens_per_second"] == pytest.approx(4 * 6 / seconds)
     assert found["long"]["shape"]["completion_length"] == 256
 
 

@@ -16,7 +16,8 @@ def reward(step, seed):
 def evaluation(moved, seed):
     return {
         "eval_reward": reward(moved, seed) - 0.05,
-        "eval_diversity/ead": 0.88 - 0.004 * moved,
+        "eval_diversity/vendi": 3.88 - 0.004 * moved,
+        "eval_diversity/self_bleu": 0.12 + 0.004 * moved,
         "eval_diversity/unique": 0.97 - 0.002 * moved,
         "eval_metrics/accuracy": 0.3 + 0.002 * moved,
         **sampled(moved, seed),
@@ -107,7 +108,8 @@ def write_run(
             "diversity/distinct_1": 0.5,
             "diversity/distinct_2": 0.8 - 0.003 * moved,
             "diversity/distinct_3": 0.9,
-            "diversity/ead": 0.9 - 0.004 * moved + 0.01 * seed,
+            "diversity/vendi": 3.9 - 0.004 * moved + 0.01 * seed,
+            "diversity/self_bleu": 0.1 + 0.004 * moved + 0.01 * seed,
             "diversity/unique": 1.0 - 0.002 * moved,
             "kl": 0.001 * moved,
             "completions/mean_length": 40.0 + 0.1 * t + 3 * float(rng.normal()),
