@@ -90,7 +90,7 @@ def test_links_lead_somewhere(page):
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_commands_and_files_that_are_named_exist(page):
     text = page.read_text()
-    for command in re.findall(r"jaxdyn ([a-z]+)[ `\n]", text):
+    for command in re.findall(r"(?:bin/|`)jaxdyn ([a-z]+)[ `\n]", text):
         assert command in COMMANDS, command
     for path in re.findall(r"`((?:jaxdyn|experiments|tests|tpu)/[\w./-]*\w)`", text):
         if "NAME" not in path:

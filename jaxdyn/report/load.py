@@ -93,7 +93,7 @@ def load_runs(directories: Sequence[AnyPath]) -> list[Run]:
     return sorted(runs, key=lambda run: (run.schedule, run.seed or 0, run.name))
 
 
-def load_run(directory: AnyPath, name: str | None = None) -> Run:
+def load_run(directory: str | AnyPath, name: str | None = None) -> Run:
     """Read a run directory; raises JaxdynError if it is not one or a line in it is malformed.
 
     Missing files count as empty. A last line or probe file cut short by a kill is ignored; a step
