@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import tiny_runs
 
-from jaxdyn.config import save_config
+from jaxdyn.grammar import save_config
 from jaxdyn.models import load_pretrained
 
 SCRIPTS = Path(__file__).parents[2] / "tpu"
