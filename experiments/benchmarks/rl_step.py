@@ -13,6 +13,7 @@ V 2048, untied, 2 prompts × 8 generations, 16 + 64 tokens, β 0.04 with a refer
   rate       the update's share of the device's matrix product rate (45 % on an accelerator).
 Command:   python experiments/benchmarks/rl_step.py SUITE ... (all of them without one)
                --tunix-python tunix/bin/python --trl-python trl/bin/python --rounds 15
+           A peer without a Python ends it; `--without tunix trl` says that they are left out.
            Any shape: --shape pythia-410m, --layers 8, ...; see --help. The peers live in
            environments of their own:
                python3.11 -m venv tunix && tunix/bin/pip install google-tunix==0.1.7
