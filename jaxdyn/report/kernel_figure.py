@@ -18,8 +18,7 @@ from scipy.spatial.distance import squareform
 from jaxdyn import COMPONENTS
 from jaxdyn.errors import JaxdynError
 from jaxdyn.report.kernel_file import SavedKernel, load_kernel
-from jaxdyn.report.plotting import STYLE, say_empty
-from jaxdyn.report.update_figures import COSINE_BINS
+from jaxdyn.report.plotting import STYLE, draw_cosines, say_empty
 
 COLOURS = {
     "total": "#1A1A1A",
@@ -259,13 +258,12 @@ def draw_feature_cosines(axes: Axes, saved: SavedKernel) -> None:
     pairs = pairs[np.isfinite(pairs)]
     if not len(pairs):
         return say_empty(axes)
-    below = np.mean(pairs < 0)
-    heights = np.histogram(np.clip(pairs, -1, 1), COSINE_BINS)[0] / len(pairs)
-    axes.stairs(heights, COSINE_BINS, fill=True, color=COLOURS["representation"])
+    draw_cosines(axes, pairs, fill=True, color=COLOURS["representation"])
     axes.axvline(0, ymax=0.85, color="#999999", linewidth=0.9)
-    axes.set(xlabel="cosine of φ and φ'", ylabel="share of pairs")
-    axes.set_title("Features of every two sites")
-    text = f"mean {np.mean(pairs):.2f}, {below:.1%} below 0"
+    axes.set(
+        title="Features of every two sites", xlabel="cosine of φ and φ'", ylabel="share of pairs"
+    )
+    text = f"mean {np.mean(pairs):.2f}, {np.mean(pairs < 0):.1%} below 0"
     axes.annotate(text, (0.02, 0.97), xycoords="axes fraction", va="top", fontsize=8.5)
     axes.set_ylim(top=1.15 * axes.get_ylim()[1])  # room for the text
 
