@@ -3,7 +3,6 @@
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
-from typing import Any
 
 import matplotlib
 import numpy as np
@@ -33,6 +32,8 @@ PART_COLOURS = {
     "norms": "#009E73",
     "final_norm": "#555555",
 }
+COLOUR_MAP = matplotlib.colormaps["RdBu_r"].with_extremes(bad="#BBBBBB")
+"""Blue below 0, white at 0, red above, grey where there is no value."""
 LABELLED = 40  # places that can be labelled legibly
 OPTIMAL = 1000  # places whose order is refined: the refinement takes a time of N² log N or more
 
@@ -126,7 +127,7 @@ def draw_maps(figure: SubFigure, saved: SavedKernel) -> None:
     cells = {"total": main}
     cells |= {name: figure.add_subplot(grid[i, 1]) for i, name in enumerate(names)}
     for name, cell in cells.items():
-        image = cell.imshow(maps[name][np.ix_(order, order)], cmap=colour_map(), norm=norm)
+        image = cell.imshow(maps[name][np.ix_(order, order)], cmap=COLOUR_MAP, norm=norm)
         cell.grid(False)
         cell.set(xticks=[], yticks=[])
         cell.spines[:].set_visible(True)
@@ -161,11 +162,6 @@ def colour_reach(values: np.ndarray) -> float:
     between = between[np.isfinite(between)]
     largest = np.quantile(between, 0.995) if len(between) else 1.0
     return min((reach for reach in (0.1, 0.25, 0.5) if reach >= largest), default=1.0)
-
-
-def colour_map() -> Any:
-    """Blue below 0, white at 0, red above, grey where there is no value."""
-    return matplotlib.colormaps["RdBu_r"].with_extremes(bad="#BBBBBB")
 
 
 def label_of(saved: SavedKernel, place: int) -> str:

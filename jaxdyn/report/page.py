@@ -12,7 +12,7 @@ from jaxdyn.errors import JaxdynError
 from jaxdyn.paths import AnyPath
 from jaxdyn.report import figures, samples, sampling_figures, summary, update_figures
 from jaxdyn.report.load import Run
-from jaxdyn.report.plotting import STYLE, Exhibit, Table
+from jaxdyn.report.plotting import STYLE, Exhibit
 
 PAPER = "https://arxiv.org/abs/2601.04670"
 
@@ -95,24 +95,18 @@ def write_page(runs: Sequence[Run], directory: AnyPath) -> AnyPath:
         tables |= exhibit.tables
     sections.append(_runs_section(runs))
     try:
-        return _write(directory, _page(sections), images, tables)
+        for folder in ("figures", "tables"):
+            (directory / folder).mkdir(parents=True, exist_ok=True)
+        for name, image in images.items():
+            (directory / "figures" / f"{name}.png").write_bytes(image)
+        for name, table in tables.items():
+            table.write(directory / "tables" / f"{name}.csv")
+        path = directory / "report.html"
+        path.write_bytes(_page(sections).encode("utf-8", errors="replace"))
+        return path
     except OSError as error:
         reason = error.strerror or error
         raise JaxdynError(f"cannot write the report to {directory}: {reason}") from error
-
-
-def _write(
-    directory: AnyPath, page: str, images: dict[str, bytes], tables: dict[str, Table]
-) -> AnyPath:
-    for folder in ("figures", "tables"):
-        (directory / folder).mkdir(parents=True, exist_ok=True)
-    for name, image in images.items():
-        (directory / "figures" / f"{name}.png").write_bytes(image)
-    for name, table in tables.items():
-        table.write(directory / "tables" / f"{name}.csv")
-    path = directory / "report.html"
-    path.write_bytes(page.encode("utf-8", errors="replace"))
-    return path
 
 
 def _png(figure: Figure) -> bytes:

@@ -100,9 +100,9 @@ def shares(runs: Sequence[Run]) -> Exhibit | None:
     """The components' shares of the predicted change, and their sizes, along training."""
     cross = any(any(run.series("share/cross").values()) for run in runs)
     names = COMPONENTS if cross else COMPONENTS[:2]
-    size = "rms Δ log π (nats)"
+    part, size = "of the prediction", "rms Δ log π (nats)"
     panels = (
-        *(Panel(f"share/{c}", f"Share: {c}", "of the prediction", levels=(0, 1)) for c in names),
+        *(Panel(f"share/{c}", f"Share: {c}", part, levels=(0.0, 1.0)) for c in names),
         Panel("delta/correlation", "Predicted against actual", "Pearson's r over sites"),
         *(Panel(f"delta/{c}/rms", f"Size: {c}", size, from_zero=True) for c in names),
         Panel("delta/residual/rms", "Size: beyond first order", size, from_zero=True),
