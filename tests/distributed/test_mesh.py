@@ -9,7 +9,6 @@ from jax.sharding import PartitionSpec as P
 
 from jaxdyn.distributed import (
     Layout,
-    MeshConfig,
     make_mesh,
     one_device,
     require_divisible,
@@ -19,6 +18,7 @@ from jaxdyn.distributed.mesh import chosen_devices
 from jaxdyn.models import LanguageModel, config_from_hf, gpt_neox
 from jaxdyn.models.lora import LoraConfig, add_adapters
 from jaxdyn.optim import OptimConfig, make_optimizer
+from jaxdyn.sections import MeshConfig
 from jaxdyn.train.update import TrainState
 from jaxdyn.types import JaxdynError
 
@@ -55,7 +55,7 @@ def test_a_cpu_is_one_device_unless_asked():
         ({"fsdp": 16}, 8, "does not divide 8 devices"),
         ({"data": -1}, 8, "only one of mesh.data, mesh.fsdp, mesh.tensor may be -1"),
         ({"tensor": 0}, 8, "mesh.tensor must be at least 1, or -1, got 0"),
-        ({"devices": -1}, 8, "mesh.devices must not be negative, got -1"),
+        ({"devices": -1}, 8, "mesh.devices must be at least 0, got -1"),
         ({"devices": 16}, 16, "mesh.devices is 16: there are 8 devices on 1 processes"),
     ],
 )
