@@ -136,7 +136,8 @@ def line_style(schedule: str) -> dict[str, Any]:
     With the same seed it is the beginning of standard RL with extra steps, which would hide it.
     """
     _, colour, dashes = look(schedule)
-    return {"color": colour, "linestyle": dashes, "zorder": 4 if schedule == "joint" else 3}
+    level = 4 if schedule == "joint" else 3
+    return {"color": colour, "linestyle": dashes, "linewidth": 2.2, "zorder": level}
 
 
 def thin_line(colour: str) -> dict[str, Any]:
@@ -168,9 +169,7 @@ def series_exhibit(
     for cell, panel in zip(axes.flat, panels, strict=True):
         drawn = draw_series(cell, runs, panel)
         rows += [] if panel.against else drawn  # the same quantity has a panel over steps
-    for key in also:
-        for run in runs:
-            rows += _logged(run, key)
+    rows += [row for key in also for run in runs for row in _logged(run, key)]
     if not rows:
         return None
     finish(figure, axes, runs, rows)
@@ -209,7 +208,7 @@ def draw_series(axes: Axes, runs: Sequence[Run], panel: Panel) -> Rows:
             items = zip(shared, values.tolist(), strict=True)
             rows += [(panel.key, schedule, None, name, *item) for item in items]
         marker = "o" if len(shared) < 3 else None
-        axes.plot(place, mean, linewidth=2.2, marker=marker, markersize=4, **line_style(schedule))
+        axes.plot(place, mean, marker=marker, markersize=4, **line_style(schedule))
     axes.set(title=panel.title, xlabel=panel.place, ylabel=panel.unit)
     if panel.from_zero:
         top = max((row[-1] for row in rows), default=0.0) or 1.0
@@ -303,9 +302,7 @@ def finish(
 def schedule_handles(runs: Sequence[Run], when: str = "") -> list[Line2D]:
     """A legend's entry for each schedule: its line, its name after `when`, its number of runs."""
     return [
-        Line2D(
-            [], [], linewidth=2.2, label=f"{when}{look(s).label} (n = {len(g)})", **line_style(s)
-        )
+        Line2D([], [], label=f"{when}{look(s).label} (n = {len(g)})", **line_style(s))
         for s, g in by_schedule(runs).items()
     ]
 

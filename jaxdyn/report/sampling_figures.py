@@ -28,6 +28,7 @@ from jaxdyn.report.plotting import (
 
 COLUMNS = ("quantity", "when", "schedule", "seed", "run", "step", "at", "value", "low", "high")
 BEFORE = "#777777"
+BEFORE_STYLE: dict[str, Any] = {"color": BEFORE, "linewidth": 2.2, "zorder": 2}
 BAND = 0.16
 BEST = Panel(
     "eval_best_of@", "Best of N", "expected largest reward", place="N, samples of a prompt"
@@ -67,7 +68,7 @@ def sampling(runs: Sequence[Run]) -> Exhibit | None:
         rows += draw_temperatures(axes[1], runs)
     if not rows:
         return None
-    before = Line2D([], [], color=BEFORE, linewidth=2.2, label="before training")
+    before = Line2D([], [], label="before training", **BEFORE_STYLE)
     band = Patch(color=BEFORE, alpha=2 * BAND, linewidth=0, label="95 % interval over prompts")
     handles = [before, *schedule_handles(runs, "after "), band]
     figure.legend(handles=handles, loc="outside upper left", ncols=5)
@@ -188,7 +189,7 @@ def draw_ends(
     for run in runs:
         if start := end_of(run, False):
             first.setdefault(tuple(sorted(start[1].items())), (run, *start))
-    rows = _draw(axes, [*first.values()], "before", name, {"color": BEFORE, "zorder": 2})
+    rows = _draw(axes, [*first.values()], "before", name, BEFORE_STYLE)
     for schedule, group in by_schedule(runs).items():
         curves = [(run, *end) for run in group if (end := end_of(run, True))]
         rows += _draw(axes, curves, after, name, line_style(schedule))
@@ -214,7 +215,7 @@ def _draw(axes: Axes, curves: Drawn, when: str, name: str, style: dict[str, Any]
     if not shared:
         return rows
     value, low, high = mean.T
-    axes.plot(shared, value, linewidth=2.2, marker="o", markersize=3.5, **style)
+    axes.plot(shared, value, marker="o", markersize=3.5, **style)
     if np.isfinite(low).all():
         axes.fill_between(shared, low, high, color=style["color"], alpha=BAND, linewidth=0)
     if len(curves) > 1:

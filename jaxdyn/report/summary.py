@@ -123,12 +123,10 @@ def display(runs: Sequence[Run]) -> tuple[list[str], list[list[str]]]:
     groups = by_schedule(runs)
     cells = {row[:2]: row[3:] for row in by_group(runs).rows}
     header = ["", *(look(schedule).label for schedule in groups)]
+    steps = [" / ".join(map(str, sorted({r.steps for r in g}))) for g in groups.values()]
     lines = [
         ["Runs (seeds)", *(f"{len(g)} ({_seeds(g)})" for g in groups.values())],
-        [
-            "RL steps",
-            *(" / ".join(map(str, sorted({r.steps for r in g}))) for g in groups.values()),
-        ],
+        ["RL steps", *steps],
     ]
     for quantity in quantities(runs):
         found = [cells.get((quantity.key, schedule)) for schedule in groups]

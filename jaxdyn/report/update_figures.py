@@ -176,10 +176,8 @@ def _changes(group: Sequence[Run]) -> list[Change]:
             if not {"representation", "gradient", "actual"} <= arrays.keys():
                 continue
             parts = {name: arrays.get(name, np.zeros_like(arrays["actual"])) for name in COMPONENTS}
-            change = parts | {
-                "predicted": np.sum([*parts.values()], axis=0),
-                "actual": arrays["actual"],
-            }
+            predicted = np.sum([*parts.values()], axis=0)
+            change = parts | {"predicted": predicted, "actual": arrays["actual"]}
             finite = np.isfinite(change["predicted"] + change["actual"])
             change = {name: values[finite].astype(float) for name, values in change.items()}
             if finite.any():
@@ -198,7 +196,7 @@ def _cosine_histogram(axes: Axes, runs: Sequence[Run], place: str) -> Rows:
         when, ink, style = "before", "#555555", {"fill": True, "color": BEFORE_COLOUR}
         if schedule:
             when, ink = "after", look(schedule).colour
-            style = {"linewidth": 1.8, **line_style(schedule)}
+            style = line_style(schedule) | {"linewidth": 1.8}
         share = draw_cosines(axes, cosines, **style)
         bins = zip(COSINE_BINS[:-1].tolist(), COSINE_BINS[1:].tolist(), share.tolist(), strict=True)
         rows += [(place, when, schedule, count, len(cosines), *item) for item in bins]
