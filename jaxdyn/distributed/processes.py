@@ -8,10 +8,11 @@ coordinator is to listen, by which every process learns who is missing.
 import contextlib
 import dataclasses
 import os
+import re
 import socket
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import jax
 from jax._src.clusters import ClusterEnv  # no public name tells who one is before one joins
@@ -21,6 +22,8 @@ from jaxdyn.types import JaxdynError
 VARIABLE = "JAXDYN_DISTRIBUTED"
 SECONDS = "JAXDYN_JOIN_SECONDS"
 DEFAULT_SECONDS = 300.0
+FORM = re.compile(r"(?P<address>[^,]+:(?P<port>\d+))(,(?P<processes>\d+),(?P<index>\d+))?")
+"""HOST:PORT, and PROCESSES,INDEX or nothing."""
 MARK = b"jaxdyn "
 """What every line of the roll call begins with: something else may listen there."""
 
@@ -88,16 +91,19 @@ def find_cluster() -> Cluster | None:
     asked = os.environ.get(VARIABLE, "").strip()
     if not asked:
         return None
-    address, *numbers = asked.split(",")
-    if address == "auto" and not numbers:
-        address = ""
-    elif not well_formed(address, numbers):
+    form = FORM.fullmatch(asked)
+    if asked != "auto" and not (
+        form
+        and 0 < int(form["port"]) < 2**16
+        and int(form["index"] or 0) < int(form["processes"] or 1)
+    ):
         raise JaxdynError(
             f"{VARIABLE} must be auto, HOST:PORT or HOST:PORT,PROCESSES,INDEX with INDEX below "
             f"PROCESSES, got {asked!r}"
         )
-    if numbers:
-        cluster: Cluster | None = Cluster(address, int(numbers[0]), int(numbers[1]))
+    address = form["address"] if form else ""
+    if form and form["processes"]:
+        cluster: Cluster | None = Cluster(address, int(form["processes"]), int(form["index"]))
     else:
         cluster = detect(address)
     if cluster is None:
@@ -105,20 +111,6 @@ def find_cluster() -> Cluster | None:
             f"jaxdyn: {VARIABLE}={asked}, but no cluster is found: it runs alone", file=sys.stderr
         )
     return None if cluster is None or cluster.processes == 1 else cluster
-
-
-def well_formed(address: str, numbers: Sequence[str]) -> bool:
-    """Whether it is HOST:PORT, and PROCESSES,INDEX or nothing."""
-    host, _, port = address.rpartition(":")
-    if not host or not port.isdecimal() or not 0 < int(port) < 2**16:
-        return False
-    if not numbers:
-        return True
-    return (
-        len(numbers) == 2
-        and all(n.isdecimal() for n in numbers)
-        and (int(numbers[1]) < int(numbers[0]))
-    )
 
 
 def detect(address: str) -> Cluster | None:
@@ -212,21 +204,18 @@ def call(cluster: Cluster, port: int, seconds: float) -> str:
     return problem
 
 
-@contextlib.contextmanager
-def listen(port: int, cluster: Cluster) -> Iterator[socket.socket]:
+def listen(port: int, cluster: Cluster) -> socket.socket:
     """A socket on every interface, as JAX's coordinator will have it."""
-    family = socket.AF_INET6 if socket.has_dualstack_ipv6() else socket.AF_INET
-    dual = family == socket.AF_INET6
+    dual = socket.has_dualstack_ipv6()
+    family = socket.AF_INET6 if dual else socket.AF_INET
     try:
-        server = socket.create_server(
+        return socket.create_server(
             ("", port), family=family, backlog=cluster.processes, dualstack_ipv6=dual
         )
     except OSError as error:
         raise NotJoined(
             f"process 0 cannot listen at {cluster.address}: {error.strerror or error}"
         ) from error
-    with server:
-        yield server
 
 
 def heard(line: bytes) -> tuple[int, int]:

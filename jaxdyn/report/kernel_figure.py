@@ -3,7 +3,6 @@
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
-from typing import Any
 
 import matplotlib
 import numpy as np
@@ -18,8 +17,7 @@ from scipy.spatial.distance import squareform
 from jaxdyn import COMPONENTS
 from jaxdyn.errors import JaxdynError
 from jaxdyn.report.kernel_file import SavedKernel, load_kernel
-from jaxdyn.report.plotting import STYLE, say_empty
-from jaxdyn.report.update_figures import COSINE_BINS
+from jaxdyn.report.plotting import STYLE, draw_cosines, say_empty
 
 COLOURS = {
     "total": "#1A1A1A",
@@ -34,6 +32,8 @@ PART_COLOURS = {
     "norms": "#009E73",
     "final_norm": "#555555",
 }
+COLOUR_MAP = matplotlib.colormaps["RdBu_r"].with_extremes(bad="#BBBBBB")
+"""Blue below 0, white at 0, red above, grey where there is no value."""
 LABELLED = 40  # places that can be labelled legibly
 OPTIMAL = 1000  # places whose order is refined: the refinement takes a time of N² log N or more
 
@@ -127,7 +127,7 @@ def draw_maps(figure: SubFigure, saved: SavedKernel) -> None:
     cells = {"total": main}
     cells |= {name: figure.add_subplot(grid[i, 1]) for i, name in enumerate(names)}
     for name, cell in cells.items():
-        image = cell.imshow(maps[name][np.ix_(order, order)], cmap=colour_map(), norm=norm)
+        image = cell.imshow(maps[name][np.ix_(order, order)], cmap=COLOUR_MAP, norm=norm)
         cell.grid(False)
         cell.set(xticks=[], yticks=[])
         cell.spines[:].set_visible(True)
@@ -162,11 +162,6 @@ def colour_reach(values: np.ndarray) -> float:
     between = between[np.isfinite(between)]
     largest = np.quantile(between, 0.995) if len(between) else 1.0
     return min((reach for reach in (0.1, 0.25, 0.5) if reach >= largest), default=1.0)
-
-
-def colour_map() -> Any:
-    """Blue below 0, white at 0, red above, grey where there is no value."""
-    return matplotlib.colormaps["RdBu_r"].with_extremes(bad="#BBBBBB")
 
 
 def label_of(saved: SavedKernel, place: int) -> str:
@@ -259,13 +254,12 @@ def draw_feature_cosines(axes: Axes, saved: SavedKernel) -> None:
     pairs = pairs[np.isfinite(pairs)]
     if not len(pairs):
         return say_empty(axes)
-    below = np.mean(pairs < 0)
-    heights = np.histogram(np.clip(pairs, -1, 1), COSINE_BINS)[0] / len(pairs)
-    axes.stairs(heights, COSINE_BINS, fill=True, color=COLOURS["representation"])
+    draw_cosines(axes, pairs, fill=True, color=COLOURS["representation"])
     axes.axvline(0, ymax=0.85, color="#999999", linewidth=0.9)
-    axes.set(xlabel="cosine of φ and φ'", ylabel="share of pairs")
-    axes.set_title("Features of every two sites")
-    text = f"mean {np.mean(pairs):.2f}, {below:.1%} below 0"
+    axes.set(
+        title="Features of every two sites", xlabel="cosine of φ and φ'", ylabel="share of pairs"
+    )
+    text = f"mean {np.mean(pairs):.2f}, {np.mean(pairs < 0):.1%} below 0"
     axes.annotate(text, (0.02, 0.97), xycoords="axes fraction", va="top", fontsize=8.5)
     axes.set_ylim(top=1.15 * axes.get_ylim()[1])  # room for the text
 

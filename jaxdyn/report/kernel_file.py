@@ -64,20 +64,12 @@ class SavedKernel:
     def write(self, path: Path) -> None:
         """Write all of it as one compressed .npz, without pickles."""
         fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
-        parts = {_PART + kind: x for kind, x in fields.pop("parts").items()}
         about = json.dumps({"format": FORMAT, **fields.pop("about")}, ensure_ascii=False)
-        statistics = fields.pop("statistics")
+        parts = {_PART + kind: x for kind, x in fields.pop("parts").items()}
+        fields |= {"total": self.total, "about": about, **parts, **fields.pop("statistics")}
         arrays = {name: x for name, x in fields.items() if x is not None}
         with path.open("wb") as file:
-            np.savez_compressed(
-                file,
-                allow_pickle=False,
-                total=self.total,
-                about=about,
-                **arrays,
-                **parts,
-                **statistics,
-            )
+            np.savez_compressed(file, allow_pickle=False, **arrays)
 
 
 def load_kernel(path: str | Path) -> SavedKernel:

@@ -6,13 +6,13 @@ from collections.abc import Sequence
 from html import escape
 
 import matplotlib
+from matplotlib.figure import Figure
 
 from jaxdyn.errors import JaxdynError
 from jaxdyn.paths import AnyPath
-from jaxdyn.report import figures, sampling_figures, summary, update_figures
+from jaxdyn.report import figures, samples, sampling_figures, summary, update_figures
 from jaxdyn.report.load import Run
-from jaxdyn.report.plotting import STYLE, Exhibit, Table
-from jaxdyn.report.samples import by_temperature, side_by_side
+from jaxdyn.report.plotting import STYLE, Exhibit
 
 PAPER = "https://arxiv.org/abs/2601.04670"
 
@@ -24,6 +24,8 @@ EXHIBITS = (
     update_figures.shares,
     update_figures.features,
     figures.distance,
+    samples.side_by_side,
+    samples.by_temperature,
 )
 
 CSS = """
@@ -85,43 +87,37 @@ def write_page(runs: Sequence[Run], directory: AnyPath) -> AnyPath:
             exhibit = draw(runs)
             if exhibit is None:
                 continue
-            images[exhibit.name] = _png(exhibit)
-        sections.append(_figure_section(exhibit, images[exhibit.name]))
+            shown = exhibit.figure
+            if isinstance(shown, Figure):
+                image = images[exhibit.name] = _png(shown)
+                shown = _embedded(image, exhibit.title)
+        sections.append(_section(exhibit, shown))
         tables |= exhibit.tables
-    samples = side_by_side(runs)
-    if samples:
-        sections.append(_samples_section(samples[0]))
-        tables["samples"] = samples[1]
-    sweep = by_temperature(runs)
-    if sweep:
-        sections.append(_temperatures_section(sweep[0]))
-        tables["samples_by_temperature"] = sweep[1]
     sections.append(_runs_section(runs))
     try:
-        return _write(directory, _page(sections), images, tables)
+        for folder in ("figures", "tables"):
+            (directory / folder).mkdir(parents=True, exist_ok=True)
+        for name, image in images.items():
+            (directory / "figures" / f"{name}.png").write_bytes(image)
+        for name, table in tables.items():
+            table.write(directory / "tables" / f"{name}.csv")
+        path = directory / "report.html"
+        path.write_bytes(_page(sections).encode("utf-8", errors="replace"))
+        return path
     except OSError as error:
         reason = error.strerror or error
         raise JaxdynError(f"cannot write the report to {directory}: {reason}") from error
 
 
-def _write(
-    directory: AnyPath, page: str, images: dict[str, bytes], tables: dict[str, Table]
-) -> AnyPath:
-    for folder in ("figures", "tables"):
-        (directory / folder).mkdir(parents=True, exist_ok=True)
-    for name, image in images.items():
-        (directory / "figures" / f"{name}.png").write_bytes(image)
-    for name, table in tables.items():
-        table.write(directory / "tables" / f"{name}.csv")
-    path = directory / "report.html"
-    path.write_bytes(page.encode("utf-8", errors="replace"))
-    return path
-
-
-def _png(exhibit: Exhibit) -> bytes:
+def _png(figure: Figure) -> bytes:
     buffer = io.BytesIO()
-    exhibit.figure.savefig(buffer, format="png")
+    figure.savefig(buffer, format="png")
     return buffer.getvalue()
+
+
+def _embedded(image: bytes, title: str) -> str:
+    source = "data:image/png;base64," + base64.b64encode(image).decode()
+    return f'<figure><img alt="{escape(title)}" src="{source}"></figure>'
 
 
 def _page(sections: Sequence[str]) -> str:
@@ -150,35 +146,11 @@ def _summary_section(runs: Sequence[Run]) -> str:
     )
 
 
-def _figure_section(exhibit: Exhibit, image: bytes) -> str:
-    source = "data:image/png;base64," + base64.b64encode(image).decode()
+def _section(exhibit: Exhibit, shown: str) -> str:
     return (
         f'<section id="{exhibit.name}"><h2>{escape(exhibit.title)}</h2>\n'
-        f"<p>{escape(exhibit.shows)}</p>\n<p><i>{escape(exhibit.expects)}</i></p>\n"
-        f'<figure><img alt="{escape(exhibit.title)}" src="{source}"></figure>\n'
+        f"<p>{escape(exhibit.shows)}</p>\n<p><i>{escape(exhibit.expects)}</i></p>\n{shown}\n"
         f'<p class="small">{_data(*exhibit.tables)}</p></section>'
-    )
-
-
-def _samples_section(table: str) -> str:
-    return (
-        '<section id="samples"><h2>Samples</h2>\n'
-        "<p>Completions of the same evaluation prompts before and after training; the prompts are "
-        "spread evenly over the file, not chosen by their rewards.</p>\n"
-        "<p><i>If diversity falls as the paper leads one to expect, a prompt’s completions become "
-        f"more alike after training.</i></p>\n{table}\n"
-        f'<p class="small">{_data("samples")}</p></section>'
-    )
-
-
-def _temperatures_section(table: str) -> str:
-    return (
-        '<section id="samples_by_temperature"><h2>Samples by temperature</h2>\n'
-        "<p>Completions of evaluation prompts at each temperature that was sampled, before and "
-        "after training, by the same random draws.</p>\n"
-        "<p><i>A policy that training has made surer needs a higher temperature to vary as it did "
-        f"before.</i></p>\n{table}\n"
-        f'<p class="small">{_data("samples_by_temperature")}</p></section>'
     )
 
 

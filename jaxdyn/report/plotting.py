@@ -6,9 +6,9 @@ of a schedule. Drawing returns the rows of the table behind it, so the two canno
 
 import csv
 import io
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from matplotlib.artist import Artist
@@ -24,25 +24,25 @@ Rows = list[tuple[Any, ...]]
 
 SERIES_COLUMNS = ("quantity", "schedule", "seed", "run", "step", "value")
 
-LABELS = {
-    "joint": "standard RL",
-    "classifier_first": "CF-RL",
-    "joint_extra": "standard RL + extra steps",
-    "classifier_only": "classifier only",
-}
-COLOURS = {  # Okabe and Ito's palette: told apart under the common colour-vision deficiencies
-    "joint": "#0072B2",
-    "classifier_first": "#D55E00",
-    "joint_extra": "#009E73",
-    "classifier_only": "#AA4499",
-}
-DASHES: dict[str, Any] = {  # and told apart in grey
-    "joint": "-",
-    "classifier_first": "-",
-    "joint_extra": (0, (5, 1.5)),
-    "classifier_only": (0, (1.5, 1.2)),
+
+class Look(NamedTuple):
+    """How a schedule is named and drawn."""
+
+    label: str
+    colour: str
+    dashes: Any
+
+
+# Okabe and Ito's palette: told apart under the common colour-vision deficiencies, and by their
+# dashes in grey.
+LOOKS = {
+    "joint": Look("standard RL", "#0072B2", "-"),
+    "classifier_first": Look("CF-RL", "#D55E00", "-"),
+    "joint_extra": Look("standard RL + extra steps", "#009E73", (0, (5, 1.5))),
+    "classifier_only": Look("classifier only", "#AA4499", (0, (1.5, 1.2))),
 }
 STAGE_COLOUR = "#FBE3D0"
+COSINE_BINS = np.linspace(-1.0, 1.0, 41)
 STYLE: dict[Any, Any] = {
     "font.size": 10,
     "axes.titlesize": 10.5,
@@ -85,13 +85,16 @@ class Table:
 
 @dataclass(frozen=True)
 class Exhibit:
-    """A figure, its tables, one sentence on what it shows and one on what the paper expects."""
+    """A figure or a table of HTML, the data behind it, and what to make of it.
+
+    One sentence says what it shows and one what the paper expects.
+    """
 
     name: str
     title: str
     shows: str
     expects: str
-    figure: Figure
+    figure: Figure | str
     tables: dict[str, Table]
 
 
@@ -101,6 +104,8 @@ class Panel:
 
     `smooth`: the mean line is a running mean. `from_zero`: the axis starts at 0. `evaluated`:
     circles mark the same quantity on the evaluation prompts, logged under `eval_` and the key.
+    `levels`: where thin lines lie across. `against`: another logged quantity in place of the
+    steps, which `place` names.
     """
 
     key: str
@@ -109,21 +114,20 @@ class Panel:
     smooth: bool = False
     from_zero: bool = False
     evaluated: bool = False
+    levels: tuple[float, ...] = ()
+    against: str | None = None
+    place: str = "RL step"
 
 
 def by_schedule(runs: Sequence[Run]) -> dict[str, list[Run]]:
     """Runs grouped by schedule, in the order in which legends name them."""
-    order = [*LABELS, *sorted({run.schedule for run in runs} - set(LABELS))]
+    order = [*LOOKS, *sorted({run.schedule for run in runs} - set(LOOKS))]
     groups = {s: [run for run in runs if run.schedule == s] for s in order}
     return {schedule: group for schedule, group in groups.items() if group}
 
 
-def label(schedule: str) -> str:
-    return LABELS.get(schedule, schedule)
-
-
-def colour(schedule: str) -> str:
-    return COLOURS.get(schedule, "#555555")
+def look(schedule: str) -> Look:
+    return LOOKS.get(schedule, Look(schedule, "#555555", (0, (6, 1.5, 1, 1.5))))
 
 
 def line_style(schedule: str) -> dict[str, Any]:
@@ -131,12 +135,14 @@ def line_style(schedule: str) -> dict[str, Any]:
 
     With the same seed it is the beginning of standard RL with extra steps, which would hide it.
     """
-    dashes = DASHES.get(schedule, (0, (6, 1.5, 1, 1.5)))
-    return {
-        "color": colour(schedule),
-        "linestyle": dashes,
-        "zorder": 4 if schedule == "joint" else 3,
-    }
+    _, colour, dashes = look(schedule)
+    level = 4 if schedule == "joint" else 3
+    return {"color": colour, "linestyle": dashes, "linewidth": 2.2, "zorder": level}
+
+
+def thin_line(colour: str) -> dict[str, Any]:
+    """The keyword arguments of one seed's line."""
+    return {"color": colour, "linewidth": 0.8, "alpha": 0.4}
 
 
 def grid_of_panels(rows: int, columns: int, height: float = 2.9) -> tuple[Figure, np.ndarray]:
@@ -145,7 +151,32 @@ def grid_of_panels(rows: int, columns: int, height: float = 2.9) -> tuple[Figure
     return figure, figure.subplots(rows, columns, squeeze=False)
 
 
-def draw_series(axes: Axes, runs: Sequence[Run], panel: Panel, against: str | None = None) -> Rows:
+def series_exhibit(
+    runs: Sequence[Run],
+    panels: Sequence[Panel],
+    *,
+    columns: int,
+    height: float,
+    also: Sequence[str] = (),
+    **words: str,
+) -> Exhibit | None:
+    """A figure of nothing but panels over steps, and its table; None without data.
+
+    `also` are quantities that are tabulated and not drawn, `words` the exhibit's texts by name.
+    """
+    figure, axes = grid_of_panels(len(panels) // columns, columns, height)
+    rows = Rows()
+    for cell, panel in zip(axes.flat, panels, strict=True):
+        drawn = draw_series(cell, runs, panel)
+        rows += [] if panel.against else drawn  # the same quantity has a panel over steps
+    rows += [row for key in also for run in runs for row in _logged(run, key)]
+    if not rows:
+        return None
+    finish(figure, axes, runs, rows)
+    return Exhibit(**words, figure=figure, tables={words["name"]: Table(SERIES_COLUMNS, rows)})
+
+
+def draw_series(axes: Axes, runs: Sequence[Run], panel: Panel) -> Rows:
     """Draw a quantity over steps, or against another logged one; return rows of SERIES_COLUMNS.
 
     The mean is over the seeds at the steps all of them logged, so that it never jumps where one
@@ -153,55 +184,71 @@ def draw_series(axes: Axes, runs: Sequence[Run], panel: Panel, against: str | No
     """
     rows: Rows = []
     for schedule, group in by_schedule(runs).items():
-        lines = []
+        colour, lines = look(schedule).colour, []
         for run in group:
-            line = _line(run, panel.key, against, rows)
+            rows += _logged(run, panel.key)
+            line = _line(run, panel.key, panel.against)
             if line:
                 lines.append(line)
-                thin: dict[str, Any] = {"color": colour(schedule), "linewidth": 0.8, "alpha": 0.4}
-                thin["marker"] = "." if len(line) == 1 else None
-                axes.plot(*zip(*line.values(), strict=True), **thin)
-            circles = _line(run, f"eval_{panel.key}", against, rows) if panel.evaluated else {}
-            if circles:
-                axes.plot(*zip(*circles.values(), strict=True), **circle(colour(schedule)))
-        shared = sorted(set.intersection(*map(set, lines))) if lines else []
+                marker = "." if len(line) == 1 else None
+                axes.plot(*zip(*line.values(), strict=True), marker=marker, **thin_line(colour))
+            if panel.evaluated:
+                rows += _logged(run, f"eval_{panel.key}")
+                circles = _line(run, f"eval_{panel.key}", panel.against)
+                if circles:
+                    axes.plot(*zip(*circles.values(), strict=True), **circle(colour))
+        shared, points = mean_line(lines)
         if not shared:
             continue
-        place, mean = np.mean([[line[step] for step in shared] for line in lines], axis=0).T
-        _tabulate(rows, panel.key, schedule, "mean", shared, mean)
+        place, mean = points.T
+        means = {"mean": mean}
         if panel.smooth:
-            mean = running_mean(mean)
-            _tabulate(rows, panel.key, schedule, "mean, smoothed", shared, mean)
+            mean = means["mean, smoothed"] = running_mean(mean)
+        for name, values in means.items():
+            items = zip(shared, values.tolist(), strict=True)
+            rows += [(panel.key, schedule, None, name, *item) for item in items]
         marker = "o" if len(shared) < 3 else None
-        axes.plot(place, mean, linewidth=2.2, marker=marker, markersize=4, **line_style(schedule))
-    axes.set_title(panel.title)
-    axes.set_ylabel(panel.unit)
-    axes.set_xlabel("RL step")
+        axes.plot(place, mean, marker=marker, markersize=4, **line_style(schedule))
+    axes.set(title=panel.title, xlabel=panel.place, ylabel=panel.unit)
     if panel.from_zero:
         top = max((row[-1] for row in rows), default=0.0) or 1.0
         axes.set_ylim(-0.03 * top, 1.05 * top)
-    if rows:
-        shade_classifier_stage(axes, runs, against)
-    else:
+    if not rows:
         say_empty(axes)
+        return rows
+    for level in panel.levels:
+        axes.axhline(level, color="#999999", linewidth=0.9, zorder=1)
+    shade_classifier_stage(axes, runs, panel.against)
     return rows
 
 
-def _line(run: Run, key: str, against: str | None, rows: Rows) -> dict[int, tuple[float, float]]:
-    """A run's points (place, value) by step, whose values are also added to the rows."""
+def _logged(run: Run, key: str) -> Rows:
+    about = (key, run.schedule, run.seed, run.name)
+    return [(*about, *item) for item in run.series(key).items()]
+
+
+def _line(run: Run, key: str, against: str | None) -> dict[int, tuple[float, float]]:
+    """A run's points (place, value) by step."""
     values = run.series(key)
-    rows += [(key, run.schedule, run.seed, run.name, *item) for item in values.items()]
     if against is None:
         return {step: (float(step), value) for step, value in values.items()}
     places = {-1: 0.0} | run.series(against)  # nothing was spent before training
     return {step: (places[step], value) for step, value in values.items() if step in places}
 
 
-def _tabulate(
-    rows: Rows, key: str, schedule: str, name: str, steps: list[int], values: np.ndarray
-) -> None:
-    items = zip(steps, values.tolist(), strict=True)
-    rows += [(key, schedule, None, name, *item) for item in items]
+def mean_line(lines: Sequence[Mapping[Any, tuple]]) -> tuple[list[Any], np.ndarray]:
+    """The keys that all lines share, in order, and the means [keys, ...] of their points there."""
+    if not lines:
+        return [], np.zeros(0)
+    shared = sorted(set.intersection(*map(set, lines)))
+    return shared, np.mean([[line[key] for key in shared] for line in lines], axis=0)
+
+
+def draw_cosines(axes: Axes, cosines: np.ndarray, **style: Any) -> np.ndarray:
+    """Draw how cosines spread over COSINE_BINS; return the share of them in each."""
+    share = np.histogram(np.clip(cosines, -1, 1), COSINE_BINS)[0] / len(cosines)
+    axes.stairs(share, COSINE_BINS, **style)
+    return share
 
 
 def circle(face: str) -> dict[str, Any]:
@@ -244,15 +291,20 @@ def finish(
     """Name the x axis below the last row only, and put one legend above all panels."""
     for cell in axes[:-1].flat:
         cell.set_xlabel("")
-    handles: list[Artist] = [
-        Line2D([], [], linewidth=2.2, label=f"{label(s)} (n = {len(group)})", **line_style(s))
-        for s, group in by_schedule(runs).items()
-    ]
+    handles: list[Artist] = [*schedule_handles(runs)]
     if any(run.classifier_steps() for run in runs):
         handles.append(Patch(color=STAGE_COLOUR, label="CF-RL's classifier stage"))
     if any(row[0].startswith("eval_") for row in rows):
         handles.append(Line2D([], [], label="evaluation prompts", **circle("#555555")))
     figure.legend(handles=[*handles, *extra], loc="outside upper left", ncols=5)
+
+
+def schedule_handles(runs: Sequence[Run], when: str = "") -> list[Line2D]:
+    """A legend's entry for each schedule: its line, its name after `when`, its number of runs."""
+    return [
+        Line2D([], [], label=f"{when}{look(s).label} (n = {len(g)})", **line_style(s))
+        for s, g in by_schedule(runs).items()
+    ]
 
 
 def say_empty(axes: Axes) -> None:

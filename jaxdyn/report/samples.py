@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from html import escape
 
 from jaxdyn.report.load import Record, Run, is_number
-from jaxdyn.report.plotting import Rows, Table, by_schedule, label
+from jaxdyn.report.plotting import Exhibit, Rows, Table, by_schedule, look
 
 PROMPTS = 6
 PROMPTS_BY_TEMPERATURE = 2
@@ -44,8 +44,8 @@ class Column:
         return replace(self, records=samples)
 
 
-def side_by_side(runs: Sequence[Run]) -> tuple[str, Table] | None:
-    """An HTML table (a row a prompt) and its data; None if no run kept samples.
+def side_by_side(runs: Sequence[Run]) -> Exhibit | None:
+    """A row a prompt; None if no run kept samples.
 
     Before: the first run's earliest samples. After: for each schedule its first run's latest. The
     prompts are spread evenly over those that all columns share, not chosen by their rewards.
@@ -56,10 +56,19 @@ def side_by_side(runs: Sequence[Run]) -> tuple[str, Table] | None:
         return None
     rows = [row for prompt in prompts for row in _data(prompt, columns)]
     lines = [(f'<td class="text">{_text(prompt)}</td>', prompt, columns) for prompt in prompts]
-    return _html("<th>Prompt</th>", columns, lines), Table(COLUMNS, rows)
+    return Exhibit(
+        name="samples",
+        title="Samples",
+        shows="Completions of the same evaluation prompts before and after training; the prompts "
+        "are spread evenly over the file, not chosen by their rewards.",
+        expects="If diversity falls as the paper leads one to expect, a prompt’s completions "
+        "become more alike after training.",
+        figure=_html("<th>Prompt</th>", columns, lines),
+        tables={"samples": Table(COLUMNS, rows)},
+    )
 
 
-def by_temperature(runs: Sequence[Run]) -> tuple[str, Table] | None:
+def by_temperature(runs: Sequence[Run]) -> Exhibit | None:
     """The same by prompt and temperature; None if no run sampled at several temperatures."""
     columns = _columns(runs, lambda run: run.temperatures)
     sampled = [
@@ -77,8 +86,16 @@ def by_temperature(runs: Sequence[Run]) -> tuple[str, Table] | None:
             span = f'<td class="text" rowspan="{len(temperatures)}">{_text(prompt)}</td>'
             name = f"{temperature:g}" if temperature else "0 (greedy)"
             lines.append((f"{'' if i else span}<td>{name}</td>", prompt, table))
-    html = _html('<th>Prompt</th><th class="narrow">Temperature</th>', columns, lines)
-    return html, Table(BY_TEMPERATURE_COLUMNS, rows)
+    return Exhibit(
+        name="samples_by_temperature",
+        title="Samples by temperature",
+        shows="Completions of evaluation prompts at each temperature that was sampled, before and "
+        "after training, by the same random draws.",
+        expects="A policy that training has made surer needs a higher temperature to vary as it "
+        "did before.",
+        figure=_html('<th>Prompt</th><th class="narrow">Temperature</th>', columns, lines),
+        tables={"samples_by_temperature": Table(BY_TEMPERATURE_COLUMNS, rows)},
+    )
 
 
 def _columns(runs: Sequence[Run], records_of: Callable[[Run], list[Record]]) -> list[Column]:
@@ -90,7 +107,7 @@ def _columns(runs: Sequence[Run], records_of: Callable[[Run], list[Record]]) -> 
         if not columns:
             columns.append(Column("Before training", "before", run, first, at[first]))
         if last > first:
-            heading = f"After {label(schedule)} (seed {run.seed}, step {last})"
+            heading = f"After {look(schedule).label} (seed {run.seed}, step {last})"
             columns.append(Column(heading, "after", run, last, at[last]))
     return columns
 

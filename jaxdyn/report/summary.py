@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from jaxdyn.report.load import CLASSIFIER_STAGE, Run
-from jaxdyn.report.plotting import Rows, Table, by_schedule, label
+from jaxdyn.report.plotting import Rows, Table, by_schedule, look
 
 Reading = tuple[float | None, float | None]
 """A run's value before and after training; either may be missing."""
@@ -122,13 +122,11 @@ def display(runs: Sequence[Run]) -> tuple[list[str], list[list[str]]]:
     """The summary as text: a header, and a row a quantity that some run logged."""
     groups = by_schedule(runs)
     cells = {row[:2]: row[3:] for row in by_group(runs).rows}
-    header = ["", *(label(schedule) for schedule in groups)]
+    header = ["", *(look(schedule).label for schedule in groups)]
+    steps = [" / ".join(map(str, sorted({r.steps for r in g}))) for g in groups.values()]
     lines = [
         ["Runs (seeds)", *(f"{len(g)} ({_seeds(g)})" for g in groups.values())],
-        [
-            "RL steps",
-            *(" / ".join(map(str, sorted({r.steps for r in g}))) for g in groups.values()),
-        ],
+        ["RL steps", *steps],
     ]
     for quantity in quantities(runs):
         found = [cells.get((quantity.key, schedule)) for schedule in groups]
@@ -152,7 +150,7 @@ def in_words(runs: Sequence[Run]) -> list[str]:
             if (key, schedule) in table:
                 parts.append(f"{name} {number(table[key, schedule][2])}")
         if parts:
-            sentences.append(f"Under {label(schedule)} (n = {len(group)}), {_listing(parts)}.")
+            sentences.append(f"Under {look(schedule).label} (n = {len(group)}), {_listing(parts)}.")
     for against in ("joint", "joint_extra"):
         difference = paired_difference(runs, "classifier_first", against)
         if difference:
@@ -160,7 +158,7 @@ def in_words(runs: Sequence[Run]) -> list[str]:
             spread = f"standard deviation {number(deviation)}, " if deviation is not None else ""
             sentences.append(
                 f"With the same seeds, CF-RL's reward ended {number(abs(mean))} "
-                f"{'above' if mean >= 0 else 'below'} that of {label(against)} "
+                f"{'above' if mean >= 0 else 'below'} that of {look(against).label} "
                 f"({spread}n = {pairs})."
             )
     return sentences

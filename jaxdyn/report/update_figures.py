@@ -1,7 +1,6 @@
 """Figures of what the updates did; each draws all runs, and is None if no run has the data."""
 
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -11,28 +10,27 @@ from matplotlib.patches import Patch
 from jaxdyn import COMPONENTS
 from jaxdyn.report.load import Run
 from jaxdyn.report.plotting import (
+    COSINE_BINS,
     SERIES_COLUMNS,
     Exhibit,
     Panel,
     Rows,
     Table,
     by_schedule,
-    colour,
+    draw_cosines,
     draw_series,
     finish,
     grid_of_panels,
-    label,
     line_style,
+    look,
     say_empty,
+    series_exhibit,
 )
 
 BEFORE_COLOUR = "#D0D0D0"
-COSINE_BINS = np.linspace(-1.0, 1.0, 41)
 
-PREDICTION_COLUMNS = (
-    *("schedule", "seed", "run", "step", "stage", "site", "predicted"),
-    *(*COMPONENTS, "actual"),
-)
+CHANGES = ("predicted", *COMPONENTS, "actual")
+PREDICTION_COLUMNS = ("schedule", "seed", "run", "step", "stage", "site", *CHANGES)
 COSINE_COLUMNS = ("place", "when", "schedule", "runs", "pairs", "bin_left", "bin_right", "share")
 
 Change = tuple[Run, int, bool, dict[str, np.ndarray]]
@@ -55,15 +53,16 @@ def prediction(runs: Sequence[Run]) -> Exhibit | None:
         tall = reach["actual"] = reach["predicted"] = max(reach["actual"], reach["predicted"])
         for cell, column in zip(line, columns, strict=True):
             for *_, classifier, c in changes:
-                face = "none" if classifier else colour(schedule)
-                style: dict[str, Any] = {
-                    "s": 13,
-                    "alpha": 0.55,
-                    "linewidth": 0.7,
-                    "rasterized": True,
-                }
-                style |= {"facecolor": face, "edgecolor": colour(schedule)}
-                cell.scatter(c[column], c["actual"], **style)
+                cell.scatter(
+                    c[column],
+                    c["actual"],
+                    s=13,
+                    alpha=0.55,
+                    linewidth=0.7,
+                    rasterized=True,
+                    facecolor="none" if classifier else look(schedule).colour,
+                    edgecolor=look(schedule).colour,
+                )
             cell.plot([-tall, tall], [-tall, tall], color="#333333", linewidth=0.9, zorder=1.5)
             cell.locator_params(nbins=4)
             wide = reach[column]
@@ -72,20 +71,17 @@ def prediction(runs: Sequence[Run]) -> Exhibit | None:
             r = correlation(together[column], together["actual"])
             cell.set_title(f"{name}: r = {r:.3f}")
             cell.set_xlabel("predicted Δ log π (nats)")
-        line[0].set_ylabel(f"{label(schedule)}\nactual Δ log π (nats)")
+        line[0].set_ylabel(f"{look(schedule).label}\nactual Δ log π (nats)")
         for run, step, classifier, c in changes:
-            stage = 1 if classifier else 2
-            sites = zip(*(c[k].tolist() for k in ("predicted", *COMPONENTS, "actual")), strict=True)
-            rows += [
-                (schedule, run.seed, run.name, step, stage, n, *s) for n, s in enumerate(sites)
-            ]
-    rings = Line2D([], [], marker="o", color="#555555", markerfacecolor="none", linestyle="none")
-    rings.set_label("an update of the classifier alone")
-    hollow = any(classifier for changes in groups.values() for *_, classifier, _ in changes)
-    diagonal = Line2D([], [], color="#333333", linewidth=0.9, label="predicted = actual")
-    figure.legend(
-        handles=[diagonal, rings] if hollow else [diagonal], loc="outside upper left", ncols=2
-    )
+            about = (schedule, run.seed, run.name, step, 1 if classifier else 2)
+            sites = zip(*(c[name].tolist() for name in CHANGES), strict=True)
+            rows += [(*about, n, *site) for n, site in enumerate(sites)]
+    handles = [Line2D([], [], color="#333333", linewidth=0.9, label="predicted = actual")]
+    if any(row[4] == 1 for row in rows):
+        rings = Line2D([], [], marker="o", color="#555555", markerfacecolor="none", linestyle="")
+        rings.set_label("an update of the classifier alone")
+        handles.append(rings)
+    figure.legend(handles=handles, loc="outside upper left", ncols=2)
     return Exhibit(
         name="prediction",
         title="Predicted against actual change",
@@ -104,31 +100,19 @@ def shares(runs: Sequence[Run]) -> Exhibit | None:
     """The components' shares of the predicted change, and their sizes, along training."""
     cross = any(any(run.series("share/cross").values()) for run in runs)
     names = COMPONENTS if cross else COMPONENTS[:2]
-    size = "rms Δ log π (nats)"
-    top = (
-        *(Panel(f"share/{c}", f"Share: {c}", "of the prediction") for c in names),
+    part, size = "of the prediction", "rms Δ log π (nats)"
+    panels = (
+        *(Panel(f"share/{c}", f"Share: {c}", part, levels=(0.0, 1.0)) for c in names),
         Panel("delta/correlation", "Predicted against actual", "Pearson's r over sites"),
-    )
-    bottom = (
         *(Panel(f"delta/{c}/rms", f"Size: {c}", size, from_zero=True) for c in names),
         Panel("delta/residual/rms", "Size: beyond first order", size, from_zero=True),
     )
-    figure, axes = grid_of_panels(2, len(top), height=2.6)
-    rows = Rows()
-    for cell, panel in zip(axes.flat, (*top, *bottom), strict=True):
-        rows += draw_series(cell, runs, panel)
-    for key in ("delta/predicted/rms", "delta/actual/rms"):
-        rows += [
-            (key, r.schedule, r.seed, r.name, *item) for r in runs for item in r.series(key).items()
-        ]
-    if not rows:
-        return None
-    for cell in axes[0, :-1]:
-        if cell.lines:
-            for level in (0.0, 1.0):
-                cell.axhline(level, color="#999999", linewidth=0.9, zorder=1)
-    finish(figure, axes, runs, rows)
-    return Exhibit(
+    return series_exhibit(
+        runs,
+        panels,
+        columns=len(names) + 1,
+        height=2.6,
+        also=("delta/predicted/rms", "delta/actual/rms"),
         name="shares",
         title="What the updates are made of",
         shows="The part of the predicted change of log-probabilities that comes through the "
@@ -138,8 +122,6 @@ def shares(runs: Sequence[Run]) -> Exhibit | None:
         expects="The paper leads one to expect that shaping the classifier first acts through the "
         "gradient component, which the classifier enters directly, so that it differs between "
         "CF-RL's second stage and standard RL.",
-        figure=figure,
-        tables={"shares": Table(SERIES_COLUMNS, rows)},
     )
 
 
@@ -153,12 +135,8 @@ def features(runs: Sequence[Run]) -> Exhibit | None:
     )
     for line, place, panel in zip(axes, ("prompt", "completion"), drift, strict=True):
         pairs += _cosine_histogram(line[0], runs, place)
-        negative = f"features/{place}/negative_share"
-        rows += draw_series(
-            line[1],
-            runs,
-            Panel(negative, f"Negative pairs, {place} sites", "share of pairs", from_zero=True),
-        )
+        key, title = f"features/{place}/negative_share", f"Negative pairs, {place} sites"
+        rows += draw_series(line[1], runs, Panel(key, title, "share of pairs", from_zero=True))
         rows += draw_series(line[2], runs, panel)
     if not rows and not pairs:
         return None
@@ -198,10 +176,8 @@ def _changes(group: Sequence[Run]) -> list[Change]:
             if not {"representation", "gradient", "actual"} <= arrays.keys():
                 continue
             parts = {name: arrays.get(name, np.zeros_like(arrays["actual"])) for name in COMPONENTS}
-            change = parts | {
-                "predicted": np.sum([*parts.values()], axis=0),
-                "actual": arrays["actual"],
-            }
+            predicted = np.sum([*parts.values()], axis=0)
+            change = parts | {"predicted": predicted, "actual": arrays["actual"]}
             finite = np.isfinite(change["predicted"] + change["actual"])
             change = {name: values[finite].astype(float) for name, values in change.items()}
             if finite.any():
@@ -217,22 +193,22 @@ def _cosine_histogram(axes: Axes, runs: Sequence[Run], place: str) -> Rows:
     for schedule, (count, cosines) in {"": _pairs(runs, key, last=False), **after}.items():
         if not len(cosines):
             continue
-        when = "after" if schedule else "before"
-        share = np.histogram(np.clip(cosines, -1, 1), COSINE_BINS)[0] / len(cosines)
+        when, ink, style = "before", "#555555", {"fill": True, "color": BEFORE_COLOUR}
         if schedule:
-            axes.stairs(share, COSINE_BINS, linewidth=1.8, **line_style(schedule))
-        else:
-            axes.stairs(share, COSINE_BINS, fill=True, color=BEFORE_COLOUR)
+            when, ink = "after", look(schedule).colour
+            style = line_style(schedule) | {"linewidth": 1.8}
+        share = draw_cosines(axes, cosines, **style)
         bins = zip(COSINE_BINS[:-1].tolist(), COSINE_BINS[1:].tolist(), share.tolist(), strict=True)
         rows += [(place, when, schedule, count, len(cosines), *item) for item in bins]
-        lines.append((when, schedule, float(np.mean(cosines)), float(np.mean(cosines < 0))))
-    axes.set_title(f"Pairs of {place} sites")
-    axes.set_xlabel("cosine of two sites' features")
-    axes.set_ylabel("share of pairs")
+        mean, negative = float(np.mean(cosines)), float(np.mean(cosines < 0))
+        lines.append((f"{when}: mean {round(mean, 2) + 0.0:.2f}, {negative:.0%} below 0", ink))
+    axes.set(
+        title=f"Pairs of {place} sites",
+        xlabel="cosine of two sites' features",
+        ylabel="share of pairs",
+    )
     axes.set_ylim(top=1.6 * max((row[-1] for row in rows), default=1.0))  # room for the text
-    for height, (when, schedule, mean, negative) in enumerate(lines):
-        text = f"{when}: mean {round(mean, 2) + 0.0:.2f}, {negative:.0%} below 0"
-        ink = colour(schedule) if schedule else "#555555"
+    for height, (text, ink) in enumerate(lines):
         spot = (0.02, 0.97 - 0.085 * height)
         axes.annotate(text, spot, xycoords="axes fraction", va="top", fontsize=8.5, color=ink)
     if not rows:
