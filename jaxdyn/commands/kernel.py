@@ -1,6 +1,6 @@
 """`jaxdyn kernel`: the kernel of a model between places in your texts, as a file and a picture.
 
-Writes `kernel.npz` (`jaxdyn.report.load_kernel` reads it again) and `kernel.png`. Finished tiles of
+Writes `kernel.npz` (`jaxdyn.report.kernel_file.load_kernel` reads) and `kernel.png`. Finished tiles of
 a large kernel are kept in `blocks` until then, so that a killed command goes on when it is given
 again.
 """
