@@ -1,8 +1,8 @@
 """`jaxdyn kernel`: the kernel of a model between places in your texts, as a file and a picture.
 
-Writes `kernel.npz` (`jaxdyn.report.kernel_file.load_kernel` reads) and `kernel.png`. Finished tiles of
-a large kernel are kept in `blocks` until then, so that a killed command goes on when it is given
-again.
+Writes `kernel.npz`, which `jaxdyn.report.kernel_file.load_kernel` reads, and `kernel.png`. Finished
+tiles of a large kernel are kept in `blocks` until then, so that a killed command goes on when it is
+given again.
 """
 
 import contextlib
