@@ -1,0 +1,144 @@
+"""A ledger in a file: one .npz with every account, the texts it is of, and what it says.
+
+It imports no JAX, so that a file is read anywhere.
+"""
+
+import dataclasses
+import json
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from jaxdyn.errors import JaxdynError
+
+FORMAT = "jaxdyn ledger 1"
+
+PARTS = ("representation", "gradient")
+"""By component: through the classifier, or through the features. Of a tied matrix by its role."""
+
+QUANTITIES = ("log_prob", "entropy", "confidence", "margin", "kl")
+"""What a ledger is of, at every site: log π of the token, and what the whole distribution is."""
+
+
+@dataclasses.dataclass(frozen=True)
+class SavedLedger:
+    """What the changes between K + 1 checkpoints did at N sites in B texts, as `jaxdyn ledger`
+    writes it.
+
+    Segment k leads from checkpoint k to checkpoint k + 1. Log-probs, entropies and KL are in nats.
+
+    Attributes:
+      tokens, mask: the texts as token ids [B, T], and which slots hold one.
+      rows, positions, targets, is_prompt: the sites [N]: which text, which slot, the id predicted
+        there (it lies in the next slot), and whether it is the first after the prompt.
+      prompts: the texts' prompts [B]. A completion's text is its sites' `pieces` one after another.
+      pieces: what each site's target reads as, [N]; together they give the completion's text.
+      names: the checkpoints [K + 1].
+      nodes: [K, B], how many nodes the quadrature took for each text.
+      values: {quantity: [K + 1, N]}, at every checkpoint.
+      parts: {quantity: {component: [K, N]}}, of its change.
+      by_layer: {quantity: {kind: [K, B, L]}}, summed over a text's sites; L is 1 for what is not in
+        a layer ("classifier", "embedding", "final_norm"). Or empty.
+      by_token: {quantity: [K, L + 2, N]}, of each site: of the embedding, every layer, the final
+        norm; they add up to the gradient component. Or empty.
+      alternatives: [N, A], ids of tokens that were or have become likely, by their change.
+      alternative_pieces: [N, A], what they read as.
+      alternative_values: [K + 1, N, A], log π of each.
+      alternative_parts: {component: [K, N, A]}, of its change.
+      about: which models and prompts, with which options, and what it adds up to.
+    """
+
+    tokens: np.ndarray
+    mask: np.ndarray
+    rows: np.ndarray
+    positions: np.ndarray
+    targets: np.ndarray
+    is_prompt: np.ndarray
+    prompts: np.ndarray
+    pieces: np.ndarray
+    names: np.ndarray
+    nodes: np.ndarray
+    alternatives: np.ndarray
+    alternative_pieces: np.ndarray
+    alternative_values: np.ndarray
+    alternative_parts: dict[str, np.ndarray]
+    values: dict[str, np.ndarray]
+    parts: dict[str, dict[str, np.ndarray]]
+    about: dict[str, Any]
+    by_layer: dict[str, dict[str, np.ndarray]] = dataclasses.field(default_factory=dict)
+    by_token: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)
+
+    def change(self, quantity: str) -> np.ndarray:
+        """What really changed over each segment, [K, N]."""
+        return np.diff(self.values[quantity], axis=0)
+
+    def residual(self, quantity: str) -> np.ndarray:
+        """The parts' sum less the change, [K, N]: what the quadrature missed."""
+        return sum(self.parts[quantity].values()) - self.change(quantity)
+
+    def write(self, path: Path) -> None:
+        """Write all of it as one compressed .npz, without pickles; a tree's names join by "/"."""
+        arrays = {}
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if field.name != "about":
+                arrays |= _flat(field.name, value)
+        about = json.dumps({"format": FORMAT, **self.about}, ensure_ascii=False)
+        with path.open("wb") as file:
+            np.savez_compressed(file, allow_pickle=False, about=about, **arrays)
+
+
+def load_ledger(path: str | Path) -> SavedLedger:
+    """Read a ledger file again.
+
+    Raises:
+      JaxdynError: if it cannot be read, or is not a whole ledger file.
+    """
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            arrays = {name: file[name] for name in file.files}
+    except FileNotFoundError as error:
+        raise JaxdynError(f"no such ledger file: {path}") from error
+    except (OSError, ValueError, EOFError, AttributeError, TypeError, zipfile.BadZipFile) as error:
+        raise JaxdynError(f"{path} is not a ledger file: {error}") from error
+    try:
+        about = json.loads(str(arrays.pop("about", "")))
+    except ValueError as error:
+        raise JaxdynError(f"{path} is not a ledger file: it has no description") from error
+    found = about.pop("format", None) if isinstance(about, dict) else None
+    if found != FORMAT:
+        raise JaxdynError(f"{path} is not a ledger file: wanted {FORMAT!r}, got {found!r}")
+    tree: dict[str, Any] = {}
+    for name, x in arrays.items():
+        *above, last = name.split("/")
+        branch = tree
+        for step in above:
+            branch = branch.setdefault(step, {})
+        branch[last] = x
+    optional = ("about", "by_layer", "by_token")
+    fields = [f.name for f in dataclasses.fields(SavedLedger)]
+    missing = [name for name in fields if name not in tree and name not in optional]
+    if missing:
+        raise JaxdynError(f"{path} is not a whole ledger file: it has no {missing[0]}")
+    known = {name: tree[name] for name in fields if name in tree}
+    saved = SavedLedger(**known, about=about)
+    shape = (len(saved.names) - 1, len(saved.rows))
+    for quantity, parts in saved.parts.items():
+        for part, x in parts.items():
+            if x.shape != shape:
+                raise JaxdynError(
+                    f"{path}: parts/{quantity}/{part} should be {list(shape)}, got {list(x.shape)}"
+                )
+    return saved
+
+
+def _flat(name: str, tree: Any) -> dict[str, np.ndarray]:
+    if not isinstance(tree, dict):
+        return {name: np.asarray(tree)}
+    return {
+        whole: x
+        for key, branch in tree.items()
+        for whole, x in _flat(f"{name}/{key}", branch).items()
+    }
