@@ -21,6 +21,7 @@ A kernel of adapters alone, W and the body's own weights frozen, has P = 0 at wh
 """
 
 import functools
+from collections.abc import Callable
 from typing import Any, NamedTuple, Unpack
 
 import jax
@@ -137,8 +138,16 @@ class Batches(NamedTuple):
     places: Any  # where among the K S places site n is, [N]
 
 
-def batches_of(model: Model, sites: Sites, name: str, execution: Execution) -> Batches:
+def batches_of(
+    model: Model,
+    sites: Sites,
+    name: str,
+    execution: Execution,
+    bytes_each: Callable[[Model, int, int], int] | None = None,
+) -> Batches:
     """The sites by batches of their sequences; sequences without sites are left out.
+
+    `bytes_each` is what a sequence of so many slots and sites takes, `sequence_bytes` by default.
 
     Raises:
       JaxdynError: if the budget is too small for one sequence, and as `site_rows`.
@@ -146,7 +155,8 @@ def batches_of(model: Model, sites: Sites, name: str, execution: Execution) -> B
     require_options(execution, "memory_budget")
     site_rows(model, sites, name)
     used, row = np.unique(np.asarray(sites.rows), return_inverse=True)
-    each = sequence_bytes(model, sites.tokens.shape[1], int(np.bincount(row).max()))
+    bytes_each = sequence_bytes if bytes_each is None else bytes_each
+    each = bytes_each(model, sites.tokens.shape[1], int(np.bincount(row).max()))
     size = rows_at_once("sequence", len(used), each, 0, budget_of(execution))
     count = -(-len(used) // size)
     batch, row = np.divmod(row, size)

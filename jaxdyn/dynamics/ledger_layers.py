@@ -1,0 +1,128 @@
+r"""The account of the body by layer: of whole texts by kind of parameter, or of every site.
+
+Of a text's sum over its sites, one backward pass gives every layer's and every kind's part at once:
+with a layer's input a and its output's cotangent δ, what the change ΔK of its kernel does is
+
+    ⟨Σ_t δ_t a_tᵀ, ΔKᵀ⟩ = Σ_t δ_t · (a_t ΔK),
+
+so that no text's gradient is ever formed (a bias: Σ_t δ_t·Δb, a scale: Σ_t δ_t·(a_t ⊙ Δs), a table:
+Σ_t δ_t·ΔE[id_t]; of an adapter s A B by factor, Σ_t s δ_t·(a_t ΔA B) and Σ_t s δ_t·(a_t A ΔB)).
+
+Of every site apart it takes one forward-mode product a layer.
+"""
+
+import jax
+import jax.numpy as jnp
+from flax.traverse_util import flatten_dict
+from jaxtyping import Array, Float
+
+from jaxdyn.dynamics.observables import At, chosen, feature_cotangents
+from jaxdyn.kernels.gram import Path, parameters_of, stacked
+from jaxdyn.kernels.layers import product
+from jaxdyn.kernels.operator import site_features
+from jaxdyn.kernels.parts import kind_of
+from jaxdyn.types import Model, Params, Sites, View
+
+CLASSIFIER = "classifier"
+
+
+def text_parts(
+    model: Model,
+    view: View,
+    change: View,
+    sites: Sites,
+    at: At,
+    real: Float[Array, " N"],
+    quantities: tuple[str, ...],
+) -> dict[str, Float[Array, "Q B layers"]]:
+    """Σ ḣ over each text's sites, by kind of parameter and layer (1 of what is in none).
+
+    One forward pass, and a backward pass a quantity. `real` is 1 where a site counts, else 0.
+    Kinds are "query", "key", "value", "out", "mlp", "norms", "embedding", "final_norm" and
+    "classifier"; an adapter's factors have "_lora_a" and "_lora_b" after theirs.
+    """
+    phi, inputs, pull = model.opened(view["backbone"], sites.tokens, sites.mask)
+    place = (sites.rows, sites.positions)
+    head, here = view["classifier"], phi[place]
+    cotangents = feature_cotangents(model, at, head, here, quantities) * real[None, :, None]
+    still = jnp.zeros((len(quantities), *phi.shape), cotangents.dtype)
+    start = still.at[:, *place].add(cotangents).astype(phi.dtype)
+    found = flatten_dict(jax.vmap(pull)(start))
+
+    parts: dict[str, jax.Array] = {}
+    add = lambda kind, x: parts.update({kind: parts[kind] + x if kind in parts else x})
+    for name, delta in change["classifier"].items():
+        alone = {**jax.tree.map(jnp.zeros_like, change["classifier"]), name: delta}
+        moved = lambda w: chosen(model, at, w, here, quantities)
+        _, by_site = jax.jvp(moved, (head,), (alone,))
+        by_text = jax.ops.segment_sum((by_site * real[None]).T, sites.rows, len(phi)).T
+        add(_kind(CLASSIFIER, name), by_text[..., None])
+    inputs, weights = stacked(inputs), parameters_of(view["backbone"])
+    for path, of_layer in parameters_of(change["backbone"]).items():
+        d = found[path] if path[0] == "layers" else found[path][:, None]
+        for name, delta in of_layer.items():
+            written = _written(name, delta, weights[path], inputs[path], model.config.lora_scale)
+            add(_kind(_place(path), name), product("qlbto,lbto->qbl", d, written))
+    return parts
+
+
+def _written(name: str, delta: jax.Array, own: Params, a: jax.Array, scale: float) -> jax.Array:
+    """What a parameter's change alone adds to its layer's output, [L, B, T, O] (or for all T)."""
+    dense = lambda x, matrix: product("lbti,lio->lbto", x, matrix)
+    match name:
+        case "embedding":
+            return jax.vmap(lambda table, ids: table[ids])(delta, a)
+        case "kernel":
+            return dense(a, delta)
+        case "scale":
+            return a * delta[:, None, None]
+        case "bias":
+            shape = (*a.shape[:3], delta.shape[-1])
+            return jnp.broadcast_to(delta[:, None, None], shape)
+        case "lora_a":
+            return scale * dense(dense(a, delta), own["lora_b"])
+        case "lora_b":
+            return scale * dense(dense(a, own["lora_a"]), delta)
+    raise AssertionError(f"a layer has no {name}")
+
+
+def _place(path: Path) -> str:
+    kind = kind_of(path)
+    return path[-1] if kind == "attention" else kind
+
+
+def _kind(kind: str, name: str) -> str:
+    return f"{kind}_{name}" if name.startswith("lora_") else kind
+
+
+def site_layer_parts(
+    model: Model,
+    view: View,
+    change: View,
+    sites: Sites,
+    at: At,
+    quantities: tuple[str, ...],
+    layers_at_once: int,
+) -> Float[Array, "Q places N"]:
+    """ḣ of every site by place in the body: embedding, each of L layers, final norm.
+
+    One forward-mode product a place; they add up to the gradient component.
+    """
+    backbone, count = view["backbone"], model.config.num_layers
+    phi, along = jax.linearize(lambda psi: site_features(model, psi, sites), backbone)
+    cotangents = feature_cotangents(model, at, view["classifier"], phi, quantities)
+
+    def at_place(place: jax.Array) -> jax.Array:
+        of_layer = jnp.arange(1, count + 1) == place
+
+        def only(path, x):
+            if path[0].key == "layers":
+                return x * of_layer.reshape(-1, *(1,) * (x.ndim - 1)).astype(x.dtype)
+            return x * (place == (count + 1 if path[0].key == "norm" else 0)).astype(x.dtype)
+
+        moved = along(jax.tree_util.tree_map_with_path(only, change["backbone"]))
+        return product("qnd,nd->qn", cotangents, moved)
+
+    places = jnp.arange(count + 2)
+    found = jax.lax.map(at_place, places, batch_size=min(layers_at_once, count + 2))
+    return found.swapaxes(0, 1)

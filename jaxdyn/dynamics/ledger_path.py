@@ -1,0 +1,252 @@
+r"""One segment of a ledger: a straight path, the derivatives along it, and their integrals.
+
+A path's rate of change at one of its points is a node; `Segment.account` doubles the number of
+nodes until the integrals of the parts add up to the change, text by text.
+"""
+
+import functools
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxdyn.dynamics.ledger_layers import site_layer_parts, text_parts
+from jaxdyn.dynamics.observables import (
+    QUANTITIES,
+    SMOOTH,
+    At,
+    Observed,
+    observe,
+    observed_parts,
+)
+from jaxdyn.hosts import fetch
+from jaxdyn.kernels.execution import Execution
+from jaxdyn.kernels.memory import opened_bytes
+from jaxdyn.kernels.operator import batches_of, site_features
+from jaxdyn.kernels.store import Store, digest
+from jaxdyn.types import Model, Params, Sites, View
+
+COMPONENTS_OF_A_PATH = ("representation", "gradient")
+
+PathThrough = Literal["parameters", "features"]
+
+FIRST_NODES, MOST_NODES = 2, 64
+
+SMOOTH_ROWS = [QUANTITIES.index(name) for name in SMOOTH]
+
+
+class Request(NamedTuple):
+    """What is asked of every node: the path, the quantities by layer and those by token, and how
+    many layers' products are taken at a time."""
+
+    through: PathThrough
+    by_layer: tuple[str, ...]
+    by_token: tuple[str, ...]
+    layers_at_once: int
+
+
+class Batch(NamedTuple):
+    """S sites of some of the texts, with φ⁰ [S, D] once it is known.
+
+    token_ids [S, A]; `real` [S] is 1 where a site is there for the first time, else 0; `numbers`
+    [S] says which of all sites they are, `texts` [B'] which of all texts these are (-1: again).
+    """
+
+    sites: Sites
+    token_ids: Any
+    real: Any
+    numbers: Any
+    texts: Any
+    start: Any = None
+
+
+class Seen(NamedTuple):
+    """φ [S, D] of a checkpoint at a batch's sites, and h."""
+
+    phi: Any
+    observed: Observed
+
+
+def batches_of_texts(model: Model, sites: Sites, token_ids: np.ndarray, budget: int) -> list[Batch]:
+    """The sites by batches of their texts, of one shape, under a budget of bytes a batch.
+
+    Raises:
+      JaxdynError: if the budget is too small for one text, and as `site_rows`.
+    """
+    wide = jnp.promote_types(model.dtype, jnp.float32).itemsize
+
+    def text_bytes(model, slots, most):
+        """Of the opened pass, and of a dozen arrays of the logits' size."""
+        return sum(opened_bytes(model, slots)) + 12 * most * model.config.vocab_size * wide
+
+    found = batches_of(model, sites, "sites", Execution(memory_budget=budget), text_bytes)
+    rows = np.asarray(sites.rows)
+    batches = []
+    for i, (numbers, real) in enumerate(zip(found.numbers, found.real, strict=True)):
+        own = Sites(**{name: x[i] for name, x in found.sites.items()})
+        texts = np.full(len(own.tokens), -1)
+        texts[own.rows] = rows[numbers]
+        batches.append(Batch(own, token_ids[numbers], real.astype(np.float32), numbers, texts))
+    return batches
+
+
+# -- what runs on the device ---------------------------------------------------------------------
+
+
+def _at(model: Model, head: Params, sites: Sites, token_ids, phi) -> At:
+    return At(sites.targets, token_ids, jax.nn.log_softmax(model.logits(head, phi)))
+
+
+def look(model: Model, view: View, head: Params, batch: Batch) -> Seen:
+    """φ and h at the batch's sites; `head` is the first checkpoint's classifier."""
+    return _look(model, view, head, batch.sites, batch.token_ids, batch.start)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _look(model, view, head, sites, token_ids, start):
+    phi = site_features(model, view["backbone"], sites)
+    at = _at(model, head, sites, token_ids, phi if start is None else start)
+    return Seen(phi, observe(at, model.logits(view["classifier"], phi)))
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _node(model, request: Request, view, change, head, sites, token_ids, start, real):
+    """ḣ at a point of the straight line in parameters, along its change; arrays by name."""
+    at = _at(model, head, sites, token_ids, start)
+    body = lambda psi: site_features(model, psi, sites)
+    phi, d_phi = jax.jvp(body, (view["backbone"],), (change["backbone"],))
+    parts = observed_parts(model, at, view["classifier"], change["classifier"], phi, d_phi)
+    found = _named(parts)
+    if request.by_layer:
+        kinds = text_parts(model, view, change, sites, at, real, request.by_layer)
+        found |= {f"layer/{kind}": x for kind, x in kinds.items()}
+    if request.by_token:
+        found["places"] = site_layer_parts(
+            model, view, change, sites, at, request.by_token, request.layers_at_once
+        )
+    return found
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _feature_node(model, start, change, t, head, sites, token_ids, first, phi, end):
+    """The same at a point of the straight line in W and φ, without layers."""
+    along = lambda x, d: x + t.astype(x.dtype) * d
+    weights = jax.tree.map(along, start, change)
+    at, d_phi = _at(model, head, sites, token_ids, first), end - phi
+    return _named(observed_parts(model, at, weights, change, along(phi, d_phi), d_phi))
+
+
+def _named(parts: dict[str, Observed]) -> dict[str, jax.Array]:
+    tokens = {f"tokens/{name}": x.tokens for name, x in parts.items()}
+    return {name: x.quantities for name, x in parts.items()} | tokens
+
+
+@jax.jit
+def less(end: Params, start: Params) -> Params:
+    """end − start."""
+    return jax.tree.map(jnp.subtract, end, start)
+
+
+@jax.jit
+def moved(start: Params, change: Params, t: float) -> Params:
+    """start + t change."""
+    return jax.tree.map(lambda x, d: x + jnp.asarray(t, x.dtype) * d, start, change)
+
+
+@jax.jit
+def largest(tree: Params) -> jax.Array:
+    """The largest absolute value."""
+    return functools.reduce(jnp.maximum, [jnp.max(jnp.abs(x)) for x in jax.tree.leaves(tree)])
+
+
+# -- a segment -----------------------------------------------------------------------------------
+
+
+class Segment(NamedTuple):
+    """The straight line from `start` along `change`, what is asked of it, and what every batch sees
+    at its two ends; `head` is the first checkpoint's classifier."""
+
+    model: Model
+    start: View
+    change: View
+    head: Params
+    request: Request
+    tolerance: float
+    before: list[Seen]
+    after: list[Seen]
+
+    def account(
+        self, batches: list[Batch], number: int, execution: Execution
+    ) -> list[dict[str, np.ndarray]]:
+        """Every batch's integrals by name, and "nodes", how many they took; finished ones are kept
+        in `blocks` and taken up from there."""
+        ends = zip(self.before, self.after, strict=True)
+        changes = [np.asarray(a.observed.quantities - b.observed.quantities) for b, a in ends]
+        allowed = self.tolerance * _rms(changes, batches)
+        store = self._store(batches, number, execution)
+        found = [store.load(i, 0) if store else None for i in range(len(batches))]
+        missing = {i: np.inf for i, x in enumerate(found) if x is None}
+        count = FIRST_NODES
+        while missing:
+            for i, integrals in self._integrals(batches, list(missing), count).items():
+                parts = sum(integrals[name] for name in COMPONENTS_OF_A_PATH)
+                residual = _rms([parts - changes[i]], [batches[i]])
+                # Nodes converge geometrically: what a doubling does not halve is rounding.
+                stalled = np.all(residual > 0.5 * missing[i])
+                if np.all(residual <= allowed) or stalled or count >= MOST_NODES:
+                    del missing[i]
+                    found[i] = {**integrals, "nodes": np.asarray(count)}
+                    if store:
+                        store.save(i, 0, found[i])
+                    if "progress" in execution:
+                        done = number * len(batches) + len(batches) - len(missing)
+                        execution["progress"](done, (number + 1) * len(batches))
+                else:
+                    missing[i] = residual
+            count *= 2
+        return [x for x in found if x is not None]
+
+    def _integrals(
+        self, batches: list[Batch], which: list[int], count: int
+    ) -> dict[int, dict[str, np.ndarray]]:
+        """∫ ḣ dt by Gauss–Legendre quadrature of so many nodes, of some batches."""
+        places, weights = np.polynomial.legendre.leggauss(count)
+        totals: dict[int, dict[str, np.ndarray]] = {}
+        for t, weight in zip((places + 1) / 2, weights / 2, strict=True):
+            for i, rates in self._nodes(batches, which, t):
+                part = {n: weight * np.asarray(x, np.float64) for n, x in fetch(rates).items()}
+                before = totals.get(i)
+                totals[i] = part if before is None else {n: before[n] + x for n, x in part.items()}
+        return totals
+
+    def _nodes(self, batches, which, t: float) -> Iterator[tuple[int, dict[str, jax.Array]]]:
+        through_parameters = self.request.through == "parameters"
+        view = moved(self.start, self.change, t) if through_parameters else None
+        for i in which:
+            b = batches[i]
+            if view is not None:
+                given = (self.head, b.sites, b.token_ids, b.start, b.real)
+                yield i, _node(self.model, self.request, view, self.change, *given)
+            else:
+                line = (self.start["classifier"], self.change["classifier"], jnp.asarray(t))
+                ends = (b.start, self.before[i].phi, self.after[i].phi)
+                given = (self.head, b.sites, b.token_ids, *ends)
+                yield i, _feature_node(self.model, *line, *given)
+
+    def _store(self, batches: list[Batch], number: int, execution: Execution) -> Store | None:
+        if "blocks" not in execution:
+            return None
+        given = [repr(self.model), repr(self.request), self.tolerance]
+        trees = [self.start, self.change, self.head, batches]
+        directory = Path(execution["blocks"]) / f"segment_{number:03d}"
+        return Store(directory, ["ledger", *given, *[digest(tree) for tree in trees]])
+
+
+def _rms(of_batches: list[np.ndarray], batches: list[Batch]) -> np.ndarray:
+    """The root mean square over all real sites, of every smooth quantity."""
+    each = zip(of_batches, batches, strict=True)
+    real = [np.compress(b.real > 0, x[SMOOTH_ROWS], axis=1) for x, b in each]
+    return np.sqrt(np.mean(np.concatenate(real, axis=1) ** 2, axis=1))
