@@ -12,6 +12,7 @@ from typing import Any, Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import ArrayLike
 
 from jaxdyn.dynamics.ledger_layers import site_layer_parts, text_parts
 from jaxdyn.dynamics.observables import (
@@ -49,13 +50,13 @@ class Request(NamedTuple):
 
 
 class Batch(NamedTuple):
-    """S sites of some of the texts, with φ⁰ [S, D] once it is known.
+    """S sites of some of the texts, with φ⁰ [S, D] once it is known; `sites` by field.
 
     token_ids [S, A]; `real` [S] is 1 where a site is there for the first time, else 0; `numbers`
     [S] says which of all sites they are, `texts` [B'] which of all texts these are (-1: again).
     """
 
-    sites: Sites
+    sites: dict[str, Any]
     token_ids: Any
     real: Any
     numbers: Any
@@ -86,9 +87,9 @@ def batches_of_texts(model: Model, sites: Sites, token_ids: np.ndarray, budget: 
     rows = np.asarray(sites.rows)
     batches = []
     for i, (numbers, real) in enumerate(zip(found.numbers, found.real, strict=True)):
-        own = Sites(**{name: x[i] for name, x in found.sites.items()})
-        texts = np.full(len(own.tokens), -1)
-        texts[own.rows] = rows[numbers]
+        own = {name: x[i] for name, x in found.sites.items()}
+        texts = np.full(len(own["tokens"]), -1)
+        texts[own["rows"]] = rows[numbers]
         batches.append(Batch(own, token_ids[numbers], real.astype(np.float32), numbers, texts))
     return batches
 
@@ -96,8 +97,8 @@ def batches_of_texts(model: Model, sites: Sites, token_ids: np.ndarray, budget: 
 # -- what runs on the device ---------------------------------------------------------------------
 
 
-def _at(model: Model, head: Params, sites: Sites, token_ids, phi) -> At:
-    return At(sites.targets, token_ids, jax.nn.log_softmax(model.logits(head, phi)))
+def _at(model: Model, head: Params, sites: dict[str, Any], token_ids, phi) -> At:
+    return At(sites["targets"], token_ids, jax.nn.log_softmax(model.logits(head, phi)))
 
 
 def look(model: Model, view: View, head: Params, batch: Batch) -> Seen:
@@ -107,7 +108,7 @@ def look(model: Model, view: View, head: Params, batch: Batch) -> Seen:
 
 @functools.partial(jax.jit, static_argnums=0)
 def _look(model, view, head, sites, token_ids, start):
-    phi = site_features(model, view["backbone"], sites)
+    phi = site_features(model, view["backbone"], Sites(**sites))
     at = _at(model, head, sites, token_ids, phi if start is None else start)
     return Seen(phi, observe(at, model.logits(view["classifier"], phi)))
 
@@ -115,7 +116,7 @@ def _look(model, view, head, sites, token_ids, start):
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def _node(model, request: Request, view, change, head, sites, token_ids, start, real):
     """ḣ at a point of the straight line in parameters, along its change; arrays by name."""
-    at = _at(model, head, sites, token_ids, start)
+    at, sites = _at(model, head, sites, token_ids, start), Sites(**sites)
     body = lambda psi: site_features(model, psi, sites)
     phi, d_phi = jax.jvp(body, (view["backbone"],), (change["backbone"],))
     parts = observed_parts(model, at, view["classifier"], change["classifier"], phi, d_phi)
@@ -151,7 +152,7 @@ def less(end: Params, start: Params) -> Params:
 
 
 @jax.jit
-def moved(start: Params, change: Params, t: float) -> Params:
+def moved(start: Params, change: Params, t: ArrayLike) -> Params:
     """start + t change."""
     return jax.tree.map(lambda x, d: x + jnp.asarray(t, x.dtype) * d, start, change)
 
