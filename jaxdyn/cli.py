@@ -1,4 +1,4 @@
-"""`jaxdyn quickstart | sft | rl | evaluate | analyze | kernel | plan | report | export`.
+"""`jaxdyn quickstart | sft | rl | evaluate | analyze | kernel | ledger | plan | report | export`.
 
 Anything the user can mend ends in one line on standard error and exit code 2. A training run that
 gets SIGTERM saves and ends with exit code 75; the same command goes on from there, as it does after
@@ -83,6 +83,13 @@ COMMANDS = {
         "commands.kernel_options:KernelOptions",
         "commands.kernel:run",
         "kernel: {}",
+    ),
+    "ledger": Command(
+        "what the training between two or more checkpoints did, exactly, part by part",
+        "commands.ledger_options:LedgerOptions",
+        "commands.ledger:run",
+        "ledger: {}",
+        done_by="one",
     ),
     "plan": Command(
         "memory, time and limits of a run on a TPU slice that need not be there",

@@ -5,11 +5,8 @@ tiles of a large kernel are kept in `blocks` until then, so that a killed comman
 given again.
 """
 
-import contextlib
 import dataclasses
-import itertools
 import shutil
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +23,7 @@ from jaxdyn.commands.kernel_options import KernelOptions, bytes_of
 from jaxdyn.commands.kernel_places import Places, Texts, completion_places, prompt_places
 from jaxdyn.commands.kernel_subject import Subject, open_subject
 from jaxdyn.commands.output import refuse_others
-from jaxdyn.data.jsonl import JsonlFile, read_jsonl
+from jaxdyn.data.jsonl import JsonlFile, read_rows
 from jaxdyn.hosts import fetch
 from jaxdyn.report.kernel_figure import draw_kernel
 from jaxdyn.report.kernel_file import SavedKernel
@@ -67,9 +64,9 @@ def run(options: KernelOptions, progress: Progress | None = None) -> Path:
 
 def read_texts(options: KernelOptions, progress: Progress) -> Texts:
     """The file's first `limit` rows; says so if there are more."""
-    rows = read_jsonl(JsonlFile(options.prompts, options.prompt_field, options.completion_field))
-    taken = list(itertools.islice(rows, options.limit or None))
-    if next(rows, None) is not None:
+    file = JsonlFile(options.prompts, options.prompt_field, options.completion_field)
+    taken, more = read_rows(file, options.limit)
+    if more:
         text = f"the first {options.limit} lines of {options.prompts}; --limit 0 takes all"
         progress.console.print(text, highlight=False, soft_wrap=True)
     completed = options.completion_field is not None
@@ -113,7 +110,7 @@ def compute(
         if options.devices > len(here):
             raise JaxdynError(f"devices is {options.devices}; this host has {len(here)}")
         common["devices"] = here[: options.devices or None]
-    with tiles(progress, options.quantity) as report:
+    with progress.tiles(f"{options.quantity}, tiles") as report:
         how = {**common, "progress": report, "blocks": blocks / "kernel"}
         if places.rollout is not None:
             kernel = kernels.sequence_kernel(model, params, places.rollout, **how)
@@ -125,24 +122,9 @@ def compute(
             kernel = kernels.log_prob_kernel(model, params, places.sites, **how)
     if not options.by_part:
         return kernel, {}
-    with tiles(progress, "by part") as report:
+    with progress.tiles("by part, tiles") as report:
         how = {**common, "progress": report, "blocks": blocks / "by_part"}
         return kernel, kernels.update_kernel_by_part(model, params, places.sites, **how)
-
-
-@contextlib.contextmanager
-def tiles(progress: Progress, title: str) -> Iterator[Callable[[int, int], None]]:
-    """What a kernel calls as its tiles finish; the first call may be of many, found on disk."""
-    with contextlib.ExitStack() as stack:
-        begun: list[int] = []
-
-        def report(done: int, total: int) -> None:
-            if not begun:
-                begun.append(done)
-                stack.enter_context(progress.start(f"{title}, tiles", total, done - 1))
-            progress.advance()
-
-        yield report
 
 
 # -- the file and the summary ---------------------------------------------------------------------

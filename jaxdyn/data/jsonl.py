@@ -1,6 +1,7 @@
 """The user's own prompts: one JSON object a line."""
 
 import dataclasses
+import itertools
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -39,6 +40,12 @@ def read_jsonl(file: JsonlFile) -> Iterator[dict[str, Any]]:
         raise JaxdynError(f"cannot read {file.path}: {error.strerror or error}") from error
     if empty:
         raise JaxdynError(f"{file.path} is empty: wanted one JSON object a line")
+
+
+def read_rows(file: JsonlFile, limit: int) -> tuple[list[dict[str, Any]], bool]:
+    """The first `limit` rows (0: all), and whether there are more; see `read_jsonl`."""
+    rows = read_jsonl(file)
+    return list(itertools.islice(rows, limit or None)), next(rows, None) is not None
 
 
 def stored_rows(file: JsonlFile, split: str) -> Iterator[dict[str, str]]:

@@ -49,6 +49,25 @@ class Tokenizer:
         """The text of `ids` on its own, special tokens left out."""
         return self.backend.decode(list(ids), skip_special_tokens=True)
 
+    def pieces(self, ids: Sequence[int]) -> list[str]:
+        """What each of a completion's tokens adds to its text, special tokens by their names.
+
+        Of a character that takes several tokens the last has it.
+        """
+        found: list[str] = []
+        plain: list[int] = []
+        said = ""
+        for i in ids:
+            text = self.decode([*plain, i])
+            if text == said and not self.decode([i]):  # a special token
+                found.append(self.backend.id_to_token(i) or "")
+                continue
+            plain.append(i)
+            whole = not text.endswith("\ufffd")
+            found.append(text[len(said) :] if whole else "")
+            said = text if whole else said
+        return found
+
     def decode_completion(self, ids: Sequence[int]) -> str:
         """The text that `ids` add to a prompt: without the final stop token, special tokens left
         out, and with the leading space that some tokenizers drop at the start of a text.

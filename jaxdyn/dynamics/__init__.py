@@ -1,5 +1,6 @@
 """What an update did: first-order propagation by component, confidence, diversity, features."""
 
+from jaxdyn.dynamics.alternatives import most_changed_tokens
 from jaxdyn.dynamics.ledger import Ledger, ledger
 from jaxdyn.dynamics.measure import (
     SiteState,

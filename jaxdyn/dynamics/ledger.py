@@ -201,7 +201,7 @@ def _assemble(
         kind: np.stack([by_text([x[f"layer/{kind}"] for x in of_one]) for of_one in accounts])
         for kind in kinds
     }
-    places = None
+    places = np.zeros(0)
     if request.by_token:
         places = np.stack([by_site([x["places"] for x in of_one], 2) for of_one in accounts])
     nodes = np.zeros((len(accounts), texts), np.int32)

@@ -57,11 +57,11 @@ def text_parts(
         _, by_site = jax.jvp(moved, (head,), (alone,))
         by_text = jax.ops.segment_sum((by_site * real[None]).T, sites.rows, len(phi)).T
         add(_kind(CLASSIFIER, name), by_text[..., None])
-    inputs, weights = stacked(inputs), parameters_of(view["backbone"])
+    by_layer, weights = stacked(inputs), parameters_of(view["backbone"])
     for path, of_layer in parameters_of(change["backbone"]).items():
         d = found[path] if path[0] == "layers" else found[path][:, None]
         for name, delta in of_layer.items():
-            written = _written(name, delta, weights[path], inputs[path], model.config.lora_scale)
+            written = _written(name, delta, weights[path], by_layer[path], model.config.lora_scale)
             add(_kind(_place(path), name), product("qlbto,lbto->qbl", d, written))
     return parts
 

@@ -1,11 +1,10 @@
 r"""One segment of a ledger: a straight path, the derivatives along it, and their integrals.
 
-A path's rate of change at one of its points is a node; `Segment.account` doubles the number of
-nodes until the integrals of the parts add up to the change, text by text.
+A path's rate of change at one of its points is a node; their number is doubled until the integrals
+of the parts add up to the change, some texts at a time.
 """
 
 import functools
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -44,9 +43,14 @@ class Request(NamedTuple):
     many layers' products are taken at a time."""
 
     through: PathThrough
-    by_layer: tuple[str, ...]
-    by_token: tuple[str, ...]
-    layers_at_once: int
+    by_layer: tuple[str, ...] = ()
+    by_token: tuple[str, ...] = ()
+    layers_at_once: int = 1
+
+    @property
+    def dear(self) -> bool:
+        """Whether a node costs more than its components do."""
+        return bool(self.by_layer or self.by_token)
 
 
 class Batch(NamedTuple):
@@ -188,54 +192,57 @@ class Segment(NamedTuple):
         changes = [np.asarray(a.observed.quantities - b.observed.quantities) for b, a in ends]
         allowed = self.tolerance * _rms(changes, batches)
         store = self._store(batches, number, execution)
-        found = [store.load(i, 0) if store else None for i in range(len(batches))]
-        missing = {i: np.inf for i, x in enumerate(found) if x is None}
-        count = FIRST_NODES
-        while missing:
-            for i, integrals in self._integrals(batches, list(missing), count).items():
-                parts = sum(integrals[name] for name in COMPONENTS_OF_A_PATH)
-                residual = _rms([parts - changes[i]], [batches[i]])
-                # Nodes converge geometrically: what a doubling does not halve is rounding.
-                stalled = np.all(residual > 0.5 * missing[i])
-                if np.all(residual <= allowed) or stalled or count >= MOST_NODES:
-                    del missing[i]
-                    found[i] = {**integrals, "nodes": np.asarray(count)}
-                    if store:
-                        store.save(i, 0, found[i])
-                    if "progress" in execution:
-                        done = number * len(batches) + len(batches) - len(missing)
-                        execution["progress"](done, (number + 1) * len(batches))
-                else:
-                    missing[i] = residual
-            count *= 2
-        return [x for x in found if x is not None]
+        found: list[dict[str, np.ndarray]] = []
+        count = 0
+        for i, (batch, change) in enumerate(zip(batches, changes, strict=True)):
+            kept = store.load(i, 0) if store else None
+            if kept is None:
+                if self.request.dear and not count:  # first with the components alone
+                    plain = self._replace(request=Request(self.request.through))
+                    count = int(plain._closed(batch, i, change, allowed, FIRST_NODES)["nodes"])
+                kept = self._closed(batch, i, change, allowed, max(count, FIRST_NODES))
+                if store:
+                    store.save(i, 0, kept)
+            found.append(kept)
+            count = int(kept["nodes"])
+            if "progress" in execution:
+                execution["progress"](number * len(batches) + i + 1, (number + 1) * len(batches))
+        return found
 
-    def _integrals(
-        self, batches: list[Batch], which: list[int], count: int
-    ) -> dict[int, dict[str, np.ndarray]]:
-        """∫ ḣ dt by Gauss–Legendre quadrature of so many nodes, of some batches."""
+    def _closed(
+        self, batch: Batch, i: int, change: np.ndarray, allowed: np.ndarray, count: int
+    ) -> dict[str, np.ndarray]:
+        """The batch's integrals with `count` nodes, or twice as many until they close."""
+        missing: Any = np.inf
+        while True:
+            integrals = self._integrals(batch, i, count)
+            parts = sum(integrals[name] for name in COMPONENTS_OF_A_PATH)
+            residual = _rms([parts - change], [batch])
+            # Nodes converge geometrically: what a doubling does not halve is rounding.
+            stalled = np.all(residual > 0.5 * missing)
+            if np.all(residual <= allowed) or stalled or count >= MOST_NODES:
+                return {**integrals, "nodes": np.asarray(count)}
+            missing, count = residual, 2 * count
+
+    def _integrals(self, batch: Batch, i: int, count: int) -> dict[str, np.ndarray]:
+        """∫ ḣ dt by Gauss–Legendre quadrature of so many nodes."""
         places, weights = np.polynomial.legendre.leggauss(count)
-        totals: dict[int, dict[str, np.ndarray]] = {}
+        total: dict[str, np.ndarray] = {}
         for t, weight in zip((places + 1) / 2, weights / 2, strict=True):
-            for i, rates in self._nodes(batches, which, t):
-                part = {n: weight * np.asarray(x, np.float64) for n, x in fetch(rates).items()}
-                before = totals.get(i)
-                totals[i] = part if before is None else {n: before[n] + x for n, x in part.items()}
-        return totals
+            for name, rate in fetch(self._rates(batch, i, t)).items():
+                part = weight * np.asarray(rate, np.float64)
+                total[name] = total[name] + part if name in total else part
+        return total
 
-    def _nodes(self, batches, which, t: float) -> Iterator[tuple[int, dict[str, jax.Array]]]:
-        through_parameters = self.request.through == "parameters"
-        view = moved(self.start, self.change, t) if through_parameters else None
-        for i in which:
-            b = batches[i]
-            if view is not None:
-                given = (self.head, b.sites, b.token_ids, b.start, b.real)
-                yield i, _node(self.model, self.request, view, self.change, *given)
-            else:
-                line = (self.start["classifier"], self.change["classifier"], jnp.asarray(t))
-                ends = (b.start, self.before[i].phi, self.after[i].phi)
-                given = (self.head, b.sites, b.token_ids, *ends)
-                yield i, _feature_node(self.model, *line, *given)
+    def _rates(self, b: Batch, i: int, t: float) -> dict[str, jax.Array]:
+        """ḣ at t."""
+        if self.request.through == "parameters":
+            view = moved(self.start, self.change, t)
+            given = (self.head, b.sites, b.token_ids, b.start, b.real)
+            return _node(self.model, self.request, view, self.change, *given)
+        line = (self.start["classifier"], self.change["classifier"], jnp.asarray(t))
+        ends = (self.head, b.sites, b.token_ids, b.start, self.before[i].phi, self.after[i].phi)
+        return _feature_node(self.model, *line, *ends)
 
     def _store(self, batches: list[Batch], number: int, execution: Execution) -> Store | None:
         if "blocks" not in execution:

@@ -78,7 +78,7 @@ def load_pretrained(
 
 def pretrained_config(directory: Path) -> ModelConfig:
     """What a directory's config.json says; JaxdynError for a model we do not support."""
-    return config_from_hf(_read_json(directory / "config.json"))
+    return config_from_hf(read_json(directory / "config.json"))
 
 
 class _Tensor:
@@ -110,7 +110,7 @@ def _weight_files(directory: Path) -> list[Path]:
         return [directory / _WEIGHTS]
     if not (directory / _INDEX).is_file():
         raise JaxdynError(f"{directory} has neither {_WEIGHTS} nor {_INDEX}")
-    index = _read_json(directory / _INDEX).get("weight_map")
+    index = read_json(directory / _INDEX).get("weight_map")
     if not isinstance(index, dict) or not index:
         raise JaxdynError(f"{directory / _INDEX} has no weight_map from tensors to files")
     files = sorted({str(name) for name in index.values()})
@@ -179,7 +179,8 @@ def _and_more(names: Sequence[str]) -> str:
     return f" (and {len(names) - 1} more)" if names[1:] else ""
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
+    """An object of a file; JaxdynError where it holds none."""
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:

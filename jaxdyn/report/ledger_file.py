@@ -80,7 +80,7 @@ class SavedLedger:
 
     def write(self, path: Path) -> None:
         """Write all of it as one compressed .npz, without pickles; a tree's names join by "/"."""
-        arrays = {}
+        arrays: dict[str, np.ndarray] = {}
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
             if field.name != "about":
@@ -142,3 +142,43 @@ def _flat(name: str, tree: Any) -> dict[str, np.ndarray]:
         for key, branch in tree.items()
         for whole, x in _flat(f"{name}/{key}", branch).items()
     }
+
+
+def summarize_ledger(saved: SavedLedger) -> dict[str, Any]:
+    """What a ledger adds up to, from its first checkpoint to its last.
+
+    Of every quantity: the mean `change` a site and its two components; each component's share of
+    the changes, Σ part · change / Σ change² over sites (they add up to 1 with the residual's), with
+    a 95 % interval from 1000 resamplings of whole texts; the residual's rms relative to the
+    change's rms, and the largest number of nodes.
+    """
+    rows = saved.rows
+    texts = np.unique(rows)
+    draws = np.random.default_rng(0).integers(0, len(texts), (1000, len(texts)))
+    of_text = lambda x: np.bincount(np.searchsorted(texts, rows), x, len(texts))
+    quantities = {}
+    for name, parts in saved.parts.items():
+        change, residual = saved.change(name).sum(axis=0), saved.residual(name).sum(axis=0)
+        squares = of_text(change**2)
+        found: dict[str, Any] = {"change": float(change.mean())}
+        for part, x in parts.items():
+            along = of_text(x.sum(axis=0) * change)
+            shares = _ratio(along[draws].sum(axis=1), squares[draws].sum(axis=1))
+            found[part] = float(x.sum(axis=0).mean())
+            found[f"{part}_share"] = float(_ratio(along.sum(), squares.sum()))
+            found[f"{part}_share_interval"] = np.quantile(shares, (0.025, 0.975)).tolist()
+        rms = lambda x: np.sqrt(np.mean(np.square(x)))
+        found["residual"] = float(_ratio(rms(residual), rms(change)))
+        quantities[name] = found
+    return {
+        "checkpoints": saved.names.tolist(),
+        "texts": len(texts),
+        "sites": len(rows),
+        "nodes": int(saved.nodes.max()),
+        "quantities": quantities,
+        "about": saved.about,
+    }
+
+
+def _ratio(x: Any, y: Any) -> Any:
+    return np.divide(x, y, out=np.zeros_like(np.asarray(x, float)), where=np.asarray(y) > 0)

@@ -3,8 +3,10 @@
 Of many processes the first shows it.
 """
 
+import contextlib
 import sys
 import time
+from collections.abc import Callable, Iterator
 
 import jax
 from rich.console import Console
@@ -56,6 +58,21 @@ class Progress:
             left = f"  {pace * (self._total - self._done):.0f} s left" if measured else ""
             line = f"{self._title}  {self._done}/{self._total}  {text}{left}"
             self.console.print(line, highlight=False)
+
+    @contextlib.contextmanager
+    def tiles(self, title: str) -> Iterator[Callable[[int, int], None]]:
+        """A function of how many are done and of all; its first call may be of many at once."""
+        with contextlib.ExitStack() as stack:
+            begun: list[int] = []
+
+            def report(done: int, total: int) -> None:
+                if not begun:
+                    begun.append(done)
+                    stack.enter_context(self.start(title, total, done - 1))
+                self._total = total
+                self.advance()
+
+            yield report
 
     def __exit__(self, *_) -> None:
         """Put the bar away, also when the work failed: it hides the terminal's cursor."""

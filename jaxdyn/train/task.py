@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 import jax.numpy as jnp
@@ -135,7 +136,15 @@ def open_model(source: ModelSource) -> tuple[LanguageModel, Params, Tokenizer]:
     model, params = load_pretrained(
         directory, untie=source.untie, dtype=jnp.dtype(source.dtype).type
     )
-    model = dataclasses.replace(model, remat=source.remat)
+    return dataclasses.replace(model, remat=source.remat), params, open_tokenizer(directory, model)
+
+
+def open_tokenizer(directory: Path, model: LanguageModel) -> Tokenizer:
+    """The tokenizer in a model's directory.
+
+    Raises:
+      JaxdynError: if it cannot be read, or has ids that the model has not.
+    """
     tokenizer = load_tokenizer(directory)
     if tokenizer.vocab_size > model.config.vocab_size:
         raise JaxdynError(
@@ -148,7 +157,7 @@ def open_model(source: ModelSource) -> tuple[LanguageModel, Params, Tokenizer]:
             f"{directory} names {outside[0]} as a padding or stop token, outside the model's "
             f"vocabulary of {model.config.vocab_size}"
         )
-    return model, params, tokenizer
+    return tokenizer
 
 
 def with_adapters(

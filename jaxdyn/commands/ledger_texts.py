@@ -1,0 +1,87 @@
+"""The texts a ledger is of: prompts, and completions given or sampled, every token a site."""
+
+from typing import NamedTuple
+
+import jax
+import numpy as np
+
+from jaxdyn.commands.checkpoints import Checkpoints
+from jaxdyn.commands.kernel_places import require_context
+from jaxdyn.commands.ledger_options import LedgerOptions
+from jaxdyn.data import Tokenizer, encode_prompts, encode_supervised
+from jaxdyn.data.jsonl import JsonlFile, read_rows
+from jaxdyn.dynamics import rollout_from_texts, sites_from_rollout
+from jaxdyn.rollout import generate
+from jaxdyn.types import JaxdynError, Rollout, Sites
+
+
+class LedgerTexts(NamedTuple):
+    """B texts: their sites, prompts, what each site's token reads as, and who wrote which."""
+
+    sites: Sites
+    prompts: list[str]
+    pieces: list[str]
+    writers: list[str]
+
+
+def texts_of(options: LedgerOptions, checkpoints: Checkpoints) -> tuple[LedgerTexts, bool]:
+    """The texts, and whether the file has more than `limit` lines.
+
+    Raises:
+      JaxdynError: for a file or a line that cannot be read, or a text that does not fit the model.
+    """
+    file = JsonlFile(options.prompts, options.prompt_field, options.completion_field)
+    rows, more = read_rows(file, options.limit)
+    tokenizer, written = checkpoints.tokenizer, [row["prompt"] for row in rows]
+    prompts = encode_prompts(tokenizer, written, options.max_prompt_length)
+    if options.completion_field is not None:
+        completions = [row["completion"] for row in rows]
+        encoded = encode_supervised(tokenizer, written, completions, 2**31)
+        rollouts = {"file": rollout_from_texts(prompts, *encoded, options.max_completion_length)}
+    else:
+        which = {"first": [0], "last": [-1], "both": [0, -1]}[options.sample or "last"]
+        rollouts = {
+            checkpoints.names[i]: generate(
+                checkpoints.model,
+                checkpoints[i],
+                prompts,
+                jax.random.key(options.seed),
+                num_generations=1,
+                max_completion_length=options.max_completion_length,
+                temperature=options.temperature,
+                stop_ids=tokenizer.stop_ids,
+                pad_id=tokenizer.pad_id,
+            )
+            for i in which
+        }
+    rollout = one_of(list(rollouts.values()))
+    longest = rollout.completion_ids.shape[1]
+    if not longest:
+        raise JaxdynError(f"{options.prompts}: no completion has a token")
+    sites = sites_from_rollout(rollout, longest, 0)
+    require_context(checkpoints.model, sites)
+    writers = [name for name in rollouts for _ in rows]
+    return LedgerTexts(
+        sites, written * len(rollouts), pieces_of(tokenizer, sites, len(writers)), writers
+    ), more
+
+
+def one_of(rollouts: list[Rollout]) -> Rollout:
+    """Rollouts of the same prompts as one, cut to the longest completion."""
+    joined = jax.tree.map(lambda *x: np.concatenate([np.asarray(y) for y in x]), *rollouts)
+    longest = int(joined.completion_mask.sum(axis=1).max())
+    cut = lambda x: jax.numpy.asarray(x[:, :longest])
+    whole = jax.numpy.asarray
+    return Rollout(
+        whole(joined.prompt_ids),
+        whole(joined.prompt_mask),
+        cut(joined.completion_ids),
+        cut(joined.completion_mask),
+        cut(joined.per_token_logps),
+    )
+
+
+def pieces_of(tokenizer: Tokenizer, sites: Sites, count: int) -> list[str]:
+    """What every site's token adds to its text."""
+    rows, targets = np.asarray(sites.rows), np.asarray(sites.targets)
+    return [x for b in range(count) for x in tokenizer.pieces(targets[rows == b].tolist())]

@@ -1,0 +1,103 @@
+r"""Low-rank adapters as PEFT saves them: added to a model's weights, W + s B A.
+
+A directory holds `adapter_config.json` and `adapter_model.safetensors`, in which every adapted
+matrix has `base_model.model.NAME.lora_A.weight` [r, in] and `…lora_B.weight` [out, r]; s is
+α / r, or α / √r with `use_rslora` (Kalajdzievski 2023, arXiv 2312.03732).
+"""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from flax.traverse_util import flatten_dict, unflatten_dict
+from safetensors import SafetensorError, safe_open
+
+from jaxdyn.models.hf_layout import stored_tensors
+from jaxdyn.models.huggingface import read_json
+from jaxdyn.models.model import LanguageModel
+from jaxdyn.types import JaxdynError, Params
+
+CONFIG = "adapter_config.json"
+_WEIGHTS = "adapter_model.safetensors"
+_PREFIX = "base_model.model."
+# What changes the product or other weights, and the value with which it does nothing.
+_UNSUPPORTED: dict[str, Any] = {
+    "use_dora": False,
+    "modules_to_save": None,
+    "rank_pattern": {},
+    "alpha_pattern": {},
+    "bias": "none",
+    "lora_bias": False,
+}
+
+
+def is_peft(directory: Path) -> bool:
+    """Whether a directory holds a PEFT adapter."""
+    return (directory / CONFIG).is_file()
+
+
+def add_peft(model: LanguageModel, params: Params, directory: Path) -> Params:
+    """The parameters with the adapter's product in their weights, float32 or better.
+
+    Raises:
+      JaxdynError: if a file cannot be read, the adapter is of a kind that is not W + s B A, or it
+        adapts a matrix that this model has not, or one of another shape.
+    """
+    scale, turned = _read_config(directory / CONFIG)
+    stored = {name: (s, i) for s in stored_tensors(model) for i, name in enumerate(s.names)}
+    leaves = flatten_dict(params, keep_empty_nodes=True)
+    moved = {}
+    for name, (a, b) in _read_factors(directory / _WEIGHTS).items():
+        if name not in stored:
+            raise JaxdynError(
+                f"{directory} adapts {name}, which this {model.config.architecture} has not as a "
+                "matrix of its own: it belongs to another base model"
+            )
+        tensor, layer = stored[name]
+        wanted = tensor.shape[::-1] if turned else tensor.shape
+        if a.ndim != 2 or b.ndim != 2 or (b.shape[0], a.shape[1]) != wanted:
+            raise JaxdynError(
+                f"{directory} adapts {name} as {[b.shape[0], a.shape[-1]]}; the model's is "
+                f"{list(wanted)}: it belongs to another base model"
+            )
+        change = scale * (b @ a)
+        parts = tensor.unpack(change.T if turned else change)
+        for path, part in zip(tensor.leaves, parts, strict=True):
+            if path not in moved:
+                moved[path] = np.array(leaves[path])
+            moved[path][layer if tensor.stacked else ...] += part
+    return unflatten_dict({**leaves, **moved})
+
+
+def _read_config(path: Path) -> tuple[float, bool]:
+    """s, and whether the adapted matrices are stored [in, out]."""
+    config = read_json(path)
+    if config.get("peft_type") != "LORA":
+        raise JaxdynError(f"{path}: peft_type must be LORA, got {config.get('peft_type')!r}")
+    for name, nothing in _UNSUPPORTED.items():
+        if config.get(name) not in (nothing, None) and config.get(name) != []:
+            raise JaxdynError(f"{path}: {name} is not supported, got {config[name]!r}")
+    rank, alpha = config.get("r"), config.get("lora_alpha")
+    if not isinstance(rank, int) or rank < 1 or not isinstance(alpha, int | float):
+        raise JaxdynError(f"{path} needs a rank r and lora_alpha, got {rank!r} and {alpha!r}")
+    scale = alpha / (rank**0.5 if config.get("use_rslora") else rank)
+    return scale, bool(config.get("fan_in_fan_out"))
+
+
+def _read_factors(path: Path) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """{name of the adapted tensor: (A, B)}, float32."""
+    found: dict[str, dict[str, Any]] = {}
+    try:
+        with safe_open(path, framework="numpy") as file:
+            for name in file.keys():  # noqa: SIM118, it is no mapping
+                base, _, factor = name.removeprefix(_PREFIX).partition(".lora_")
+                factor = factor.removeprefix("embedding_")
+                found.setdefault(base, {})[factor[:1]] = file.get_tensor(name).astype(np.float32)
+    except (SafetensorError, OSError, TypeError) as error:
+        raise JaxdynError(f"{path} is not a whole safetensors file: {error}") from error
+    for name, factors in found.items():
+        if set(factors) != {"A", "B"}:
+            raise JaxdynError(f"{path} has not both factors, lora_A and lora_B, of {name}")
+    if not found:
+        raise JaxdynError(f"{path} holds no adapter")
+    return {f"{name}.weight": (x["A"], x["B"]) for name, x in found.items()}
