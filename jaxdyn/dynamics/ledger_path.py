@@ -35,6 +35,9 @@ PathThrough = Literal["parameters", "features"]
 
 FIRST_NODES, MOST_NODES = 2, 64
 
+SHORT_NODES = 3
+"""Nodes of a segment of a few updates, where W φ is quadratic and log π nearly so."""
+
 SMOOTH_ROWS = [QUANTITIES.index(name) for name in SMOOTH]
 
 
@@ -147,6 +150,33 @@ def _feature_node(model, start, change, t, head, sites, token_ids, first, phi, e
 def _named(parts: dict[str, Observed]) -> dict[str, jax.Array]:
     tokens = {f"tokens/{name}": x.tokens for name, x in parts.items()}
     return {name: x.quantities for name, x in parts.items()} | tokens
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def feature_account(
+    model: Model,
+    before: tuple[Params, jax.Array],
+    after: tuple[Params, jax.Array],
+    at: At,
+) -> tuple[dict[str, Observed], Observed]:
+    """∫ ḣ dt by component, and the change of h, where W and φ move straight from (W, φ) before to
+    (W', φ') after: a few products with the classifier, and no pass of the body.
+
+    Along short segments of a training this path and the straight line in parameters agree.
+    """
+    (head, phi), (new_head, new_phi) = before, after
+    d_head, d_phi = less(new_head, head), new_phi - phi
+    places, weights = np.polynomial.legendre.leggauss(SHORT_NODES)
+    parts = [
+        jax.tree.map(
+            lambda x, weight=weight: weight * x,
+            observed_parts(model, at, moved(head, d_head, t), d_head, phi + t * d_phi, d_phi),
+        )
+        for t, weight in zip((places + 1) / 2, weights / 2, strict=True)
+    ]
+    seen = [observe(at, model.logits(w, x)) for w, x in (before, after)]
+    change = jax.tree.map(jnp.subtract, seen[1], seen[0])
+    return jax.tree.map(lambda *x: sum(x), *parts), change
 
 
 @jax.jit

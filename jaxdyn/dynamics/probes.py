@@ -17,11 +17,15 @@ class ProbeConfig:
       num_prompts: probe prompts; the last token of each is one site.
       sites_per_completion: sites inside each prompt's completion, sampled once by the policy
         before training.
+      ledger: also keep the account of the whole run: what all updates together did at the sites,
+        by component, from one measurement or checkpoint to the next. It takes a copy of the
+        classifier.
     """
 
     every: int = 10
     num_prompts: int = 16
     sites_per_completion: int = 3
+    ledger: bool = True
 
     def __post_init__(self):
         at_least(0, self, "probe", "every", "sites_per_completion")

@@ -22,6 +22,7 @@ EXHIBITS = (
     sampling_figures.sampling,
     update_figures.prediction,
     update_figures.shares,
+    update_figures.ledger,
     update_figures.features,
     figures.distance,
     samples.side_by_side,

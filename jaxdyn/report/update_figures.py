@@ -125,6 +125,52 @@ def shares(runs: Sequence[Run]) -> Exhibit | None:
     )
 
 
+def ledger(runs: Sequence[Run]) -> Exhibit | None:
+    """What all updates together did, by component, beside the shares of single ones."""
+    share, nats = "of the change", "nats, from the start"
+    place = "completion"
+    panels = (
+        Panel("share/representation", "One update: share", "of the prediction", levels=(0.0,)),
+        Panel("ledger/log_prob/share/representation", "All so far: log π", share, levels=(0.0,)),
+        Panel("ledger/entropy/share/representation", "All so far: entropy", share, levels=(0.0,)),
+        *(
+            Panel(
+                f"ledger/entropy/{part}/{place}", f"Change of entropy: {name}", nats, levels=(0.0,)
+            )
+            for part, name in (
+                ("representation", "representation"),
+                ("gradient", "gradient"),
+                ("change", "whole"),
+            )
+        ),
+    )
+    if not any(run.series("ledger/log_prob/share/representation") for run in runs):
+        return None
+    return series_exhibit(
+        runs,
+        panels,
+        columns=3,
+        height=2.6,
+        also=tuple(
+            f"ledger/log_prob/{part}/{kind}"
+            for part in ("representation", "gradient", "change")
+            for kind in ("prompt", "completion")
+        ),
+        name="ledger",
+        title="What they add up to",
+        shows="The representation component’s share of single updates (top left) and of everything "
+        "that has happened since the start: of the change of log π of the sites’ tokens, and of "
+        "their entropy. Below, the entropy at completion sites by component. The components are "
+        "integrals along the run and add up to the whole exactly. The two kinds of share differ "
+        "because steps that go together and steps that cancel look alike one by one: what moves W "
+        "adds up, much of what moves the body is undone. A single update’s share is weighted over "
+        "sites and the whole vocabulary, Σ part · prediction / Σ prediction²; the others over the "
+        "sites’ own tokens, Σ part · change / Σ change².",
+        expects="The paper speaks of single updates; what it says of the representation component "
+        "has to be asked of the whole training, too.",
+    )
+
+
 def features(runs: Sequence[Run]) -> Exhibit | None:
     """Cosines between the features of pairs of sites, before and after, and the features' drift."""
     figure, axes = grid_of_panels(2, 3, height=2.9)

@@ -19,7 +19,7 @@ from jaxdyn.paths import AnyPath, open_path, require_writable
 from jaxdyn.train.checkpoint import Checkpoints, require_finite
 from jaxdyn.train.evaluate import evaluate, sweep_temperatures
 from jaxdyn.train.preemption import Preemption
-from jaxdyn.train.probe import Probe, remember
+from jaxdyn.train.probe import Probe, RunLedger, remember
 from jaxdyn.train.progress import Progress
 from jaxdyn.train.run_directory import RunDirectory
 from jaxdyn.train.sft import take_supervised_step
@@ -85,6 +85,11 @@ def train(
         directory.rewind(-1)
         record_start(task, probe, directory)
 
+    ledger = None
+    if probe and config.probe.ledger:
+        kept = directory.read("ledger.jsonl")
+        ledger = RunLedger(probe, state.params, position["step"], kept)
+
     first, last = position["step"], plan[-1].end
     if position.get("reached"):
         last = first
@@ -98,7 +103,11 @@ def train(
             state, metrics, num_tokens, completions = take(task, state, stage, step)
             require_finite(metrics, step, checkpoints)
             if probe and before is not None:
-                scalars, arrays = probe.measure(before, state)
+                after = probe.look(state.params)
+                scalars, arrays = probe.measure(before, state, after)
+                if ledger:
+                    directory.log("ledger.jsonl", ledger.close(state.params, step + 1, after))
+                    scalars |= ledger.totals()
                 record_probe(directory, step, {"cfrl/stage": stage.number, **scalars}, arrays)
             position["num_tokens"] += num_tokens
             position["time/wall"] += metrics["step_time"]
@@ -121,6 +130,8 @@ def train(
             due = ends or (step + 1) % config.train.checkpoint_every == 0
             if due or preempted or checkpoints.improves(metrics):
                 position |= {"step": step + 1, "stage": stage.name}
+                if ledger and ledger.step <= step:
+                    directory.log("ledger.jsonl", ledger.close(state.params, step + 1))
                 directory.publish()
                 checkpoints.save(step + 1, state, position, metrics)
             shown = (name for name in SHOWN[config.kind] if name in metrics)

@@ -22,6 +22,7 @@ from jaxdyn.types import JaxdynError
 LOGS = (
     "metrics.jsonl",
     "dynamics.jsonl",
+    "ledger.jsonl",
     "samples.jsonl",
     "completions.jsonl",
     "temperatures.jsonl",
@@ -123,6 +124,13 @@ class RunDirectory:
                 for key, value in record.items():
                     if isinstance(value, int | float) and key != "step":
                         self._board.add_scalar(key, value, record["step"])
+
+    def read(self, name: str) -> list[dict[str, Any]]:
+        """The records of a log so far."""
+        path = self.local / name
+        if not path.exists():
+            return []
+        return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
     def save_arrays(self, step: int, arrays: dict[str, np.ndarray]) -> None:
         """The per-site arrays of a probed step."""
