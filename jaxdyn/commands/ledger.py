@@ -24,10 +24,9 @@ from jaxdyn.commands.ledger_texts import LedgerTexts, texts_of
 from jaxdyn.commands.output import refuse_others
 from jaxdyn.dynamics import Ledger, ledger, most_changed_tokens
 from jaxdyn.report.ledger_file import SavedLedger, summarize_ledger
+from jaxdyn.report.microscope import write_microscope
 from jaxdyn.train.progress import Progress
 from jaxdyn.types import Sites
-
-OURS = {"blocks", "ledger.partial", "ledger.npz", "ledger.json"}
 
 
 def run(options: LedgerOptions, progress: Progress | None = None) -> Path:
@@ -39,7 +38,8 @@ def run(options: LedgerOptions, progress: Progress | None = None) -> Path:
     progress = progress or Progress()
     say = lambda text: progress.console.print(text, highlight=False, soft_wrap=True, markup=False)
     output = Path(options.output)
-    refuse_others(output, OURS - {"ledger.npz"})
+    pages = {path.name for path in output.glob("ledger*.html")}
+    refuse_others(output, {"blocks", "ledger.partial", "ledger.json", *pages})
     float64 = options.dtype == "float64"
     dtype = np.float64 if float64 else np.float32
     with jax.enable_x64(float64), open_checkpoints(options.checkpoints, dtype) as checkpoints:
@@ -58,9 +58,11 @@ def run(options: LedgerOptions, progress: Progress | None = None) -> Path:
     saved.write(output / "ledger.partial")
     summary = json.dumps(summarize_ledger(saved), indent=1, ensure_ascii=False)
     (output / "ledger.json").write_text(summary + "\n", encoding="utf-8")
+    written = write_microscope(saved, output / "ledger.html")
     (output / "ledger.partial").replace(path)
     shutil.rmtree(output / "blocks", ignore_errors=True)
     print_summary(saved)
+    say(f"every token: {written[0]}" + (f" and {len(written) - 1} more" if written[1:] else ""))
     return path
 
 

@@ -1,8 +1,10 @@
 """The texts a ledger is of: prompts, and completions given or sampled, every token a site."""
 
+import dataclasses
 from typing import NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from jaxdyn.commands.checkpoints import Checkpoints
@@ -13,6 +15,8 @@ from jaxdyn.data.jsonl import JsonlFile, read_rows
 from jaxdyn.dynamics import rollout_from_texts, sites_from_rollout
 from jaxdyn.rollout import generate
 from jaxdyn.types import JaxdynError, Rollout, Sites
+
+BY_TOKEN = ("completion_ids", "completion_mask", "per_token_logps")
 
 
 class LedgerTexts(NamedTuple):
@@ -68,17 +72,10 @@ def texts_of(options: LedgerOptions, checkpoints: Checkpoints) -> tuple[LedgerTe
 
 def one_of(rollouts: list[Rollout]) -> Rollout:
     """Rollouts of the same prompts as one, cut to the longest completion."""
-    joined = jax.tree.map(lambda *x: np.concatenate([np.asarray(y) for y in x]), *rollouts)
+    joined = jax.tree.map(lambda *x: jnp.concatenate(x), *rollouts)
     longest = int(joined.completion_mask.sum(axis=1).max())
-    cut = lambda x: jax.numpy.asarray(x[:, :longest])
-    whole = jax.numpy.asarray
-    return Rollout(
-        whole(joined.prompt_ids),
-        whole(joined.prompt_mask),
-        cut(joined.completion_ids),
-        cut(joined.completion_mask),
-        cut(joined.per_token_logps),
-    )
+    cut = {name: getattr(joined, name)[:, :longest] for name in BY_TOKEN}
+    return dataclasses.replace(joined, **cut)
 
 
 def pieces_of(tokenizer: Tokenizer, sites: Sites, count: int) -> list[str]:

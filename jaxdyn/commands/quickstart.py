@@ -1,10 +1,12 @@
 """The whole story in a few minutes: a small model, supervised, then RL both ways, then the report.
 
 Writes under one directory: `new` (a random Pythia-like model), `sft`, `joint` and
-`classifier_first` (run directories), and `report`. Started again, it goes on where it stopped.
+`classifier_first` (run directories), `ledger` (what the two did, with a page of every token), and
+`report`. Started again, it goes on where it stopped.
 """
 
 import dataclasses
+import json
 from pathlib import Path
 
 import jax
@@ -12,6 +14,8 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from jaxdyn.commands import ledger
+from jaxdyn.commands.ledger_options import LedgerOptions
 from jaxdyn.commands.output import refuse_others
 from jaxdyn.data import AnagramsConfig, character_tokenizer
 from jaxdyn.models import LanguageModel, gpt_neox
@@ -20,10 +24,11 @@ from jaxdyn.paths import AnyPath
 from jaxdyn.presets import RL, SFT
 from jaxdyn.report import load_run, write_report
 from jaxdyn.sections import ModelSource
-from jaxdyn.train import Progress, run_rl, run_sft
+from jaxdyn.train import Progress, open_run, run_rl, run_sft
 from jaxdyn.train.export import save_policy
 
 SCHEDULES: tuple[Schedule, ...] = ("joint", "classifier_first")
+LEDGER_PROMPTS = 32
 
 
 def quickstart(output: str | Path, seed: int = 0) -> AnyPath:
@@ -37,7 +42,7 @@ def quickstart(output: str | Path, seed: int = 0) -> AnyPath:
     sft = dataclasses.replace(
         SFT["anagrams"], output=str(output / "sft"), seed=seed, model=ModelSource(str(new))
     )
-    refuse_others(output, {"new", "sft", *SCHEDULES, "report"})
+    refuse_others(output, {"new", "sft", *SCHEDULES, "ledger", "report"})
     if not (output / "sft" / "config.json").exists():
         make_model(new, sft.data.anagrams, seed)
     model = run_sft(sft, progress)
@@ -52,9 +57,33 @@ def quickstart(output: str | Path, seed: int = 0) -> AnyPath:
             optim=dataclasses.replace(base.optim, schedule=schedule),
         )
         runs.append(run_rl(config, progress))
+    for run in runs:
+        write_ledger(str(model), run, output / "ledger", progress)
     page = write_report(runs, output / "report")
     print_summary(runs)
     return page
+
+
+def write_ledger(before: str, run: AnyPath, directory: Path, progress: Progress) -> None:
+    """The ledger of a run, at held-out prompts that the model before and after it completes."""
+    if (directory / run.name / "ledger.npz").exists():
+        return
+    directory.mkdir(exist_ok=True)
+    with open_run(run) as saved:
+        examples = saved.task.test[:LEDGER_PROMPTS]
+    prompts = directory / "prompts.jsonl"
+    lines = [json.dumps({"prompt": example["prompt"]}) for example in examples]
+    prompts.write_text("".join(line + "\n" for line in lines))
+    options = LedgerOptions(
+        (before, str(run)),
+        prompts=str(prompts),
+        output=str(directory / run.name),
+        sample="both",
+        limit=LEDGER_PROMPTS,
+        max_completion_length=8,
+        by_token=("log_prob", "entropy"),
+    )
+    ledger.run(options, progress)
 
 
 def make_model(directory: Path, data: AnagramsConfig, seed: int) -> None:

@@ -70,7 +70,7 @@ class Ledger:
 
     def change(self, quantity: str) -> np.ndarray:
         """What really changed over each segment, [K, N]."""
-        return np.diff(self.values[quantity], axis=0)
+        return np.diff(self.values[quantity].astype(np.float64), axis=0)
 
     def residual(self, quantity: str) -> np.ndarray:
         """The components' sum less the change, [K, N]: what the quadrature missed."""

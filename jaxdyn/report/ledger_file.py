@@ -72,7 +72,7 @@ class SavedLedger:
 
     def change(self, quantity: str) -> np.ndarray:
         """What really changed over each segment, [K, N]."""
-        return np.diff(self.values[quantity], axis=0)
+        return np.diff(self.values[quantity].astype(np.float64), axis=0)
 
     def residual(self, quantity: str) -> np.ndarray:
         """The parts' sum less the change, [K, N]: what the quadrature missed."""
@@ -97,7 +97,7 @@ def load_ledger(path: str | Path) -> SavedLedger:
       JaxdynError: if it cannot be read, or is not a whole ledger file.
     """
     try:
-        with np.load(path, allow_pickle=False) as file:
+        with open(path, "rb") as opened, np.load(opened, allow_pickle=False) as file:
             arrays = {name: file[name] for name in file.files}
     except FileNotFoundError as error:
         raise JaxdynError(f"no such ledger file: {path}") from error

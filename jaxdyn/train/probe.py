@@ -113,7 +113,7 @@ class RunLedger:
         """
         is_prompt = fetch(self._probe.sites.is_prompt)
         kinds = {"prompt": is_prompt, "completion": ~is_prompt}
-        totals = {}
+        totals: dict[str, float] = {}
         for name in LEDGER_QUANTITIES:
             sums = {
                 part: np.sum([line[name][part] for line in self._kept], axis=0)

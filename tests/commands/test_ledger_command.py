@@ -110,9 +110,9 @@ def test_runs_by_all_their_checkpoints_or_one(root, tmp_path):
     changes = {"evaluation__every": 0, "probe__every": 0, "train__checkpoint_every": 2}
     run = run_rl(tiny_runs.rl_config(root, "run", **changes))
     with open_checkpoints((str(root / "model"), str(run)), jnp.float32) as found:
-        assert found.names == [str(root / "model"), f"{run}@4", f"{run}@6"]
+        assert found.names == [str(root / "model"), f"{run}@2", f"{run}@4", f"{run}@6"]
         with open_run(run) as saved:
-            for number, step in ((1, 4), (2, 6)):
+            for number, step in ((1, 2), (3, 6)):
                 wanted = saved.policy(step)[1]
                 jax.tree.map(np.testing.assert_array_equal, found[number], wanted)
     with open_checkpoints((f"{run}@4", f"{run}@6"), jnp.float32) as found:
@@ -144,7 +144,7 @@ def test_another_tokenizer_is_named(root, tmp_path, capsys):
 
 def test_what_does_not_fit_is_one_line(root, tmp_path, capsys):
     before, after, texts = (str(root / n) for n in ("before", "after", "texts.jsonl"))
-    tiny_runs.make_model(root / "wider", width=24)
+    tiny_runs.make_model(root / "wider", width=32)
     (tmp_path / "empty.jsonl").write_text("")
     (tmp_path / "taken").mkdir()
     (tmp_path / "taken" / "thesis.txt").touch()
@@ -152,7 +152,7 @@ def test_what_does_not_fit_is_one_line(root, tmp_path, capsys):
     for words, said in [
         ([before, "--prompts", texts, *given], f"two checkpoints or more are wanted, got {before}"),
         ([before, before, "--prompts", texts, *given], "checkpoints 0 and 1 are equal"),
-        ([before, str(root / "wider"), "--prompts", texts, *given], "width is 16 and 24"),
+        ([before, str(root / "wider"), "--prompts", texts, *given], "width is 16 and 32"),
         ([before, "/no/such", "--prompts", texts, *given], "/no/such is neither a directory"),
         ([before, after, "--prompts", "/no/such.jsonl", *given], "cannot read /no/such.jsonl"),
         ([before, after, "--prompts", str(tmp_path / "empty.jsonl"), *given], "is empty"),

@@ -41,7 +41,7 @@ def test_the_whole_is_the_change_of_the_policy_and_its_parts_those_of_its_checkp
     for name in ("log_prob", "entropy"):
         whole = found.values[name][-1] - found.values[name][0]
         scale = np.abs(whole).max()
-        assert scale > 1e-2
+        assert scale > 3e-3
         np.testing.assert_allclose(total(name, "change"), whole, atol=1e-5)
         # Shorter segments of another path: near, not equal.
         parts = found.parts[name]["representation"].sum(axis=0)
