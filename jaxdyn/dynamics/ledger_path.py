@@ -121,7 +121,7 @@ def _look(model, view, head, sites, token_ids, start):
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
-def _node(model, request: Request, view, change, head, sites, token_ids, start, real):
+def node(model, request: Request, view, change, head, sites, token_ids, start, real):
     """ḣ at a point of the straight line in parameters, along its change; arrays by name."""
     at, sites = _at(model, head, sites, token_ids, start), Sites(**sites)
     body = lambda psi: site_features(model, psi, sites)
@@ -139,7 +139,7 @@ def _node(model, request: Request, view, change, head, sites, token_ids, start, 
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _feature_node(model, start, change, t, head, sites, token_ids, first, phi, end):
+def feature_node(model, start, change, t, head, sites, token_ids, first, phi, end):
     """The same at a point of the straight line in W and φ, without layers."""
     along = lambda x, d: x + t.astype(x.dtype) * d
     weights = jax.tree.map(along, start, change)
@@ -269,10 +269,10 @@ class Segment(NamedTuple):
         if self.request.through == "parameters":
             view = moved(self.start, self.change, t)
             given = (self.head, b.sites, b.token_ids, b.start, b.real)
-            return _node(self.model, self.request, view, self.change, *given)
+            return node(self.model, self.request, view, self.change, *given)
         line = (self.start["classifier"], self.change["classifier"], jnp.asarray(t))
         ends = (self.head, b.sites, b.token_ids, b.start, self.before[i].phi, self.after[i].phi)
-        return _feature_node(self.model, *line, *ends)
+        return feature_node(self.model, *line, *ends)
 
     def _store(self, batches: list[Batch], number: int, execution: Execution) -> Store | None:
         if "blocks" not in execution:
