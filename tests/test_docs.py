@@ -12,6 +12,7 @@ from jaxdyn.cli import COMMANDS
 from jaxdyn.commands.quickstart import make_model
 from jaxdyn.data import AnagramsConfig
 from jaxdyn.presets import RL
+from jaxdyn.rewards import Length, RewardConfig
 from jaxdyn.sections import ModelSource
 from jaxdyn.train import run_rl
 
@@ -33,6 +34,8 @@ def quickstarted(tmp_path_factory):
             output=str(here / "runs/quickstart/joint"),
             model=ModelSource(str(model)),
             data=dataclasses.replace(base.data, cache_dir=str(here / "cache")),
+            # A random model has no anagram right; some of its completions are shorter.
+            reward=RewardConfig(("length",), length=Length(maximum=0, slack=9)),
             train=dataclasses.replace(
                 base.train, steps=2, checkpoint_every=1, keep_checkpoints=0, **few
             ),
@@ -73,6 +76,11 @@ def test_the_python_of_a_page_runs(page, quickstarted, monkeypatch, capsys):
         )
         numbers = [float(x) for x in re.findall(r"-?\d+\.?\d*(?:e[+-]?\d+)?", said)]
         np.testing.assert_allclose(numbers, np.ravel(total), rtol=1e-4)
+    if page.name == "ledger.md":
+        assert float(said) < 1e-3
+        saved = found["found"]
+        whole = saved.values["entropy"][-1] - saved.values["entropy"][0]
+        np.testing.assert_allclose(found["change"].sum(axis=0), whole, atol=1e-6)
     if page.name == "training.md":
         rate, steps = said.split(maxsplit=1)
         assert float(rate) == 3e-4 and steps.strip() == "[1, 2]"

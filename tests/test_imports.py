@@ -21,7 +21,7 @@ TPU = glob("/dev/accel*") + glob("/dev/vfio/*")
 PURE = ("rl", "kernels", "optim", "rewards", "rollout", "models", "data")
 ALLOWED = {room: {"types", "hosts", "grammar", "jaxdyn"} for room in PURE} | {
     "distributed": {"types", "hosts", "models", "sections"},
-    "dynamics": {"types", "hosts", "grammar", "kernels", "jaxdyn"},
+    "dynamics": {"types", "hosts", "grammar", "kernels", "rl", "jaxdyn"},
     "report": {"errors", "paths", "jaxdyn"},
     "train": {"errors", "types", "hosts", "paths", "config", "grammar", "sections", "data"}
     | {"distributed", "dynamics", "models", "optim", "rewards", "rl", "rollout"},

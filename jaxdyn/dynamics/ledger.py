@@ -113,8 +113,9 @@ def ledger(
       execution: `memory_budget`, `progress` and `blocks`: see `Execution`.
 
     Raises:
-      JaxdynError: if there are fewer than two checkpoints, two are equal or of different shapes, a
-        quantity is unknown, the path through features is asked for layers, or as `log_prob_kernel`.
+      JaxdynError: if there are fewer than two checkpoints, all are equal, two are of different
+        shapes, a quantity is unknown, the path through features is asked for layers, or as
+        `log_prob_kernel`.
     """
     require_options(execution, "memory_budget", "progress", "blocks")
     _check(by_layer, by_token, through)
@@ -131,20 +132,21 @@ def ledger(
     head = start["classifier"]
     seen = [[look(model, start, head, batch) for batch in batches]]
     batches = [b._replace(start=phi) for b, (phi, _) in zip(batches, seen[0], strict=True)]
-    accounts = []
+    accounts, happened = [], False
     for number, end in enumerate(views):
         if jax.tree.map(np.shape, end) != shapes:
             raise JaxdynError(f"checkpoint {number + 1} has other parameters than the first")
         seen.append([look(model, end, head, batch) for batch in batches])
         change = less(end, start)
         del end
-        if not float(largest(change)):
-            raise JaxdynError(f"checkpoints {number} and {number + 1} are equal: nothing happened")
+        happened = happened or bool(largest(change) > 0)
         segment = Segment(model, start, change, head, request, tolerance, *seen[-2:])
         accounts.append(segment.account(batches, number, execution))
         start = moved(start, change, 1.0)  # exactly `end`, unless a weight has more than doubled
     if not accounts:
         raise JaxdynError("a ledger is of two checkpoints or more, got one")
+    if not happened:
+        raise JaxdynError(f"the {len(seen)} checkpoints are equal: nothing happened")
     return _assemble(batches, seen, accounts, request, sites)
 
 

@@ -151,7 +151,7 @@ def test_what_does_not_fit_is_one_line(root, tmp_path, capsys):
     given = ["--completion-field", "say", "--output", str(tmp_path / "out")]
     for words, said in [
         ([before, "--prompts", texts, *given], f"two checkpoints or more are wanted, got {before}"),
-        ([before, before, "--prompts", texts, *given], "checkpoints 0 and 1 are equal"),
+        ([before, before, "--prompts", texts, *given], "the 2 checkpoints are equal"),
         ([before, str(root / "wider"), "--prompts", texts, *given], "width is 16 and 32"),
         ([before, "/no/such", "--prompts", texts, *given], "/no/such is neither a directory"),
         ([before, after, "--prompts", "/no/such.jsonl", *given], "cannot read /no/such.jsonl"),
