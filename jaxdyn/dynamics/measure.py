@@ -63,6 +63,7 @@ class UpdateMeasures:
       delta/correlation: Pearson's, predicted against actual; left out where either does not vary
       share/{component}: ⟨part, predicted⟩ / ⟨predicted, predicted⟩ over sites and vocabulary,
         which sum to 1; left out where nothing is predicted
+      delta/share/{component}: the same over the sites' own tokens
     arrays: Δ log π of the site's token over the N sites, by component and "actual".
     """
 
@@ -234,6 +235,9 @@ def measure_update(
     predicted, actual = per_site["predicted"], per_site["actual"]
     if predicted.std() > 0 and actual.std() > 0:
         scalars["delta/correlation"] = float(np.corrcoef(predicted, actual)[0, 1])
+    if squares := float(predicted @ predicted):
+        own = {part: float(per_site[part] @ predicted) / squares for part in COMPONENTS}
+        scalars |= {f"delta/share/{part}": x for part, x in own.items()}
     if whole := along["predicted"]:
         scalars |= {f"share/{part}": float(along[part] / whole) for part in COMPONENTS}
     return UpdateMeasures(scalars, {k: per_site[k] for k in (*COMPONENTS, "actual")})

@@ -130,7 +130,9 @@ def ledger(runs: Sequence[Run]) -> Exhibit | None:
     share, nats = "of the change", "nats, from the start"
     place = "completion"
     panels = (
-        Panel("share/representation", "One update: share", "of the prediction", levels=(0.0,)),
+        Panel(
+            "delta/share/representation", "One update: log π", "of the prediction", levels=(0.0,)
+        ),
         Panel("ledger/log_prob/share/representation", "All so far: log π", share, levels=(0.0,)),
         Panel("ledger/entropy/share/representation", "All so far: entropy", share, levels=(0.0,)),
         *(
@@ -163,9 +165,9 @@ def ledger(runs: Sequence[Run]) -> Exhibit | None:
         "their entropy. Below, the entropy at completion sites by component. The components are "
         "integrals along the run and add up to the whole exactly. The two kinds of share differ "
         "because steps that go together and steps that cancel look alike one by one: what moves W "
-        "adds up, much of what moves the body is undone. A single update’s share is weighted over "
-        "sites and the whole vocabulary, Σ part · prediction / Σ prediction²; the others over the "
-        "sites’ own tokens, Σ part · change / Σ change².",
+        "adds up, much of what moves the body is undone. All three shares are weighted over the "
+        "sites’ own tokens, Σ part · change / Σ change² (of a single update, of its prediction); "
+        "those of the section above over the whole vocabulary.",
         expects="The paper speaks of single updates; what it says of the representation component "
         "has to be asked of the whole training, too.",
     )

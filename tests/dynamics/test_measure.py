@@ -66,6 +66,8 @@ def test_update_figures_equal_numpy(x64):
         scalars["delta/residual/rms"], np.sqrt(np.mean((change - predicted) ** 2))
     )
     np.testing.assert_allclose(scalars["delta/correlation"], np.corrcoef(predicted, change)[0, 1])
+    share = arrays["gradient"] @ predicted / (predicted @ predicted)
+    np.testing.assert_allclose(scalars["delta/share/gradient"], share)
 
 
 def test_an_update_that_moves_nothing_has_no_shares():
