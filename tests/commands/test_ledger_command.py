@@ -144,7 +144,7 @@ def test_another_tokenizer_is_named(root, tmp_path, capsys):
 
 def test_what_does_not_fit_is_one_line(root, tmp_path, capsys):
     before, after, texts = (str(root / n) for n in ("before", "after", "texts.jsonl"))
-    tiny_runs.make_model(root / "wider", width=32)
+    tiny_runs.make_model(root / "wider", num_layers=2)
     (tmp_path / "empty.jsonl").write_text("")
     (tmp_path / "taken").mkdir()
     (tmp_path / "taken" / "thesis.txt").touch()
@@ -152,7 +152,7 @@ def test_what_does_not_fit_is_one_line(root, tmp_path, capsys):
     for words, said in [
         ([before, "--prompts", texts, *given], f"two checkpoints or more are wanted, got {before}"),
         ([before, before, "--prompts", texts, *given], "the 2 checkpoints are equal"),
-        ([before, str(root / "wider"), "--prompts", texts, *given], "width is 16 and 32"),
+        ([before, str(root / "wider"), "--prompts", texts, *given], "num_layers is 1 and 2"),
         ([before, "/no/such", "--prompts", texts, *given], "/no/such is neither a directory"),
         ([before, after, "--prompts", "/no/such.jsonl", *given], "cannot read /no/such.jsonl"),
         ([before, after, "--prompts", str(tmp_path / "empty.jsonl"), *given], "is empty"),
