@@ -79,12 +79,8 @@ class RunConfig(Config):
 
     def __post_init__(self):
         super().__post_init__()
-        check_combination(
-            self.loss,
-            self.advantage,
-            self.train.num_generations,
-            self.sampling.max_completion_length,
-        )
+        sizes = self.train.num_generations, self.sampling.max_completion_length
+        check_combination(self.loss, self.advantage, *sizes)
 
     @property
     def critic(self) -> bool:

@@ -26,14 +26,24 @@ from jaxdyn.paths import AnyPath
 Config = TypeVar("Config")
 
 
-def to_dict(config: Any) -> dict[str, Any]:
-    """The configuration as nested plain data."""
-    return dataclasses.asdict(config)
-
-
 def save_config(config: Any, path: Path) -> None:
     """Write the configuration as JSON."""
-    path.write_text(json.dumps(to_dict(config), indent=2) + "\n")
+    path.write_text(json.dumps(dataclasses.asdict(config), indent=2) + "\n")
+
+
+def read_object(path: AnyPath) -> dict[str, Any]:
+    """The object that a JSON file holds.
+
+    Raises:
+      JaxdynError: for a file that cannot be read, or holds anything else.
+    """
+    try:
+        data = json.loads(path.read_bytes())
+    except (OSError, ValueError) as error:
+        raise JaxdynError(f"{path} cannot be read as JSON: {error}") from error
+    if not isinstance(data, dict):
+        raise JaxdynError(f"{path} should hold a JSON object, got {data!r:.60}")
+    return data
 
 
 def load_config(kind: type[Config] | Mapping[str, type[Config]], path: AnyPath) -> Config:
@@ -45,15 +55,11 @@ def load_config(kind: type[Config] | Mapping[str, type[Config]], path: AnyPath) 
     Raises:
       JaxdynError: for a file that is not one, naming the field.
     """
-    try:
-        data = json.loads(path.read_text())
-    except FileNotFoundError as error:
-        raise JaxdynError(f"no such configuration file: {path}") from error
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise JaxdynError(f"{path} is not a JSON file: {error}") from error
+    if not path.exists():
+        raise JaxdynError(f"no such configuration file: {path}")
+    data = read_object(path)
     if isinstance(kind, Mapping):
-        named = data.get("kind") if isinstance(data, dict) else None
-        kind = kind.get(str(named), next(iter(kind.values())))
+        kind = kind.get(str(data.get("kind")), next(iter(kind.values())))
     return from_dict(kind, data, where=str(path))
 
 

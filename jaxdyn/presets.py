@@ -27,11 +27,7 @@ SFT = {
         **_ANAGRAMS,
         optim=OptimConfig(learning_rate=2e-3, warmup_steps=20, decay="cosine"),
         train=LoopConfig(
-            steps=300,
-            num_prompts=64,
-            max_prompt_length=8,
-            target_reward=0.35,
-            checkpoint_every=100,
+            steps=300, num_prompts=64, max_prompt_length=8, target_reward=0.35, checkpoint_every=100
         ),
         evaluation=EvaluationConfig(every=10, num_prompts=64, num_generations=8),
     ),
@@ -44,12 +40,7 @@ RL = {
         **_ANAGRAMS,
         loss=LossConfig(beta=0.01),
         optim=OptimConfig(learning_rate=3e-4, classifier_steps=25),
-        train=TrainConfig(
-            steps=100,
-            num_prompts=16,
-            num_generations=8,
-            max_prompt_length=8,
-        ),
+        train=TrainConfig(steps=100, num_prompts=16, num_generations=8, max_prompt_length=8),
         evaluation=EvaluationConfig(every=25, num_prompts=64, num_generations=8),
         probe=ProbeConfig(every=5, num_prompts=32, sites_per_completion=2),
     ),

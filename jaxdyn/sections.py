@@ -8,7 +8,7 @@ import math
 from typing import Literal
 
 from jaxdyn.errors import JaxdynError
-from jaxdyn.grammar import at_least
+from jaxdyn.grammar import at_least, finite
 
 AXES = ("data", "fsdp", "tensor")
 """The axes of a mesh."""
@@ -172,7 +172,8 @@ class EvaluationConfig:
 
     def __post_init__(self):
         at_least(1, self, "evaluation", "num_prompts", "num_generations")
-        at_least(0, self, "evaluation", "every")
+        at_least(0, self, "evaluation", "every", "temperatures")
+        finite(self, "evaluation", "success_threshold")
         for name in ("metrics", "pass_at", "temperatures"):
             values = getattr(self, name)
             if len(set(values)) < len(values):
@@ -183,12 +184,3 @@ class EvaluationConfig:
                     f"evaluation.pass_at must lie between 1 and num_generations "
                     f"({self.num_generations}), got {k}"
                 )
-        for temperature in self.temperatures:
-            if not 0 <= temperature < math.inf:
-                raise JaxdynError(
-                    f"evaluation.temperatures must be 0 (greedy) or above, got {temperature}"
-                )
-        if not math.isfinite(self.success_threshold):
-            raise JaxdynError(
-                f"evaluation.success_threshold must be finite, got {self.success_threshold}"
-            )

@@ -17,7 +17,7 @@ from rich.table import Table
 
 from jaxdyn.commands.evaluate_options import EvaluateOptions
 from jaxdyn.config import KINDS, Config
-from jaxdyn.grammar import load_config, to_dict
+from jaxdyn.grammar import load_config
 from jaxdyn.paths import AnyPath, open_path, write_whole
 from jaxdyn.presets import RL, preset
 from jaxdyn.sections import ModelSource
@@ -47,13 +47,14 @@ def run(options: EvaluateOptions, progress: Progress | None = None) -> AnyPath:
     with progress.start(f"evaluate {name}", len(temperatures)):
         for temperature in temperatures:
             experience, metrics = sample_held_out(task.at_temperature(temperature), params)
-            rows = [{k: v for k, v in r.items() if k != "step"} for r in experience.records(0)]
-            lines.append({"temperature": temperature, **metrics, "samples": rows})
+            samples = experience.records()
+            lines.append({"temperature": temperature, **metrics, "samples": samples})
             reward = metrics.get("reward", math.nan)  # nothing may have been scored
             progress.advance(temperature=temperature, reward=reward)
-    about = {"run": options.run, "model": options.model, "step": step, "config": to_dict(config)}
+    about = {"run": options.run, "model": options.model, "step": step}
     if jax.process_index() == 0:
-        write_whole(path, json.dumps({**about, "temperatures": lines}, ensure_ascii=False) + "\n")
+        found = {**about, "config": dataclasses.asdict(config), "temperatures": lines}
+        write_whole(path, json.dumps(found, ensure_ascii=False) + "\n")
     print_table(name if step is None else f"{name}, step {step}", config, lines)
     return path
 

@@ -43,7 +43,8 @@ def run(options: KernelOptions, progress: Progress | None = None) -> Path:
     texts = read_texts(options, progress)
     with jax.enable_x64(options.dtype == "float64"):
         subject = open_subject(options)
-        places = places_of(options, subject, texts)
+        find = prompt_places if texts.completions is None else completion_places
+        places = find(options, subject, texts)
         count = len(places.contexts)
         what = "completions" if places.rollout else "sites"
         progress.console.print(f"{options.quantity} kernel of {count} {what}", highlight=False)
@@ -72,24 +73,6 @@ def read_texts(options: KernelOptions, progress: Progress) -> Texts:
     completed = options.completion_field is not None
     completions = [row["completion"] for row in taken] if completed else None
     return Texts([row["prompt"] for row in taken], completions)
-
-
-def places_of(options: KernelOptions, subject: Subject, texts: Texts) -> Places:
-    """What the kernel lies between."""
-    model, params, tokenizer = subject.model, subject.params, subject.tokenizer
-    if texts.completions is None:
-        return prompt_places(model, params, tokenizer, texts, options.max_prompt_length)
-    inside = None if options.quantity == "sequence" else options.sites_per_completion
-    return completion_places(
-        model,
-        params,
-        tokenizer,
-        texts,
-        max_prompt_length=options.max_prompt_length,
-        max_completion_length=options.max_completion_length,
-        sites_per_completion=inside,
-        seed=options.seed,
-    )
 
 
 # -- the kernel -----------------------------------------------------------------------------------

@@ -8,13 +8,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxdyn.data import Tokenizer, encode_prompts, encode_supervised
-from jaxdyn.dynamics import (
-    rollout_from_texts,
-    site_texts,
-    sites_from_prompts,
-    sites_from_rollout,
-)
+from jaxdyn.commands.kernel_options import KernelOptions
+from jaxdyn.commands.kernel_subject import Subject
+from jaxdyn.data import encode_prompts, encode_supervised
+from jaxdyn.dynamics import rollout_from_texts, site_texts, sites_from_prompts, sites_from_rollout
 from jaxdyn.hosts import fetch
 from jaxdyn.models import LanguageModel
 from jaxdyn.types import JaxdynError, Params, Rollout, Sites
@@ -42,16 +39,15 @@ class Places(NamedTuple):
     targets: str
 
 
-def prompt_places(
-    model: LanguageModel, params: Params, tokenizer: Tokenizer, texts: Texts, max_prompt_length: int
-) -> Places:
+def prompt_places(options: KernelOptions, subject: Subject, texts: Texts) -> Places:
     """Each prompt's last token, with the model's most likely next token for its target.
 
     Raises:
       JaxdynError: for a prompt without a token, longer than `max_prompt_length` or the context.
     """
-    view = model.view(params)
-    sites = sites_from_prompts(encode_prompts(tokenizer, texts.prompts, max_prompt_length))
+    model, tokenizer = subject.model, subject.tokenizer
+    view = model.view(subject.params)
+    sites = sites_from_prompts(encode_prompts(tokenizer, texts.prompts, options.max_prompt_length))
     require_context(model, sites)
     features = site_features(model, view["backbone"], sites)
     likely = fetch(jnp.argmax(model.logits(view["classifier"], features), axis=1))
@@ -60,39 +56,26 @@ def prompt_places(
     return Places(sites, None, features, *site_texts(tokenizer, sites), likely_text)
 
 
-def completion_places(
-    model: LanguageModel,
-    params: Params,
-    tokenizer: Tokenizer,
-    texts: Texts,
-    *,
-    max_prompt_length: int,
-    max_completion_length: int,
-    sites_per_completion: int | None,
-    seed: int,
-) -> Places:
+def completion_places(options: KernelOptions, subject: Subject, texts: Texts) -> Places:
     """Each prompt's last token and places inside its completion; the targets are the next tokens.
 
-    Args:
-      max_completion_length: completions are cut after so many tokens.
-      sites_per_completion: how many inside each; None for the completions whole.
-      seed: of the choice of sites.
+    Whole completions have all their places.
 
     Raises:
       JaxdynError: as `prompt_places`, of prompt and completion together.
     """
-    prompts = encode_prompts(tokenizer, texts.prompts, max_prompt_length)
+    model, tokenizer, whole = subject.model, subject.tokenizer, options.quantity == "sequence"
+    prompts = encode_prompts(tokenizer, texts.prompts, options.max_prompt_length)
     encoded = encode_supervised(tokenizer, texts.prompts, texts.completions or [], 2**31)
-    rollout = rollout_from_texts(prompts, *encoded, max_completion_length)
-    longest = rollout.completion_ids.shape[1]
-    inside = longest if sites_per_completion is None else sites_per_completion
-    sites = sites_from_rollout(rollout, inside, seed)
+    rollout = rollout_from_texts(prompts, *encoded, options.max_completion_length)
+    inside = rollout.completion_ids.shape[1] if whole else options.sites_per_completion
+    sites = sites_from_rollout(rollout, inside, options.seed)
     require_context(model, sites)
-    if sites_per_completion is None:
+    if whole:
         ids, mask = np.asarray(rollout.completion_ids), np.asarray(rollout.completion_mask)
         kept = [tokenizer.decode_completion(x[m].tolist()) for x, m in zip(ids, mask, strict=True)]
         return Places(sites, rollout, None, texts.prompts, kept, "every token of the completion")
-    features = site_features(model, model.view(params)["backbone"], sites)
+    features = site_features(model, model.view(subject.params)["backbone"], sites)
     contexts, targets = site_texts(tokenizer, sites)
     return Places(sites, None, features, contexts, targets, "the completion's next token")
 

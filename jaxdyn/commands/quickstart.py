@@ -46,16 +46,11 @@ def quickstart(output: str | Path, seed: int = 0) -> AnyPath:
     if not (output / "sft" / "config.json").exists():
         make_model(new, sft.data.anagrams, seed)
     model = run_sft(sft, progress)
-    runs = []
+    runs, base = [], RL["anagrams"]
     for schedule in SCHEDULES:
-        base = RL["anagrams"]
-        config = dataclasses.replace(
-            base,
-            output=str(output / schedule),
-            seed=seed,
-            model=ModelSource(str(model)),
-            optim=dataclasses.replace(base.optim, schedule=schedule),
-        )
+        where, source = str(output / schedule), ModelSource(str(model))
+        optim = dataclasses.replace(base.optim, schedule=schedule)
+        config = dataclasses.replace(base, output=where, seed=seed, model=source, optim=optim)
         runs.append(run_rl(config, progress))
     for run in runs:
         write_ledger(str(model), run, output / "ledger", progress)
@@ -89,15 +84,8 @@ def write_ledger(before: str, run: AnyPath, directory: Path, progress: Progress)
 def make_model(directory: Path, data: AnagramsConfig, seed: int) -> None:
     """A random model of the Pythia architecture, 0.4 million parameters, and its tokenizer."""
     tokenizer = character_tokenizer(data.letters + "=")
-    config = gpt_neox(
-        tokenizer.vocab_size,
-        width=128,
-        num_layers=2,
-        num_heads=4,
-        max_positions=64,
-        rotary_fraction=1.0,
-    )
-    model = LanguageModel(config)
+    sizes = {"width": 128, "num_layers": 2, "num_heads": 4, "max_positions": 64}
+    model = LanguageModel(gpt_neox(tokenizer.vocab_size, **sizes, rotary_fraction=1.0))
     params = model.init(jax.random.key(seed))
     save_policy(directory, model, params, tokenizer)
 
@@ -105,9 +93,7 @@ def make_model(directory: Path, data: AnagramsConfig, seed: int) -> None:
 def print_summary(runs: list[AnyPath]) -> None:
     """Reward, diversity and certainty on held-out prompts, a row a run."""
     table = Table(
-        title="held-out prompts, before → after RL",
-        box=box.SIMPLE_HEAD,
-        collapse_padding=True,
+        title="held-out prompts, before → after RL", box=box.SIMPLE_HEAD, collapse_padding=True
     )
     for column in ("run", "reward", "unique", "entropy", "confidence", "time"):
         table.add_column(column)

@@ -49,21 +49,13 @@ def epoch_of(step: int, batch_size: int, num_examples: int) -> float:
     return step * batch_size / num_examples
 
 
-def bucket(length: int, limit: int, buckets: Sequence[int] | None = None) -> int:
-    """The smallest of `buckets` that holds `length` slots, or `limit` if none below it does.
-
-    The default buckets are the powers of two from 8.
-    """
-    if buckets is None:
-        buckets = [max(SMALLEST_BUCKET, 1 << (length - 1).bit_length())]
-    return min([b for b in buckets if b >= length] + [limit])
+def bucket(length: int, limit: int) -> int:
+    """The smallest power of two from 8 that holds `length` slots, or `limit` if that is less."""
+    return min(max(SMALLEST_BUCKET, 1 << (length - 1).bit_length()), limit)
 
 
 def encode_prompts(
-    tokenizer: Tokenizer,
-    prompts: Sequence[str],
-    max_prompt_length: int,
-    buckets: Sequence[int] | None = None,
+    tokenizer: Tokenizer, prompts: Sequence[str], max_prompt_length: int
 ) -> PromptBatch:
     """Prompts as token ids [P, S], padded on the left to the bucket of the longest.
 
@@ -72,7 +64,7 @@ def encode_prompts(
     rows = [tokenizer.encode(prompt) for prompt in prompts]
     for index, (row, prompt) in enumerate(zip(rows, prompts, strict=True)):
         _check(row, prompt, index, max_prompt_length, "max_prompt_length")
-    ids, mask = _pad(rows, tokenizer.pad_id, max_prompt_length, buckets, left=True)
+    ids, mask = _pad(rows, tokenizer.pad_id, max_prompt_length, left=True)
     return PromptBatch(prompt_ids=jnp.asarray(ids), prompt_mask=jnp.asarray(mask))
 
 
@@ -89,11 +81,7 @@ def require_prompts_fit(
 
 
 def encode_supervised(
-    tokenizer: Tokenizer,
-    prompts: Sequence[str],
-    completions: Sequence[str],
-    max_length: int,
-    buckets: Sequence[int] | None = None,
+    tokenizer: Tokenizer, prompts: Sequence[str], completions: Sequence[str], max_length: int
 ) -> tuple[Int[Array, "B T"], Bool[Array, "B T"], Bool[Array, "B T"]]:
     """Prompt, completion and stop token as (tokens, mask, completion_mask), padded on the right.
 
@@ -114,7 +102,7 @@ def encode_supervised(
         _check(row, prompt, index, max_length, "max_length", what="prompt and completion")
         rows.append(row)
         starts.append(len(head))
-    tokens, mask = _pad(rows, tokenizer.pad_id, max_length, buckets, left=False)
+    tokens, mask = _pad(rows, tokenizer.pad_id, max_length, left=False)
     predicted = mask & (np.arange(tokens.shape[1])[None] >= np.array(starts)[:, None])
     return jnp.asarray(tokens), jnp.asarray(mask), jnp.asarray(predicted)
 
@@ -145,12 +133,12 @@ def _check(
 
 
 def _pad(
-    rows: list[list[int]], pad_id: int, limit: int, buckets: Sequence[int] | None, left: bool
+    rows: list[list[int]], pad_id: int, limit: int, left: bool
 ) -> tuple[np.ndarray, np.ndarray]:
     """Rows of ids as an int32 array and its mask, [B, T], with T a bucket."""
     if not rows:
         raise JaxdynError("cannot encode a batch without prompts")
-    slots = bucket(max(map(len, rows)), limit, buckets)
+    slots = bucket(max(map(len, rows)), limit)
     ids = np.full((len(rows), slots), pad_id, np.int32)
     mask = np.zeros((len(rows), slots), bool)
     for i, row in enumerate(rows):

@@ -133,9 +133,8 @@ def _share_of_files(config: DataConfig, split: str) -> Sequence[Any]:
     if rows < 2:
         raise JaxdynError(f"{path} has one row, too few to hold some out: set data.test_path too")
     held_out = min(max(1, round(config.held_out * rows)), rows - 1)
-    return builder.as_data_source(
-        f"train[:{held_out}]" if split == "test" else f"train[{held_out}:]"
-    )
+    share = f"[:{held_out}]" if split == "test" else f"[{held_out}:]"
+    return builder.as_data_source(f"train{share}")
 
 
 def _built(config: DataConfig, options: Any) -> Any:

@@ -10,6 +10,7 @@ from typing import Any
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, processors
 
+from jaxdyn.grammar import read_object
 from jaxdyn.types import JaxdynError
 
 
@@ -93,18 +94,16 @@ class Tokenizer:
         directory = Path(directory)
         directory.mkdir(parents=True, exist_ok=True)
         self.backend.save(str(directory / "tokenizer.json"))
-        token = self.backend.id_to_token
-        named = {"eos_token": token(self.stop_ids[0]), "pad_token": token(self.pad_id)}
-        if self.bos_id is not None:
-            named["bos_token"] = token(self.bos_id)
+        ids = {"eos": self.stop_ids[0], "pad": self.pad_id}
+        ids |= {} if self.bos_id is None else {"bos": self.bos_id}
+        named = {f"{role}_token": self.backend.id_to_token(i) for role, i in ids.items()}
         defaults: dict[str, Any] = {
             "tokenizer_class": "PreTrainedTokenizerFast",
             "clean_up_tokenization_spaces": False,
         }
         _write_json(directory / "tokenizer_config.json", {**defaults, **self.settings, **named})
-        generation = {"eos_token_id": list(self.stop_ids), "pad_token_id": self.pad_id}
-        if self.bos_id is not None:
-            generation["bos_token_id"] = self.bos_id
+        generation: dict[str, Any] = {f"{role}_token_id": i for role, i in ids.items()}
+        generation["eos_token_id"] = list(self.stop_ids)
         _write_json(directory / "generation_config.json", generation)
 
 
@@ -129,9 +128,9 @@ def load_tokenizer(directory: str | Path) -> Tokenizer:
     backend.no_truncation()
     backend.no_padding()
 
-    settings = _read_json(directory / "tokenizer_config.json")
-    model = _read_json(directory / "config.json")
-    generation = _read_json(directory / "generation_config.json")
+    read = lambda name: read_object(directory / name) if (directory / name).is_file() else {}
+    settings, model = read("tokenizer_config.json"), read("config.json")
+    generation = read("generation_config.json")
 
     def named(role: str) -> list[int]:
         token = settings.get(role)
@@ -148,22 +147,14 @@ def load_tokenizer(directory: str | Path) -> Tokenizer:
         )
     # The tokenizer's own end-of-sequence token comes first: generation may stop at others too.
     stops = [i for i in eos if i in stops] + stops
-    pads = [
-        *named("pad_token"),
-        *_ids(model.get("pad_token_id")),
-        *_ids(generation.get("pad_token_id")),
-    ]
-    bos = [
-        *named("bos_token"),
-        *_ids(generation.get("bos_token_id")),
-        *_ids(model.get("bos_token_id")),
-    ]
-    bos_id = bos[0] if bos else None
+    pads = [i for config in (model, generation) for i in _ids(config.get("pad_token_id"))]
+    begins = [i for config in (generation, model) for i in _ids(config.get("bos_token_id"))]
+    bos_id = next(iter(named("bos_token") + begins), None)
     if bos_id is not None and backend.id_to_token(bos_id) is not None:
         _set_beginning(backend, bos_id, settings.get("add_bos_token"))
     return Tokenizer(
         backend=backend,
-        pad_id=(pads + stops)[0],
+        pad_id=(named("pad_token") + pads + stops)[0],
         stop_ids=tuple(dict.fromkeys(stops)),
         bos_id=bos_id,
         settings=settings,
@@ -204,18 +195,6 @@ def _ids(value: int | Iterable[int] | None) -> list[int]:
     if value is None:
         return []
     return [i for i in ([value] if isinstance(value, int) else value) if i >= 0]
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        return {}
-    try:
-        content = json.loads(path.read_bytes())
-    except ValueError as error:
-        raise JaxdynError(f"{path} is not JSON: {error}") from error
-    if not isinstance(content, dict):
-        raise JaxdynError(f"{path} should hold a JSON object, not {type(content).__name__}")
-    return content
 
 
 def _write_json(path: Path, content: dict[str, Any]) -> None:

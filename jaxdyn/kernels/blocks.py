@@ -145,6 +145,12 @@ def assemble(
             if square and tile.row != tile.column:
                 _place(whole[name], start, top, np.moveaxis(x, (-2, -1), (-4, -3)))
 
+    def begin(worker: _Worker, tile: Tile | None) -> Any:
+        if tile is None:
+            return None
+        left, right = (rows, tile.row * high, high), (columns, tile.column * wide, wide)
+        return worker.start(left, None if square and tile.row == tile.column else right)
+
     def first_tile(operands, left, right):
         right = None if right is None else prepare(operands, right)
         return contract(operands, prepare(operands, left), right)
@@ -173,15 +179,7 @@ def assemble(
     workers = [_Worker(device, operands, prepare, contract) for device in devices]
     first = len(devices) * (jax.process_index() if apart else 0)
     for at_once in itertools.zip_longest(*work):
-        begun: list[Any] = []
-        for worker, tile in zip(workers, at_once[first:], strict=False):
-            if tile is None:
-                begun.append(None)
-                continue
-            right = (columns, tile.column * wide, wide)
-            diagonal = square and tile.row == tile.column
-            left = (rows, tile.row * high, high)
-            begun.append(worker.start(left, None if diagonal else right))
+        begun = [begin(*pair) for pair in zip(workers, at_once[first:], strict=False)]
         results = exchanged(shapes, begun) if apart else [fetch(x) for x in begun]
         for tile, result in zip(at_once, results, strict=True):
             if tile is None:

@@ -85,29 +85,22 @@ def _completed(real: types.ModuleType, names: dict[str, Any]) -> _StandIn:
 
 def _stand_ins() -> dict[str, types.ModuleType]:
     """Modules for neural-tangents to see, by full name."""
-    moved = {
-        name: getattr(jax_core, name)
-        for name in ("Jaxpr", "JaxprEqn", "Literal", "Primitive", "Var")
-    }
+    names = ("Jaxpr", "JaxprEqn", "Literal", "Primitive", "Var")
+    moved = {name: getattr(jax_core, name) for name in names}
     never = type("DShapedArray", (), {})  # asked for by type, and matched by nothing any more
     no_stack = types.SimpleNamespace(transform_name_stack=lambda name: contextlib.nullcontext())
+    gone = {
+        "zeros_like_p": jax_core.Primitive("zeros_like"),  # no program holds it any more
+        "source_info_util": no_stack,
+        "config": types.SimpleNamespace(jax_enable_checks=False),
+    }
+    util: Any = types.ModuleType("jax.util")
+    util.safe_map = lambda f, *xs: [f(*x) for x in zip(*xs, strict=True)]
+    util.safe_zip = lambda *xs: list(zip(*xs, strict=True))
     return {
         "jax.core": _completed(jax.core, {**moved, "DShapedArray": never}),
-        "jax.util": _completed(
-            types.ModuleType("jax.util"),
-            {
-                "safe_map": lambda f, *xs: [f(*x) for x in zip(*xs, strict=True)],
-                "safe_zip": lambda *xs: list(zip(*xs, strict=True)),
-            },
-        ),
-        "jax.interpreters.ad": _completed(
-            ad,
-            {
-                "zeros_like_p": jax_core.Primitive("zeros_like"),  # no program holds it any more
-                "source_info_util": no_stack,
-                "config": types.SimpleNamespace(jax_enable_checks=False),
-            },
-        ),
+        "jax.util": util,
+        "jax.interpreters.ad": _completed(ad, gone),
         "neural_tangents.experimental": types.ModuleType("neural_tangents.experimental"),
     }
 
@@ -115,24 +108,21 @@ def _stand_ins() -> dict[str, types.ModuleType]:
 @contextlib.contextmanager
 def _in_place(modules: dict[str, types.ModuleType]):
     """Modules under their names in `sys.modules` and in their packages, for a while."""
-    places: list[tuple[dict, str, types.ModuleType]] = []
-    for name, module in modules.items():
-        package, _, attribute = name.rpartition(".")
-        places.append((sys.modules, name, module))
-        if package in sys.modules:
-            places.append((vars(sys.modules[package]), attribute, module))
-    absent = object()
-    kept = [(names, name, names.get(name, absent)) for names, name, _ in places]
-    try:
-        for names, name, module in places:
-            names[name] = module
-        yield
-    finally:
-        for names, name, before in kept:
-            if before is absent:
-                names.pop(name, None)
+    with contextlib.ExitStack() as undo:
+
+        def put(names: dict, name: str, module: types.ModuleType) -> None:
+            if name in names:
+                undo.callback(names.__setitem__, name, names[name])
             else:
-                names[name] = before
+                undo.callback(names.pop, name, None)
+            names[name] = module
+
+        for name, module in modules.items():
+            package, _, attribute = name.rpartition(".")
+            put(sys.modules, name, module)
+            if package in sys.modules:
+                put(vars(sys.modules[package]), attribute, module)
+        yield
 
 
 # -- STRUCTURED_DERIVATIVES and AUTO --------------------------------------------------------------
@@ -217,7 +207,8 @@ def _equation_vjp(equation, cotangent, *inputs) -> list:
     if isinstance(cotangent, ad.Zero):
         return [None] * len(inputs)
     # An input of which only the shape is left has a value that does not matter.
-    fixed = [jnp.zeros(x.shape, x.dtype) if _is_shape(x) else x for x in inputs]
+    is_shape = lambda x: isinstance(x, jax.core.ShapedArray)
+    fixed = [jnp.zeros(x.shape, x.dtype) if is_shape(x) else x for x in inputs]
     linear = [i for i, x in enumerate(inputs) if ad.is_undefined_primal(x)]
 
     def forward(*arguments):
@@ -231,10 +222,6 @@ def _equation_vjp(equation, cotangent, *inputs) -> list:
     back = jax.linear_transpose(forward, *shapes)(cotangent)
     by_input = dict(zip(linear, back, strict=True))
     return [by_input.get(i) for i in range(len(inputs))]
-
-
-def _is_shape(x) -> bool:
-    return isinstance(x, jax.core.ShapedArray)
 
 
 def _flops(f: Callable, optimize: bool, *args, **kwargs) -> float:

@@ -4,10 +4,9 @@ What both routes to the trace share: a pass pulls one vector r of the feature sp
 ⟨Jᵀr, J'ᵀr⟩ of every pair of sites.
 """
 
-import functools
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -23,6 +22,16 @@ from jaxdyn.types import Model, Params, View
 
 GROUP = 64
 """Passes after which a tile is finished as far as they go: they are progress, and are kept."""
+
+
+class Traced(NamedTuple):
+    """What a trace is of: a model's view and its metric's √P, rows and columns (None: the rows)."""
+
+    model: Model
+    view: View
+    roots: Params | None
+    rows: Rows
+    columns: Rows | None
 
 
 class Opened:
@@ -99,10 +108,7 @@ def wide_weight(weight: jax.Array) -> jax.Array:
 
 
 def over_passes(
-    model: Model,
-    operands: tuple[View, Params | None],
-    rows: Rows,
-    columns: Rows | None,
+    given: Traced,
     passes: Any,
     tile_of: Callable[..., Callable],
     merge: Callable[[dict, int, dict, int], dict],
@@ -113,10 +119,11 @@ def over_passes(
     Args:
       passes: arrays whose leading axis counts the passes.
       tile_of: from how many passes a group has, how many fit at a time, whether it is the first,
-        and the workspace, to a function of (view, roots, group, rows, columns) with arrays
+        and the workspace, to a function of ((view, roots, group), rows, columns) with arrays
         [N, 1, M, 1] by name.
       merge: the results of the first n passes with those of m more: `merge(found, n, more, m)`.
     """
+    model, view, roots, rows, columns = given
     longest = max((r for r in (rows, columns) if r is not None), key=lambda r: r.tokens.shape[1])
     held, each = opened_bytes(model, longest.tokens.shape[1])
     tiles = tiling(rows, columns, held + each, 0, budget_of(execution))
@@ -127,22 +134,17 @@ def over_passes(
     for number, start in enumerate(groups):
         group = jax.tree.map(lambda x, start=start: x[start : start + GROUP], passes)
         many = min(GROUP, count - start)
-        tile = tile_of(many, room, start == 0, tiles.workspace)
         found = assemble(
             f"trace {start} {count} {model!r}",
             tiles,
-            (*operands, group),
+            (view, roots, group),
             lambda operands, part: part,
-            functools.partial(_unpacked, tile),
+            tile_of(many, room, start == 0, tiles.workspace),
             _of_group(execution, number, len(groups)),
         )
         found = {name: x[:, 0, :, 0] for name, x in found.items()}
         kernels = merge(kernels, start, found, many) if kernels else found
     return kernels
-
-
-def _unpacked(tile, operands, left, right):
-    return tile(*operands, left, right)
 
 
 def _of_group(execution: Execution, number: int, count: int) -> Execution:

@@ -50,19 +50,15 @@ def adam_preconditioner(
         )
     out = {}
     for part, tree in params.items():
-        found = _adams(by_part.get(part, ()))
-        if not found:
-            out[part] = jax.tree.map(jnp.zeros_like, tree)
-            continue
-        wanted = flatten_dict(shapes(tree))
-        if not flatten_dict(shapes(found[0].nu)).items() <= wanted.items():
-            raise JaxdynError(
-                f"the second moments of {part} have other shapes than its parameters: the state "
-                "belongs to another model"
-            )
-        moving = flatten_dict(_inverse_root(found[0], b2, eps))
-        still = flatten_dict(jax.tree.map(jnp.zeros_like, tree))
-        out[part] = unflatten_dict({**still, **moving})
+        leaves = flatten_dict(jax.tree.map(jnp.zeros_like, tree))
+        for adam in _adams(by_part.get(part, ()))[:1]:
+            if not flatten_dict(shapes(adam.nu)).items() <= flatten_dict(shapes(tree)).items():
+                raise JaxdynError(
+                    f"the second moments of {part} have other shapes than its parameters: the "
+                    "state belongs to another model"
+                )
+            leaves |= flatten_dict(_inverse_root(adam, b2, eps))
+        out[part] = unflatten_dict(leaves)
     return out
 
 

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 
 from jaxdyn.kernels.gram import Factors, is_ids, parameters_of
 from jaxdyn.kernels.layers import product, wide_dtype
+from jaxdyn.kernels.memory import evenly
 from jaxdyn.types import Params
 
 SIGN_ROWS = 4096
@@ -111,20 +112,28 @@ def _signs(key: jax.Array, rows: jax.Array, width: int, dtype) -> jax.Array:
 def _project(key: jax.Array, x: jax.Array, width: int) -> jax.Array:
     """x [N, T, I] times signs [I, width], of which a block of rows is drawn at a time."""
     size = x.shape[-1]
-    blocks = -(-size // SIGN_ROWS)
-    high = -(-size // blocks)
+    high = evenly(size, SIGN_ROWS)
 
-    def block(number):
+    def block(start, signs):
+        return product("nti,iw->ntw", jax.lax.dynamic_slice_in_dim(x, start, high, 2), signs)
+
+    return _over_signs(key, size, high, width, x.dtype, block)
+
+
+def _over_signs(key: jax.Array, size: int, high: int, width: int, dtype, block) -> jax.Array:
+    """Σ block(start, signs) over blocks of `high` of the `size` rows of a matrix of signs."""
+
+    def one(number):
         # The last block reaches back over rows that have been counted.
         start = jnp.minimum(high * number, size - high)
         rows = start + jnp.arange(high)
-        signs = jnp.where((rows >= high * number)[:, None], _signs(key, rows, width, x.dtype), 0)
-        return product("nti,iw->ntw", jax.lax.dynamic_slice_in_dim(x, start, high, 2), signs)
+        signs = _signs(key, rows, width, dtype)
+        return block(start, jnp.where((rows >= high * number)[:, None], signs, 0))
 
-    if blocks == 1:
-        return block(0)
-    nothing = jnp.zeros((*x.shape[:2], width), wide_dtype(x))
-    return jax.lax.fori_loop(0, blocks, lambda i, total: total + block(i), nothing)
+    if high == size:
+        return one(0)
+    nothing = jnp.zeros_like(jax.eval_shape(one, 0))
+    return jax.lax.fori_loop(0, -(-size // high), lambda i, total: total + one(i), nothing)
 
 
 def _project_formed(left, right, a, d, root, replicates: int, side: int) -> jax.Array:
@@ -138,16 +147,11 @@ def _project_formed(left, right, a, d, root, replicates: int, side: int) -> jax.
     high = min(outer, max(8, _FORMED // each))
     signs = _signs(right, jnp.arange(inner), width, dtype)
 
-    def block(number):
-        start = jnp.minimum(high * number, outer - high)
-        rows = start + jnp.arange(high)
-        own = jnp.where((rows >= high * number)[:, None], _signs(left, rows, width, dtype), 0)
+    def block(start, own):
         part = lambda x, axis: jax.lax.dynamic_slice_in_dim(x, start, high, axis)
         gradient = product("nto,nti->noi", part(d, 2), a) * part(root, 1).T[None]
         across = product("noi,iw->now", gradient, signs)
         split = lambda x: x.reshape(*x.shape[:-1], replicates, side)
         return product("norq,orp->nrpq", split(across), split(own))
 
-    nothing = jnp.zeros((len(a), replicates, side, side), dtype)
-    blocks = -(-outer // high)
-    return jax.lax.fori_loop(0, blocks, lambda i, total: total + block(i), nothing)
+    return _over_signs(left, outer, high, width, dtype, block)

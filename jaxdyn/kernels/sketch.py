@@ -175,15 +175,13 @@ def sketch_kernel(a: Sketch, b: Sketch | None = None) -> Kernel:
     """
     b = a if b is None else b
     _check_comparable(a, b)
-    parts, error = estimate((a.head, a.body), (b.head, b.body), tied=a.config.tied)
+    *parts, error = estimate((a.head, a.body), (b.head, b.body), tied=a.config.tied)
     representation, gradient, cross = parts
-    return Kernel(
-        representation, gradient, cross, standard_error=error, preconditioned=a.preconditioned
-    )
+    return Kernel(representation, gradient, cross, error, a.preconditioned)
 
 
 @functools.partial(jax.jit, static_argnames="tied")
-def estimate(left, right, *, tied: bool) -> tuple[tuple[jax.Array, ...], jax.Array]:
+def estimate(left, right, *, tied: bool) -> tuple[jax.Array, ...]:
     """The three components [N, M] and the total's standard error, of (head, body) pairs."""
     (head, body), (other_head, other_body) = left, right
     count = head.shape[1]
@@ -202,7 +200,7 @@ def estimate(left, right, *, tied: bool) -> tuple[tuple[jax.Array, ...], jax.Arr
 
     replicates = [jnp.moveaxis(whole(*paths), 1, 0) for paths in (left, right)]
     spread, _ = jax.lax.scan(step, jnp.zeros_like(mean), tuple(replicates))
-    return (representation, gradient, cross), jnp.sqrt(spread / (count * (count - 1)))
+    return representation, gradient, cross, jnp.sqrt(spread / (count * (count - 1)))
 
 
 @functools.partial(jax.jit, static_argnames=("model", "replicates", "side"))

@@ -21,13 +21,14 @@ from jaxdyn.kernels.contractions import PATHS, gradient_of
 from jaxdyn.kernels.execution import Execution, budget_of, method_of, require_options
 from jaxdyn.kernels.memory import nbytes
 from jaxdyn.kernels.parts import require_merged
+from jaxdyn.kernels.passes import Traced
 from jaxdyn.kernels.plain import plain_kernels
 from jaxdyn.kernels.preconditioner import roots_of
 from jaxdyn.kernels.result import Kernel
 from jaxdyn.kernels.rows import site_rows, with_chosen
 from jaxdyn.kernels.trace_exact import exact_traces
 from jaxdyn.kernels.trace_probed import probed_traces
-from jaxdyn.types import JaxdynError, Model, Params, Sites
+from jaxdyn.types import COMPONENTS, JaxdynError, Model, Params, Sites
 
 
 def trace_kernel(
@@ -70,20 +71,16 @@ def trace_kernel(
         kernels = _plain(model, view, roots, rows, columns, budget_of(execution))
     else:
         require_merged(params)
-        given = model, view, roots, rows, columns
+        given = Traced(model, view, roots, rows, columns)
         if num_probes is None or key is None:
-            kernels = exact_traces(*given, execution)
+            kernels = exact_traces(given, execution)
         else:
-            kernels = probed_traces(*given, key, num_probes, execution)
+            kernels = probed_traces(given, key, num_probes, execution)
     scale = 1 / model.config.vocab_size if mean else 1
     scaled = lambda x: jnp.asarray(scale * x)
-    return Kernel(
-        scaled(kernels["representation"]),
-        scaled(kernels["gradient"]),
-        scaled(kernels["cross"]),
-        standard_error=scaled(np.sqrt(kernels["variance"])) if "variance" in kernels else None,
-        preconditioned=preconditioner is not None,
-    )
+    error = scaled(np.sqrt(kernels["variance"])) if "variance" in kernels else None
+    representation, gradient, cross = (scaled(kernels[part]) for part in COMPONENTS)
+    return Kernel(representation, gradient, cross, error, preconditioner is not None)
 
 
 def _plain(model, view, roots, rows, columns, budget) -> dict[str, np.ndarray]:

@@ -12,35 +12,26 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxdyn.kernels.execution import Execution
-from jaxdyn.kernels.passes import Opened, Pair, over_passes, wide_weight
-from jaxdyn.kernels.rows import Rows
-from jaxdyn.types import Model, Params, View
+from jaxdyn.kernels.passes import Opened, Pair, Traced, over_passes, wide_weight
 
 _AT_ONCE = 16
 """Rows of R pulled back together, at most: more make the products no faster."""
 
 
-def exact_traces(
-    model: Model,
-    view: View,
-    roots: Params | None,
-    rows: Rows,
-    columns: Rows | None,
-    execution: Execution,
-) -> dict[str, np.ndarray]:
+def exact_traces(given: Traced, execution: Execution) -> dict[str, np.ndarray]:
     """The components' traces by name, [N, M]."""
 
     def tile_of(many, room, first, workspace):
         fitting = min(_AT_ONCE, room)
         at_once = max(k for k in range(1, fitting + 1) if many % k == 0)
         options = {"at_once": at_once, "first": first, "workspace": workspace}
-        return functools.partial(exact_tile, model, **options)
+        return functools.partial(exact_tile, given.model, **options)
 
     def add(found, done, more, many):
         return {**found, **{name: found[name] + more[name] for name in ("gradient", "cross")}}
 
-    factor = metric_rows(view["classifier"]["weight"])
-    return over_passes(model, (view, roots), rows, columns, factor, tile_of, add, execution)
+    factor = metric_rows(given.view["classifier"]["weight"])
+    return over_passes(given, factor, tile_of, add, execution)
 
 
 @jax.jit
@@ -51,19 +42,9 @@ def metric_rows(weight: jax.Array) -> jax.Array:
 
 
 @functools.partial(jax.jit, static_argnums=0, static_argnames=("at_once", "first", "workspace"))
-def exact_tile(
-    model: Model,
-    view: View,
-    roots: Params | None,
-    factor: jax.Array,
-    rows: Rows,
-    columns: Rows | None,
-    *,
-    at_once: int,
-    first: bool,
-    workspace: int,
-) -> dict[str, jax.Array]:
+def exact_tile(model, operands, rows, columns, *, at_once: int, first: bool, workspace: int):
     """Sums over rows of R, [N, 1, M, 1]; the cross component is in the `first` group's."""
+    view, roots, factor = operands
     pair = Pair(model, view, roots, rows, columns, workspace)
     representation = pair.representation()
     nothing = jnp.zeros_like(representation)

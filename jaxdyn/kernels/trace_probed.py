@@ -13,28 +13,19 @@ import numpy as np
 
 from jaxdyn.kernels.execution import Execution
 from jaxdyn.kernels.gram import Factors
-from jaxdyn.kernels.passes import Opened, Pair, over_passes, wide_weight
-from jaxdyn.kernels.rows import Rows
-from jaxdyn.types import Model, Params, View
+from jaxdyn.kernels.passes import Opened, Pair, Traced, over_passes, wide_weight
 
 
 def probed_traces(
-    model: Model,
-    view: View,
-    roots: Params | None,
-    rows: Rows,
-    columns: Rows | None,
-    key: jax.Array,
-    count: int,
-    execution: Execution,
+    given: Traced, key: jax.Array, count: int, execution: Execution
 ) -> dict[str, np.ndarray]:
     """The components' traces by name, [N, M], and the total's "variance" (of the mean)."""
-    probes = draw_probes(key, count, view["classifier"]["weight"])
+    probes = draw_probes(key, count, given.view["classifier"]["weight"])
     # One probe at a time: each is a sample, and the spread of the samples is the error.
     tile_of = lambda many, room, first, workspace: functools.partial(
-        probed_tile, model, workspace=workspace
+        probed_tile, given.model, workspace=workspace
     )
-    found = over_passes(model, (view, roots), rows, columns, probes, tile_of, _merge, execution)
+    found = over_passes(given, probes, tile_of, _merge, execution)
     found["variance"] = found.pop("spread") / (count * (count - 1))
     return found
 
@@ -48,17 +39,9 @@ def draw_probes(key: jax.Array, count: int, weight: jax.Array) -> tuple[jax.Arra
 
 
 @functools.partial(jax.jit, static_argnums=0, static_argnames="workspace")
-def probed_tile(
-    model: Model,
-    view: View,
-    roots: Params | None,
-    probes: tuple[jax.Array, jax.Array],
-    rows: Rows,
-    columns: Rows | None,
-    *,
-    workspace: int,
-) -> dict[str, jax.Array]:
+def probed_tile(model, operands, rows, columns, *, workspace: int) -> dict[str, jax.Array]:
     """Means over probes, [N, 1, M, 1], and the total's sum of squared deviations ("spread")."""
+    view, roots, probes = operands
     pair = Pair(model, view, roots, rows, columns, workspace)
     representation = pair.representation()
     nothing = jnp.zeros_like(representation)
@@ -69,11 +52,8 @@ def probed_tile(
         own, mine, other = pair.gradient(start[None])
         crossed = nothing
         if model.config.tied:
-            u, v = (
-                _signed_embeddings(side, factors, signs)
-                for side, factors in ((pair.left, mine), (pair.right, other))
-            )
-            crossed = pair.cross(u, v)
+            u = _signed_embeddings(pair.left, mine, signs)
+            crossed = pair.cross(u, _signed_embeddings(pair.right, other, signs))
         # Welford's running mean and sum of squared deviations.
         count = count + 1
         step = own + crossed - gradient - cross
@@ -83,8 +63,8 @@ def probed_tile(
 
     start = (jnp.zeros((), pair.wide), nothing, nothing, nothing)
     (_, gradient, cross, spread), _ = jax.lax.scan(probe, start, probes)
-    found = {"representation": representation, "gradient": gradient, "cross": cross}
-    found["spread"] = spread
+    parts = {"representation": representation, "gradient": gradient, "cross": cross}
+    found = {**parts, "spread": spread}
     return {name: x[:, None, :, None] for name, x in found.items()}
 
 

@@ -21,10 +21,8 @@ def rotary_frequencies(config: ModelConfig) -> np.ndarray:
         return frequencies / scaling.factor
     wavelength = 2 * np.pi / frequencies
     periods = scaling.original_max_positions / wavelength
-    keep = (periods - scaling.low_freq_factor) / (
-        scaling.high_freq_factor - scaling.low_freq_factor
-    )
-    keep = np.clip(keep, 0.0, 1.0)
+    low, high = scaling.low_freq_factor, scaling.high_freq_factor
+    keep = np.clip((periods - low) / (high - low), 0.0, 1.0)
     return frequencies * (keep + (1 - keep) / scaling.factor)
 
 
@@ -107,9 +105,8 @@ def cudnn_can(dtype, shape: tuple[int, ...]) -> bool:
     It takes half precision, heads of a multiple of 8 up to 128, and an even number of slots.
     """
     _, slots, _, width = shape
-    return (
-        dtype in (jnp.bfloat16, jnp.float16) and width % 8 == 0 and width <= 128 and not slots % 2
-    )
+    half = dtype in (jnp.bfloat16, jnp.float16)
+    return half and width % 8 == 0 and width <= 128 and slots % 2 == 0
 
 
 def cached_attention(
@@ -127,9 +124,8 @@ def cached_attention(
     is at least float32.
     """
     prompts, kv_heads, split, width = prompt_key.shape
-    product = functools.partial(
-        jnp.einsum, preferred_element_type=jnp.promote_types(query.dtype, jnp.float32)
-    )
+    wide = jnp.promote_types(query.dtype, jnp.float32)
+    product = functools.partial(jnp.einsum, preferred_element_type=wide)
     # p prompt, g generation, h key head, q query of that head, k slot, w width
     grouped = query.reshape(prompts, -1, kv_heads, query.shape[2] // kv_heads, width)
     key, value = (x.reshape(*grouped.shape[:2], *x.shape[1:]) for x in (key, value))

@@ -98,12 +98,11 @@ def matrix_product(x, kernel, dimension_numbers, **options):
 def _dense(config: ModelConfig, features: int, bias: bool, dtype, name: str, residual=False):
     """A dense layer; those that write into the residual stream start smaller by 1/√(2L)."""
     std = 0.02 / (2 * config.num_layers) ** 0.5 if residual else 0.02
-    init = nn.initializers.normal(std)
     return Dense(
         features,
         use_bias=bias,
         dtype=dtype,
-        kernel_init=init,
+        kernel_init=nn.initializers.normal(std),
         dot_general=matrix_product,
         lora_scale=config.lora_scale,
         name=name,
@@ -139,19 +138,13 @@ class Attention(nn.Module):
         else:
             zero = jnp.int32(0)  # of the others' type, in float64 runs too
             start = (layer, zero, zero, slot, zero)
-            write = lambda old, new: jax.lax.dynamic_update_slice(
-                old, new.swapaxes(1, 2)[None], start
-            )
+            update = jax.lax.dynamic_update_slice
+            write = lambda old, new: update(old, new.swapaxes(1, 2)[None], start)
             read = lambda x: jax.lax.dynamic_index_in_dim(x, layer, 0, keepdims=False)
             cache = KVCache(write(cache.keys, key), write(cache.values, value))
-            mixed = cached_attention(
-                query,
-                read(prompt.keys),
-                read(prompt.values),
-                read(cache.keys),
-                read(cache.values),
-                mask,
-            )
+            held = prompt.keys, prompt.values, cache.keys, cache.values
+            old_keys, old_values, keys, values = map(read, held)
+            mixed = cached_attention(query, old_keys, old_values, keys, values, mask)
         mixed = mixed.reshape(*x.shape[:2], c.num_heads * c.head_dim)
         out = _dense(c, c.width, c.attention_out_bias, self.dtype, "out", residual=True)(mixed)
         return out, cache, written

@@ -20,6 +20,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
+from jaxdyn.grammar import read_object
 from jaxdyn.models.config import ModelConfig
 from jaxdyn.models.families import family_of
 from jaxdyn.models.hf_config import config_from_hf, config_to_hf, token_ids
@@ -78,7 +79,7 @@ def load_pretrained(
 
 def pretrained_config(directory: Path) -> ModelConfig:
     """What a directory's config.json says; JaxdynError for a model we do not support."""
-    return config_from_hf(read_json(directory / "config.json"))
+    return config_from_hf(read_object(directory / "config.json"))
 
 
 class _Tensor:
@@ -110,7 +111,7 @@ def _weight_files(directory: Path) -> list[Path]:
         return [directory / _WEIGHTS]
     if not (directory / _INDEX).is_file():
         raise JaxdynError(f"{directory} has neither {_WEIGHTS} nor {_INDEX}")
-    index = read_json(directory / _INDEX).get("weight_map")
+    index = read_object(directory / _INDEX).get("weight_map")
     if not isinstance(index, dict) or not index:
         raise JaxdynError(f"{directory / _INDEX} has no weight_map from tensors to files")
     files = sorted({str(name) for name in index.values()})
@@ -177,17 +178,6 @@ def _check(
 
 def _and_more(names: Sequence[str]) -> str:
     return f" (and {len(names) - 1} more)" if names[1:] else ""
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """An object of a file; JaxdynError where it holds none."""
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise JaxdynError(f"{path} cannot be read as JSON: {error}") from error
-    if not isinstance(data, dict):
-        raise JaxdynError(f"{path} holds a {type(data).__name__}, wanted an object")
-    return data
 
 
 # -- saving -------------------------------------------------------------------------------------

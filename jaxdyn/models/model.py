@@ -111,11 +111,9 @@ class LanguageModel:
         With an adapter W is W + s b a, and f has s b (aφ) more.
         """
         wide = jnp.promote_types(self.dtype, jnp.float32)
-        product = lambda x, matrix: jnp.einsum(
-            "nd,vd->nv",
-            x.astype(self.dtype),
-            matrix.astype(self.dtype),
-            preferred_element_type=wide,
+        cast = lambda x: x.astype(self.dtype)
+        product = lambda x, w: jnp.einsum(
+            "nd,vd->nv", cast(x), cast(w), preferred_element_type=wide
         )
         *leading, width = features.shape
         features = features.reshape(-1, width)  # one axis of rows, as `matrix_product`
@@ -124,8 +122,7 @@ class LanguageModel:
             inner = product(features, classifier["lora_a"])
             logits += self.config.lora_scale * product(inner, classifier["lora_b"])
         if self.config.classifier_bias:
-            bias = classifier["bias"].astype(wide)
-            logits = logits + bias[None]
+            logits = logits + classifier["bias"].astype(wide)[None]
         return logits.reshape(*leading, -1)
 
     def opened(
@@ -151,19 +148,15 @@ class LanguageModel:
 
         is_layer = lambda tree: "input" in tree or "output" in tree
         slots = lambda x: x.reshape(*x.shape[:2], -1, x.shape[4]) if x.ndim == 5 else x
-        bare = lambda tree: jax.tree.map(
-            lambda layer: slots(*layer.values()), tree, is_leaf=is_layer
-        )
+        array_of = lambda layer: slots(*layer.values())
+        bare = lambda tree: jax.tree.map(array_of, tree, is_leaf=is_layer)
         phi, pull, recorded = jax.vjp(run, still, has_aux=True)
         return phi, bare(recorded), lambda cotangent: bare(pull(cotangent)[0])
 
     # -- decoding -----------------------------------------------------------------------------
 
     def prefill(
-        self,
-        backbone: Params,
-        tokens: Int[Array, "B S"],
-        mask: Bool[Array, "B S"],
+        self, backbone: Params, tokens: Int[Array, "B S"], mask: Bool[Array, "B S"]
     ) -> tuple[Float[Array, "B S D"], KVCache]:
         """Features of the prompts, and the cache of their S slots."""
         features, (keys, values) = self._full_pass(backbone, tokens, mask, keep_cache=True)
@@ -184,16 +177,9 @@ class LanguageModel:
         Row p G + g continues prompt p: `prompt` has the P prompts' S slots, `cache` the C slots of
         the B = P G completions. `mask` says which of these S + C a row attends to, `slot` included.
         """
-        out: Any = Backbone(self.config, self.dtype, stacked=self.stacked).apply(
-            {"params": backbone},
-            token[:, None],
-            position[:, None],
-            mask[:, None, None, :],
-            prompt,
-            cache,
-            slot,
-        )
-        features, cache = out
+        module: Any = Backbone(self.config, self.dtype, stacked=self.stacked)
+        inputs = token[:, None], position[:, None], mask[:, None, None, :]
+        features, cache = module.apply({"params": backbone}, *inputs, prompt, cache, slot)
         return features[:, 0], cache
 
     def _full_pass(self, backbone, tokens, mask, keep_cache: bool):

@@ -12,8 +12,8 @@ import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 from safetensors import SafetensorError, safe_open
 
+from jaxdyn.grammar import read_object
 from jaxdyn.models.hf_layout import stored_tensors
-from jaxdyn.models.huggingface import read_json
 from jaxdyn.models.model import LanguageModel
 from jaxdyn.types import JaxdynError, Params
 
@@ -71,7 +71,7 @@ def add_peft(model: LanguageModel, params: Params, directory: Path) -> Params:
 
 def _read_config(path: Path) -> tuple[float, bool]:
     """s, and whether the adapted matrices are stored [in, out]."""
-    config = read_json(path)
+    config = read_object(path)
     if config.get("peft_type") != "LORA":
         raise JaxdynError(f"{path}: peft_type must be LORA, got {config.get('peft_type')!r}")
     for name, nothing in _UNSUPPORTED.items():

@@ -127,9 +127,8 @@ def open_topology(name: str) -> Topology:
     """
     if name == "here":
         devices = jax.devices()
-        return Topology(
-            f"here ({devices[0].device_kind})", chip_of(devices[0].device_kind), devices
-        )
+        kind = devices[0].device_kind
+        return Topology(f"here ({kind})", chip_of(kind), devices)
     chip, shape = shape_of(name)
     try:
         import libtpu  # noqa: F401

@@ -35,13 +35,8 @@ from jaxdyn.plan.traffic import traffic
 
 # What the compilers for TPUs and GPUs note in the form of calls.
 LABELS = {
-    "AllocateBuffer",
-    "AssumeGatherIndicesInBound",
-    "AsyncCollectiveDone",
-    "AsyncCollectiveStart",
-    "ConcatBitcast",
-    "GatherScatterIndicesBitpacked",
-    "Sharding",
+    *("AllocateBuffer", "AsyncCollectiveDone", "AsyncCollectiveStart", "ConcatBitcast", "Sharding"),
+    *("AssumeGatherIndicesInBound", "GatherScatterIndicesBitpacked"),
 }
 
 

@@ -83,10 +83,7 @@ def candidates(
 
 
 def largest_batch(
-    setting: Setting,
-    demands: dict[str, Demand],
-    room: int,
-    compile_: Callable[[Program], Demand],
+    setting: Setting, demands: dict[str, Demand], room: int, compile_: Callable[[Program], Demand]
 ) -> dict[str, int]:
     """The most prompts a step whose rollout and joint update fit `room` bytes, if peaks are linear.
 

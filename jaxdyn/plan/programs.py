@@ -20,7 +20,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from jaxdyn.config import RunConfig
-from jaxdyn.distributed import shard_model, shardings
+from jaxdyn.distributed import Layout, shard_model
 from jaxdyn.distributed.mesh import ROWS
 from jaxdyn.distributed.rules import fitting
 from jaxdyn.dynamics import propagate, site_state
@@ -94,8 +94,7 @@ class Setting:
 
     def place(self, tree: Any) -> Any:
         """Parameters, or anything like them."""
-        whole = lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s)
-        return jax.tree.map(whole, tree, shardings(self.mesh, tree))
+        return Layout(self.mesh).shapes(tree)
 
     @functools.cached_property
     def params(self) -> Any:
@@ -280,15 +279,8 @@ class Setting:
         found = jax.eval_shape(make, self.view, None, self.tile())
         body = self.lay(P(None, ROWS), found[:-2])  # by layers and rows
         held = type(found)(*body, *self.lay(P(ROWS), found[-2:]))
-        lower = lambda: contract.lower(
-            self.view,
-            None,
-            held,
-            held,
-            tied=self.config.tied,
-            biased=self.config.classifier_bias,
-            workspace=WORKSPACE,
-        )
+        model = {"tied": self.config.tied, "biased": self.config.classifier_bias}
+        lower = lambda: contract.lower(self.view, None, held, held, **model, workspace=WORKSPACE)
         return Program("kernel", lower, {"parameters": self.view, "factors": (held, held)})
 
     def programs(self) -> list[Program]:

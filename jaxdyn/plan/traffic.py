@@ -4,20 +4,9 @@ from jaxdyn.plan.text import Computation, Instruction, Number, called_by, parame
 
 # What moves no data, or leaves that to the computation it calls.
 FREE = {
-    "parameter",
-    "constant",
-    "get-tuple-element",
-    "tuple",
-    "bitcast",
-    "while",
-    "conditional",
-    "call",
-    "async",
-    "after-all",
-    "add-dependency",
-    "opt-barrier",
-    "partition-id",
-    "replica-id",
+    *("parameter", "constant", "get-tuple-element", "tuple", "bitcast"),
+    *("while", "conditional", "call", "async"),
+    *("after-all", "add-dependency", "opt-barrier", "partition-id", "replica-id"),
 }
 SLICES = {"dynamic-slice", "slice", "gather"}
 

@@ -129,27 +129,20 @@ def draw_maps(figure: SubFigure, saved: SavedKernel) -> None:
     for name, cell in cells.items():
         image = cell.imshow(maps[name][np.ix_(order, order)], cmap=COLOUR_MAP, norm=norm)
         cell.grid(False)
-        cell.set(xticks=[], yticks=[])
+        cell.set(xticks=[], yticks=[], title=name)
         cell.spines[:].set_visible(True)
-        cell.set_title(name)
     main.set_title("total: Kᵢⱼ / √(Kᵢᵢ Kⱼⱼ), alike places together")
     if "cross" in cells:
         cells["cross"].set_title("cross, scaled as the total")
     if len(order) <= LABELLED:
-        main.set_yticks(
-            range(len(order)), [label_of(saved, n) for n in order.tolist()], fontsize=7.5
-        )
+        labels = [label_of(saved, n) for n in order.tolist()]
+        main.set_yticks(range(len(order)), labels, fontsize=7.5)
         main.tick_params(axis="y", length=0)
     else:
         main.set_ylabel(f"{len(order)} places, in the order of similarity")
+    extend = "neither" if reach == 1 else "both"
     bar = figure.colorbar(
-        image,
-        ax=main,
-        orientation="horizontal",
-        extend="neither" if reach == 1 else "both",
-        shrink=0.5,
-        aspect=36,
-        pad=0.02,
+        image, ax=main, location="bottom", extend=extend, shrink=0.5, aspect=36, pad=0.02
     )
     defined = all(np.isfinite(maps[name]).all() for name in cells)
     bar.set_label("cosine" if defined else "cosine (grey: a diagonal is not positive)")
@@ -229,9 +222,8 @@ def draw_shares(axes: Axes, saved: SavedKernel) -> None:
         values = saved.statistics[f"share/{name}"].tolist()
         at = np.arange(len(groups)) + (index - (len(names) - 1) / 2) * width
         bars = axes.bar(at, values, 0.92 * width, color=COLOURS[name], label=name)
-        axes.bar_label(
-            bars, [f"{round(v, 2) + 0.0:.2f}" for v in values], fontsize=8.5, padding=1.5
-        )
+        labels = [f"{round(v, 2) + 0.0:.2f}" for v in values]
+        axes.bar_label(bars, labels, fontsize=8.5, padding=1.5)
     axes.axhline(0, color="#999999", linewidth=0.9)
     axes.set_xticks(range(len(groups)), groups)
     axes.grid(False, axis="x")

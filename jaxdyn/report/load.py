@@ -138,7 +138,7 @@ def _read_lines(path: AnyPath) -> list[Record]:
             if number == len(lines):
                 break
             raise JaxdynError(f"{path}, line {number} is not JSON: {error}") from error
-        if not isinstance(record, dict) or not _is_integer(record.get("step")):
+        if not isinstance(record, dict) or type(record.get("step")) is not int:
             raise JaxdynError(
                 f'{path}, line {number} must be an object with an integer "step", got {line[:60]}'
             )
@@ -164,8 +164,4 @@ def _find_probes(directory: AnyPath) -> dict[int, AnyPath]:
 
 def is_number(value: Any) -> bool:
     """Whether a logged value is a finite number."""
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-
-
-def _is_integer(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
+    return type(value) in (int, float) and math.isfinite(value)

@@ -253,13 +253,8 @@ def draw_cosines(axes: Axes, cosines: np.ndarray, **style: Any) -> np.ndarray:
 
 def circle(face: str) -> dict[str, Any]:
     """The keyword arguments of evaluation markers."""
-    return {
-        "color": face,
-        "marker": "o",
-        "markersize": 6,
-        "markeredgecolor": "white",
-        "linestyle": "none",
-    }
+    dot = {"marker": "o", "markersize": 6, "markeredgecolor": "white", "linestyle": "none"}
+    return {"color": face, **dot}
 
 
 def running_mean(values: np.ndarray) -> np.ndarray:
@@ -310,6 +305,5 @@ def schedule_handles(runs: Sequence[Run], when: str = "") -> list[Line2D]:
 def say_empty(axes: Axes) -> None:
     """An honest empty panel."""
     axes.text(0.5, 0.5, "not logged", transform=axes.transAxes, ha="center", color="#777777")
-    axes.set_xticks([])
-    axes.set_yticks([])
+    axes.set(xticks=[], yticks=[])
     axes.grid(False)

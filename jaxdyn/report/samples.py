@@ -134,9 +134,7 @@ def _data(prompt: str, columns: Sequence[Column]) -> Rows:
 
 
 def _html(
-    heads: str,
-    columns: Sequence[Column],
-    lines: Sequence[tuple[str, str, Sequence[Column]]],
+    heads: str, columns: Sequence[Column], lines: Sequence[tuple[str, str, Sequence[Column]]]
 ) -> str:
     """A table below `heads` and the columns'; a line is its first cells, prompt, columns."""
     heads += "".join(f"<th>{escape(column.heading)}</th>" for column in columns)

@@ -1,6 +1,7 @@
 """Figures of what the updates did; each draws all runs, and is None if no run has the data."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -28,6 +29,7 @@ from jaxdyn.report.plotting import (
 )
 
 BEFORE_COLOUR = "#D0D0D0"
+DOTS: dict[str, Any] = {"s": 13, "alpha": 0.55, "linewidth": 0.7, "rasterized": True}
 
 CHANGES = ("predicted", *COMPONENTS, "actual")
 PREDICTION_COLUMNS = ("schedule", "seed", "run", "step", "stage", "site", *CHANGES)
@@ -50,27 +52,19 @@ def prediction(runs: Sequence[Run]) -> Exhibit | None:
     for line, (schedule, changes) in zip(axes, groups.items(), strict=True):
         together = {k: np.concatenate([c[k] for *_, c in changes]) for k in (*columns, "actual")}
         reach = {name: 1.08 * float(np.max(np.abs(v))) or 1.0 for name, v in together.items()}
+        ink = look(schedule).colour
         tall = reach["actual"] = reach["predicted"] = max(reach["actual"], reach["predicted"])
         for cell, column in zip(line, columns, strict=True):
             for *_, classifier, c in changes:
-                cell.scatter(
-                    c[column],
-                    c["actual"],
-                    s=13,
-                    alpha=0.55,
-                    linewidth=0.7,
-                    rasterized=True,
-                    facecolor="none" if classifier else look(schedule).colour,
-                    edgecolor=look(schedule).colour,
-                )
+                inside = "none" if classifier else ink
+                cell.scatter(c[column], c["actual"], facecolor=inside, edgecolor=ink, **DOTS)
             cell.plot([-tall, tall], [-tall, tall], color="#333333", linewidth=0.9, zorder=1.5)
             cell.locator_params(nbins=4)
             wide = reach[column]
             cell.set(xlim=(-wide, wide), ylim=(-tall, tall), box_aspect=1)
             name = "total, first order" if column == "predicted" else column
             r = correlation(together[column], together["actual"])
-            cell.set_title(f"{name}: r = {r:.3f}")
-            cell.set_xlabel("predicted Δ log π (nats)")
+            cell.set(title=f"{name}: r = {r:.3f}", xlabel="predicted Δ log π (nats)")
         line[0].set_ylabel(f"{look(schedule).label}\nactual Δ log π (nats)")
         for run, step, classifier, c in changes:
             about = (schedule, run.seed, run.name, step, 1 if classifier else 2)
@@ -200,10 +194,7 @@ def features(runs: Sequence[Run]) -> Exhibit | None:
         "above 0 between prompts, so that updates push all sites the same way; it says nothing of "
         "completion sites.",
         figure=figure,
-        tables={
-            "features": Table(SERIES_COLUMNS, rows),
-            "cosines": Table(COSINE_COLUMNS, pairs),
-        },
+        tables={"features": Table(SERIES_COLUMNS, rows), "cosines": Table(COSINE_COLUMNS, pairs)},
     )
 
 

@@ -13,16 +13,8 @@ import numpy as np
 from jaxtyping import Float
 
 from jaxdyn.grammar import finite
-from jaxdyn.rewards.verifiable import (
-    Anagram,
-    ContainsWords,
-    ExactMatch,
-    Finished,
-    Length,
-    NumericMatch,
-    RegexMatch,
-    RewardFunction,
-)
+from jaxdyn.rewards import verifiable
+from jaxdyn.rewards.verifiable import RewardFunction, Texts
 from jaxdyn.types import JaxdynError
 
 
@@ -40,13 +32,13 @@ class RewardConfig:
 
     functions: tuple[str, ...] = ("anagram",)
     weights: tuple[float, ...] = ()
-    exact_match: ExactMatch = ExactMatch()
-    numeric_match: NumericMatch = NumericMatch()
-    anagram: Anagram = Anagram()
-    contains_words: ContainsWords = ContainsWords()
-    regex_match: RegexMatch = RegexMatch()
-    length: Length = Length()
-    finished: Finished = Finished()
+    exact_match: verifiable.ExactMatch = verifiable.ExactMatch()
+    numeric_match: verifiable.NumericMatch = verifiable.NumericMatch()
+    anagram: verifiable.Anagram = verifiable.Anagram()
+    contains_words: verifiable.ContainsWords = verifiable.ContainsWords()
+    regex_match: verifiable.RegexMatch = verifiable.RegexMatch()
+    length: verifiable.Length = verifiable.Length()
+    finished: verifiable.Finished = verifiable.Finished()
 
     def __post_init__(self):
         if not self.functions:
@@ -125,8 +117,8 @@ def make_reward(config: RewardConfig, scorers: Mapping[str, RewardFunction] = {}
 def _evaluate(
     name: str,
     function: RewardFunction,
-    prompts: list[str],
-    completions: list[str],
+    prompts: Texts,
+    completions: Texts,
     columns: dict[str, list],
 ) -> Float[np.ndarray, " B"]:
     """One function's values, nan for None."""
@@ -147,21 +139,17 @@ def _evaluate(
         )
     values = np.empty(len(returned))
     for index, value in enumerate(returned):
-        if value is None:
-            values[index] = math.nan
-            continue
-        number = math.nan if isinstance(value, str | bytes) else _float(value)
-        if not math.isfinite(number):
+        values[index] = math.nan if value is None else _float(value)
+        if value is not None and not math.isfinite(values[index]):
             raise JaxdynError(
                 f"reward {name!r} returned {value!r:.60}{_example(index, prompts)}, "
                 "wanted a finite number or None"
             )
-        values[index] = number
     return values
 
 
 def _first_failure(
-    function: RewardFunction, prompts: list[str], completions: list[str], columns: dict[str, list]
+    function: RewardFunction, prompts: Texts, completions: Texts, columns: dict[str, list]
 ) -> tuple[str, Exception] | None:
     """The first example that fails by itself, and how; None if all of them fail only together."""
     for i in range(len(completions)):
@@ -201,12 +189,12 @@ def _resolve(path: str, config: RewardConfig) -> tuple[str, RewardFunction]:
 
 def _float(value: Any) -> float:
     try:
-        return float(value)
+        return math.nan if isinstance(value, str | bytes) else float(value)
     except (TypeError, ValueError, OverflowError):
         return math.nan
 
 
-def _example(index: int, prompts: list[str]) -> str:
+def _example(index: int, prompts: Texts) -> str:
     return f" for example {index} ({prompts[index][:40]!r})" if index < len(prompts) else ""
 
 

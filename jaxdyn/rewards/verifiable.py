@@ -19,7 +19,9 @@ from typing import Any, Literal
 from jaxdyn.grammar import at_least
 from jaxdyn.types import JaxdynError
 
-RewardFunction = Callable[..., list[float | None]]
+Texts = list[str]
+Scores = list[float | None]
+RewardFunction = Callable[..., Scores]
 
 # A sign counts only where it does not follow an operand: the last number of `8-5` is 5.
 _NUMBER = re.compile(
@@ -39,11 +41,9 @@ class ExactMatch:
 
     answer: str = "answer"
 
-    def __call__(
-        self, prompts: list[str], completions: list[str], **columns: list
-    ) -> list[float | None]:
+    def __call__(self, prompts: Texts, completions: Texts, **columns: list) -> Scores:
         equal = lambda text, wanted: float(text.strip() == str(wanted).strip())
-        return _by_entry(equal, completions, columns, self.answer)
+        return _by_entry(equal, completions, _column(columns, self.answer))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,16 +64,14 @@ class NumericMatch:
     def __post_init__(self):
         at_least(0, self, "reward.numeric_match", "tolerance")
 
-    def __call__(
-        self, prompts: list[str], completions: list[str], **columns: list
-    ) -> list[float | None]:
+    def __call__(self, prompts: Texts, completions: Texts, **columns: list) -> Scores:
         def score(text: str, wanted: Any) -> float | None:
             x, y = last_number(text), last_number(str(wanted))
             if y is None:
                 return None
             return float(x is not None and abs(x - y) <= self.tolerance * max(1.0, abs(y)))
 
-        return _by_entry(score, completions, columns, self.answer)
+        return _by_entry(score, completions, _column(columns, self.answer))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,11 +86,9 @@ class Anagram:
 
     letters: str = "letters"
 
-    def __call__(
-        self, prompts: list[str], completions: list[str], **columns: list
-    ) -> list[float | None]:
+    def __call__(self, prompts: Texts, completions: Texts, **columns: list) -> Scores:
         rearranged = lambda text, wanted: float(sorted(text.strip()) == sorted(wanted))
-        return _by_entry(rearranged, completions, columns, self.letters)
+        return _by_entry(rearranged, completions, _column(columns, self.letters))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -109,9 +105,7 @@ class ContainsWords:
     words: str = "words"
     all_words: bool = False
 
-    def __call__(
-        self, prompts: list[str], completions: list[str], **columns: list
-    ) -> list[float | None]:
+    def __call__(self, prompts: Texts, completions: Texts, **columns: list) -> Scores:
         def score(text: str, wanted: str | list[str]) -> float | None:
             wanted = [wanted] if isinstance(wanted, str) else wanted
             if not wanted:
@@ -122,7 +116,7 @@ class ContainsWords:
             )
             return float(found == len(wanted)) if self.all_words else found / len(wanted)
 
-        return _by_entry(score, completions, columns, self.words)
+        return _by_entry(score, completions, _column(columns, self.words))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -144,9 +138,7 @@ class RegexMatch:
                 f"{self.pattern!r} ({error})"
             ) from error
 
-    def __call__(
-        self, prompts: list[str], completions: list[str], **columns: list
-    ) -> list[float | None]:
+    def __call__(self, prompts: Texts, completions: Texts, **columns: list) -> Scores:
         return [float(re.search(self.pattern, text) is not None) for text in completions]
 
 
@@ -173,9 +165,7 @@ class Length:
         at_least(0, self, "reward.length", "minimum", "slack")
         at_least(self.minimum, self, "reward.length", "maximum")
 
-    def __call__(
-        self, prompts: list[str], completions: list[str], **columns: list
-    ) -> list[float | None]:
+    def __call__(self, prompts: Texts, completions: Texts, **columns: list) -> Scores:
         tokens = self.unit == "tokens"
         measured = _column(columns, "completion_ids") if tokens else completions
         upper = math.inf if self.maximum is None else self.maximum
@@ -187,9 +177,7 @@ class Length:
 class Finished:
     """1 where the completion ended by a stop token rather than at the length limit, else 0."""
 
-    def __call__(
-        self, prompts: list[str], completions: list[str], **columns: list
-    ) -> list[float | None]:
+    def __call__(self, prompts: Texts, completions: Texts, **columns: list) -> Scores:
         return [float(stopped) for stopped in _column(columns, "finished")]
 
 
@@ -206,13 +194,10 @@ def last_number(text: str) -> float | None:
 
 
 def _by_entry(
-    score: Callable[[str, Any], float | None],
-    completions: list[str],
-    columns: dict[str, list],
-    name: str,
-) -> list[float | None]:
+    score: Callable[[str, Any], float | None], completions: Texts, column: list
+) -> Scores:
     """Each completion scored with its example's entry in a column; None without an entry."""
-    pairs = zip(completions, _column(columns, name), strict=True)
+    pairs = zip(completions, column, strict=True)
     return [None if wanted is None else score(text, wanted) for text, wanted in pairs]
 
 

@@ -69,38 +69,15 @@ def generate(
             f"prompts of {prompts.prompt_ids.shape[1]} slots and completions of "
             f"{max_completion_length} exceed the model's context of {model.config.max_positions}"
         )
-    return _generate(
-        model,
-        num_generations,
-        max_completion_length,
-        harvest,
-        params,
-        prompts,
-        key,
-        np.float32(temperature),
-        np.int32(top_k),
-        np.float32(top_p),
-        np.asarray(stop_ids, np.int32),
-        np.int32(pad_id),
-    )
+    static = model, num_generations, max_completion_length, harvest
+    filters = np.float32(temperature), np.int32(top_k), np.float32(top_p)
+    ends = np.asarray(stop_ids, np.int32), np.int32(pad_id)
+    return _generate(*static, params, prompts, key, filters, ends)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
-def _generate(
-    model,
-    generations,
-    length,
-    harvest,
-    params,
-    prompts,
-    key,
-    temperature,
-    top_k,
-    top_p,
-    stop_ids,
-    pad_id,
-):
-    view = model.view(params)
+def _generate(model, generations, length, harvest, params, prompts, key, filters, ends):
+    view, (stop_ids, pad_id) = model.view(params), ends
     per_generation = lambda x: jnp.repeat(x, generations, axis=0)
     prompt_ids, prompt_mask = map(per_generation, (prompts.prompt_ids, prompts.prompt_mask))
     prompt_length = prompt_mask.sum(axis=1, dtype=jnp.int32)
@@ -117,7 +94,7 @@ def _generate(
         """Sample token t of every completion from the features that predict it, and record it."""
         t, cache, _, alive, ids, mask, logps, kept = state
         logits = model.logits(view["classifier"], features)
-        token, logp = sample_token(jax.random.fold_in(key, t), logits, temperature, top_k, top_p)
+        token, logp = sample_token(jax.random.fold_in(key, t), logits, *filters)
         token = jnp.where(alive, token, pad_id)
         column = lambda array, x: jax.lax.dynamic_update_index_in_dim(array, x, t, axis=1)
         ids, mask = column(ids, token), column(mask, alive)

@@ -18,14 +18,14 @@ import orbax.checkpoint as ocp
 from jax.sharding import SingleDeviceSharding
 from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, BestN, LatestN
 
+from jaxdyn.errors import Closing, JaxdynError
 from jaxdyn.paths import AnyPath, in_bucket, one_line
-from jaxdyn.types import JaxdynError
 
 # Orbax logs the traceback of every error that it raises; here they end as one line.
 logging.getLogger("absl").addFilter(lambda record: not record.exc_info)
 
 
-class Checkpoints:
+class Checkpoints(Closing):
     """The checkpoints under one directory.
 
     The newest `keep` are kept (0: all), and the one that was saved with the largest `metric`, the
@@ -81,11 +81,7 @@ class Checkpoints:
         return metrics.get(self._metric, -math.inf) > self._best[0]
 
     def save(
-        self,
-        step: int,
-        state: Any,
-        position: dict[str, Any],
-        metrics: dict[str, Any] | None = None,
+        self, step: int, state: Any, position: dict[str, Any], metrics: dict[str, Any] | None = None
     ) -> None:
         """Begin to save the state with which `step` begins, and what was measured of it.
 
@@ -159,17 +155,6 @@ class Checkpoints:
         """Wait for a save in progress; JaxdynError if it failed."""
         self.wait()
         self._manager.close()
-
-    def __enter__(self) -> "Checkpoints":
-        return self
-
-    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
-        """Close; what went wrong before counts more than what goes wrong now."""
-        try:
-            self.close()
-        except JaxdynError:
-            if error is None:
-                raise
 
 
 def require_finite(metrics: dict[str, float], step: int, checkpoints: Checkpoints) -> None:

@@ -30,9 +30,11 @@ SAMPLES = (8, 2)
 """Of how many prompts, and how many each, `temperatures.jsonl` keeps the completions."""
 
 
-def evaluate(
-    task: Task, params: Params, directory: RunDirectory, step: int
-) -> tuple[Experience, dict[str, float]]:
+Sampled = tuple[Experience, dict[str, float]]
+"""Completions of the held-out prompts, and what is measured of them."""
+
+
+def evaluate(task: Task, params: Params, directory: RunDirectory, step: int) -> Sampled:
     """Sample the held-out prompts, keep the completions; what is measured of them."""
     experience, measured = sample_held_out(task, params)
     directory.log("samples.jsonl", *experience.records(step))
@@ -40,42 +42,27 @@ def evaluate(
 
 
 def sweep_temperatures(
-    task: Task,
-    params: Params,
-    directory: RunDirectory,
-    step: int,
-    experience: Experience,
-    measured: dict[str, float],
+    task: Task, params: Params, directory: RunDirectory, step: int, known: Sampled
 ) -> None:
-    """Sample the configured temperatures too, into `temperatures.jsonl`; the own one is known."""
+    """Sample the configured temperatures too, into `temperatures.jsonl`; the own one is `known`."""
     own, asked = task.config.sampling.temperature, task.config.evaluation.temperatures
     for temperature in sorted({own, *asked}) if asked else ():
-        known = temperature == own
-        found = (
-            (experience, measured)
-            if known
-            else sample_held_out(task.at_temperature(temperature), params)
-        )
+        other = task.at_temperature(temperature)
+        found = known if temperature == own else sample_held_out(other, params)
         line = temperature_line(*found, temperature)
         directory.log("temperatures.jsonl", {"step": step, **line})
 
 
-def sample_held_out(task: Task, params: Params) -> tuple[Experience, dict[str, float]]:
+def sample_held_out(task: Task, params: Params) -> Sampled:
     """Completions of the held-out prompts, and all that is measured of them."""
     config = task.config
     evaluation = config.evaluation
-    count = min(evaluation.num_prompts, len(task.test))
-    experience = gather_experience(
-        task,
-        params,
-        [task.test[i] for i in range(count)],
-        step_key(config.seed, "evaluation", 0),
-        evaluation.num_generations,
-    )
+    examples, key = task.test[: evaluation.num_prompts], step_key(config.seed, "evaluation", 0)
+    experience = gather_experience(task, params, examples, key, evaluation.num_generations)
     temperature = np.float32(config.sampling.temperature)
     rollout = task.layout.rows(experience.rollout)
     certainty = fetch(policy_certainty(task.model, params, rollout, temperature))
-    grouped = lambda values: values.reshape(count, -1).astype(np.float64)
+    grouped = lambda values: values.reshape(len(examples), -1).astype(np.float64)
     scores = {}
     if task.metrics is not None:
         texts = (experience.prompts, experience.completions, experience.columns)
@@ -122,11 +109,6 @@ def temperature_line(
 ) -> dict[str, Any]:
     """A line of `temperatures.jsonl`: the measures, and some completions."""
     prompts, each = SAMPLES
-    rows = experience.records(0)
-    kept = [row for i, row in enumerate(rows) if i % experience.num_generations < each]
-    samples = [
-        {key: value for key, value in row.items() if key != "step"}
-        for row in kept
-        if row["prompt_index"] < prompts
-    ]
+    first = experience.records(limit=prompts * experience.num_generations)
+    samples = [row for i, row in enumerate(first) if i % experience.num_generations < each]
     return {"temperature": temperature, **metrics, "samples": samples}

@@ -37,13 +37,14 @@ class Experience:
         rows, g = self.completion_ids, self.num_generations
         return [rows[i : i + g] for i in range(0, len(rows), g)]
 
-    def records(self, step: int, limit: int | None = None) -> list[dict[str, Any]]:
+    def records(self, step: int | None = None, limit: int | None = None) -> list[dict[str, Any]]:
         """The completions in readable form; `reward` is None where there is no score."""
+        about = {} if step is None else {"step": step}
         rewards = [None if np.isnan(total) else float(total) for total in self.rewards.total]
         rows = range(len(self.completions))[:limit]
         return [
             {
-                "step": step,
+                **about,
                 "prompt_index": row // self.num_generations,
                 "prompt": self.prompts[row],
                 "completion": self.completions[row],
@@ -66,8 +67,7 @@ def gather_experience(
 
     `harvest` keeps the features that predicted the tokens (`Rollout.features`).
     """
-    tokenizer, sampling = task.tokenizer, task.config.sampling
-    longest = task.config.train.max_prompt_length
+    tokenizer, longest = task.tokenizer, task.config.train.max_prompt_length
     prompts = encode_prompts(tokenizer, [e["prompt"] for e in examples], longest)
     rollout = generate(
         task.model,
@@ -75,10 +75,7 @@ def gather_experience(
         task.layout.rows(prompts),
         task.layout.everywhere(key),
         num_generations=num_generations,
-        max_completion_length=sampling.max_completion_length,
-        temperature=sampling.temperature,
-        top_k=sampling.top_k,
-        top_p=sampling.top_p,
+        **vars(task.config.sampling),
         stop_ids=tokenizer.stop_ids,
         pad_id=tokenizer.pad_id,
         harvest=harvest,

@@ -116,13 +116,14 @@ def train(
 
             ends, every = step + 1 == last, config.evaluation.every
             if ends or (every and (step + 1) % every == 0):
-                sampled, measured = evaluate(task, state.params, directory, step)
+                sampled = evaluate(task, state.params, directory, step)
+                measured = sampled[1]
                 metrics |= as_evaluation(measured)
                 goal = config.train.target_reward
                 position["reached"] = bool(goal and measured.get("reward", -math.inf) >= goal)
                 ends = ends or position["reached"]
                 if ends:
-                    sweep_temperatures(task, state.params, directory, step, sampled, measured)
+                    sweep_temperatures(task, state.params, directory, step, sampled)
             directory.log("metrics.jsonl", metrics)
             directory.log("completions.jsonl", *completions)
 
@@ -146,10 +147,10 @@ def train(
 
 def record_start(task: Task, probe: Probe | None, directory: RunDirectory) -> None:
     """The state before training, as step -1."""
-    sampled, measured = evaluate(task, task.params, directory, step=-1)
-    baseline = as_evaluation(measured)
+    sampled = evaluate(task, task.params, directory, step=-1)
+    baseline = as_evaluation(sampled[1])
     directory.log("metrics.jsonl", {"step": -1, **baseline})
-    sweep_temperatures(task, task.params, directory, -1, sampled, measured)
+    sweep_temperatures(task, task.params, directory, -1, sampled)
     require_measured(task.config.train.keep_best, baseline)
     if probe is not None:
         record_probe(directory, -1, *probe.measure_state(task.params))

@@ -15,21 +15,12 @@ from typing import Any
 import numpy as np
 from tensorboardX import SummaryWriter
 
+from jaxdyn.errors import Closing, JaxdynError
 from jaxdyn.grammar import load_config, save_config
-from jaxdyn.paths import PROBE, AnyPath, in_bucket, one_line, open_path
-from jaxdyn.types import JaxdynError
-
-LOGS = (
-    "metrics.jsonl",
-    "dynamics.jsonl",
-    "ledger.jsonl",
-    "samples.jsonl",
-    "completions.jsonl",
-    "temperatures.jsonl",
-)
+from jaxdyn.paths import PROBE, AnyPath, in_bucket, one_line, open_path, write_whole
 
 
-class RunDirectory:
+class RunDirectory(Closing):
     """The directory of one run, opened with the run's configuration.
 
     Files are written on disk. A bucket can neither append nor rename, so a run in one is written
@@ -83,32 +74,15 @@ class RunDirectory:
         if self.path.is_dir() and {path.name for path in self.path.iterdir()} - ours:
             raise JaxdynError(f"{self.path} is not empty and holds no run; choose another output")
 
-    def __enter__(self) -> "RunDirectory":
-        return self
-
-    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
-        """Close; what went wrong before counts more than what goes wrong now."""
-        try:
-            self.close()
-        except JaxdynError:
-            if error is None:
-                raise
-
     def rewind(self, step: int) -> None:
         """Forget everything logged at `step` or later."""
-        for name in LOGS:
-            path = self.local / name
-            if self._bucket is not None and (self._bucket / name).exists():
-                path.write_bytes((self._bucket / name).read_bytes())
-            if path.exists():
-                # A text may hold other line separators, and a killed run half a character.
-                lines = path.read_text(encoding="utf-8", errors="replace").split("\n")
-                kept = [line for line in lines if _before(line, step)]
-                partial = path.with_suffix(".partial")
-                partial.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
-                partial.replace(path)
-        arrays = (self._bucket or self.local) / "dynamics"
-        for array in arrays.glob("step_*.npz"):
+        written = self._bucket or self.local
+        for log in sorted(written.glob("*.jsonl")):
+            # A text may hold other line separators, and a killed run half a character.
+            lines = log.read_bytes().decode("utf-8", errors="replace").split("\n")
+            kept = [line for line in lines if _before(line, step)]
+            write_whole(self.local / log.name, "".join(line + "\n" for line in kept))
+        for array in (written / "dynamics").glob("step_*.npz"):
             if int(array.stem.removeprefix("step_")) >= step:
                 array.unlink()
         self._board = SummaryWriter(str(self.local / "tensorboard"), purge_step=max(step, 0))

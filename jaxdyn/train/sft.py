@@ -15,7 +15,7 @@ import numpy as np
 from jaxdyn.data import encode_supervised
 from jaxdyn.hosts import fetch
 from jaxdyn.optim import OptimConfig, Stage, merge
-from jaxdyn.rl import feature_statistics
+from jaxdyn.train.policy import completion_statistics
 from jaxdyn.train.state import TrainState
 from jaxdyn.train.step import Taken, examples_of, progress_of, rate_of, split_state
 from jaxdyn.train.task import Task
@@ -45,9 +45,7 @@ def supervised_update(
     def objective(view, part):
         tokens, mask, predicted = part
         features = model.features(view["backbone"], tokens, mask)[:, :-1]
-        statistics = feature_statistics(
-            model.logits, view["classifier"], features, tokens[:, 1:], shards=model.shards
-        )
+        statistics = completion_statistics(model, view["classifier"], features, tokens[:, 1:], 1.0)
         loss = -jnp.sum(jnp.where(predicted[:, 1:], statistics.logps, 0)) / count
         return loss, {"loss": jax.lax.stop_gradient(loss)}
 

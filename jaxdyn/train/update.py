@@ -25,12 +25,7 @@ from jaxdyn.rl import (
     policy_loss,
     value_loss,
 )
-from jaxdyn.train.policy import (
-    UpdateBatch,
-    certainty,
-    completion_features,
-    completion_statistics,
-)
+from jaxdyn.train.policy import UpdateBatch, certainty, completion_features, completion_statistics
 from jaxdyn.train.state import TrainState
 from jaxdyn.types import Model, Params, View
 
@@ -123,27 +118,17 @@ def policy_objective(
     normalizer: Normalizer,
 ) -> tuple[jax.Array, Metrics]:
     """The RL loss of classifier (and value head) on features, with its metrics, as sums."""
-    statistics = completion_statistics(
-        model, view["classifier"], features, batch.completion_ids, temperature
-    )
+    ids, mask = batch.completion_ids, batch.completion_mask
+    old, ref = batch.old_per_token_logps, batch.ref_per_token_logps
+    policy = completion_statistics(model, view["classifier"], features, ids, temperature)
     value, metrics = policy_loss(
-        loss,
-        statistics.logps,
-        batch.old_per_token_logps,
-        batch.ref_per_token_logps,
-        batch.advantages,
-        batch.completion_mask,
-        normalizer,
-        statistics.entropy,
+        loss, policy.logps, old, ref, batch.advantages, mask, normalizer, policy.entropy
     )
     if batch.values is not None:
-        old, returns = batch.values.old, batch.values.returns
-        estimates = state_values(view["value"], features)
-        fit, of_values = value_loss(
-            loss, estimates, old, returns, batch.completion_mask, normalizer
-        )
+        estimates, goal = state_values(view["value"], features), batch.values
+        fit, of_values = value_loss(loss, estimates, goal.old, goal.returns, mask, normalizer)
         value, metrics = value + fit, {**metrics, **of_values}
-    sure = certainty(statistics, batch.completion_mask, normalizer)
+    sure = certainty(policy, mask, normalizer)
     metrics = {**metrics, "loss": value, **sure}
     return value, jax.tree.map(jax.lax.stop_gradient, metrics)
 

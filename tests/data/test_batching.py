@@ -50,19 +50,11 @@ def test_no_examples_is_an_error():
 
 
 @pytest.mark.parametrize(
-    ("length", "limit", "buckets", "slots"),
-    [
-        (1, 64, None, 8),
-        (8, 64, None, 8),
-        (9, 64, None, 16),
-        (33, 48, None, 48),
-        (5, 6, None, 6),
-        (5, 64, (4, 12, 40), 12),
-        (41, 64, (4, 12, 40), 64),
-    ],
+    ("length", "limit", "slots"),
+    [(1, 64, 8), (8, 64, 8), (9, 64, 16), (33, 64, 64), (33, 48, 48), (5, 6, 6)],
 )
-def test_bucket(length, limit, buckets, slots):
-    assert bucket(length, limit, buckets) == slots
+def test_bucket(length, limit, slots):
+    assert bucket(length, limit) == slots
 
 
 def test_prompts_are_padded_on_the_left(tokenizer):

@@ -140,8 +140,8 @@ def test_completion_keeps_its_leading_space_and_loses_its_stop_token():
         ({}, "no tokenizer.json"),
         ({"tokenizer.json": "{"}, "cannot read .*tokenizer.json"),
         ({"tokenizer.json": None}, "names a stop token"),
-        ({"tokenizer.json": None, "config.json": "{,"}, "config.json is not JSON"),
-        ({"tokenizer.json": None, "config.json": "[]"}, "should hold a JSON object, not list"),
+        ({"tokenizer.json": None, "config.json": "{,"}, "config.json cannot be read as JSON"),
+        ({"tokenizer.json": None, "config.json": "[]"}, "should hold a JSON object, got "),
     ],
 )
 def test_errors_are_one_line(tmp_path, files, message):

@@ -324,7 +324,7 @@ def test_tiles_stay_within_the_budget_and_fill_it(name, slots, counted, outputs,
         size = memory.tile_size((1000, 1000), True, need, 0, budget - spare)
         rows = shaped_rows(size, slots, 1, 1)
         factor = jax.ShapeDtypeStruct((128, 128), jnp.float32)
-        operands = (model, view, None, factor, rows, rows)
+        operands = (model, (view, None, factor), rows, rows)
         peak = compiled_bytes(
             trace_exact.exact_tile, *operands, at_once=1, first=True, workspace=workspace
         )

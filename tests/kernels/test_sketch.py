@@ -52,7 +52,7 @@ def draws(name, preconditioned=False):
     def compute(keys, factors):
         def one(key):
             pair = projection.sketch_factors(key, factors, config, REPLICATES, SIDE, roots)
-            parts, error = sketch.estimate(pair, pair, tied=config.tied)
+            *parts, error = sketch.estimate(pair, pair, tied=config.tied)
             return pair, dict(zip(PARTS, parts, strict=True)), error
 
         return jax.lax.map(one, keys, batch_size=50)

@@ -153,7 +153,7 @@ def test_only_json_and_safetensors_are_fetched(tmp_path, monkeypatch):
     [
         (None, "cannot be read as JSON"),
         ("{", "cannot be read as JSON"),
-        ("[1]", "holds a list, wanted an object"),
+        ("[1]", "should hold a JSON object, got [1]"),
     ],
 )
 def test_a_config_that_is_missing_or_malformed(content, said, checkpoint):

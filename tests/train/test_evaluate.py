@@ -66,7 +66,7 @@ def test_the_first_metric_decides_where_there_are_some_and_what_it_did_not_score
         ({"pass_at": (0,)}, "got 0"),
         ({"pass_at": (2, 2)}, r"evaluation.pass_at names one twice: \(2, 2\)"),
         ({"metrics": ("anagram", "anagram")}, "evaluation.metrics names one twice"),
-        ({"temperatures": (0.5, -1.0)}, r"temperatures must be 0 \(greedy\) or above, got -1.0"),
+        ({"temperatures": (0.5, -1.0)}, "temperatures must be at least 0, got -1.0"),
         ({"temperatures": (math.nan,)}, "got nan"),
         ({"temperatures": (math.inf,)}, "got inf"),
         ({"success_threshold": math.nan}, "success_threshold must be finite, got nan"),
