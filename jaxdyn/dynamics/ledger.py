@@ -12,9 +12,9 @@ and the KL to the first checkpoint (`jaxdyn.dynamics.observables`). The parts ar
     representation ∫ ⟨∂h/∂f, ΔW φ⟩ dt        gradient ∫ ⟨∂h/∂f, W Dφ Δψ⟩ dt,
 
 of a tied matrix its two roles, ΔE as unembedding and ΔE as embedding, which needs no cross term;
-and on request layers and kinds of parameter (`jaxdyn.dynamics.ledger_layers`). Integrals are by
-Gauss–Legendre quadrature, whose nodes are doubled until what is missing is below a tolerance: the
-parts' sum is compared with the change itself, which is known.
+and on request layers and kinds of parameter (`jaxdyn.dynamics.ledger_layers`). Integrals are
+by Clenshaw and Curtis's rule, whose nodes are doubled until what is missing is below a tolerance:
+the parts' sum is compared with the change itself, which is known.
 
 Single updates do not add up to this by their shares: steps that go together and steps that cancel
 look alike one by one. The path integral is due to Sundararajan et al. 2017 (integrated gradients)
