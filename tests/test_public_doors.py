@@ -109,6 +109,9 @@ DOORS = {
     "dynamics.site_state": state,
     "kernels.apply_kernel": lambda m, p: paths(kernels.apply_kernel(m, p, SITES, cotangents())),
     "kernels.log_prob_kernel": of_sites(kernels.log_prob_kernel),
+    "kernels.policy_kernel": lambda m, p: paths(
+        kernels.policy_kernel(m, p, SITES, COMPLETIONS, weights=np.ones((2, 2, 2)))
+    ),
     "kernels.sequence_kernel": lambda m, p: paths(kernels.sequence_kernel(m, p, COMPLETIONS)),
     # A tied matrix has one set of signs on its two paths, so the classifier's sketch differs.
     "kernels.sketch_gradients": lambda m, p: {
