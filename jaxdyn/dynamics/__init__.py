@@ -1,5 +1,12 @@
 """What an update did: first-order propagation by component, confidence, diversity, features."""
 
+from jaxdyn.dynamics.influence import (
+    Change,
+    Influence,
+    contributions,
+    influence,
+    own_tokens,
+)
 from jaxdyn.dynamics.measure import (
     SiteState,
     StateMeasures,

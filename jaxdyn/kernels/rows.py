@@ -52,15 +52,27 @@ def logit_cotangents(row: Rows, logits: jax.Array) -> jax.Array:
     if row.chosen is not None:
         picked = jax.nn.one_hot(row.chosen, vocab, dtype=logits.dtype)[:, None, :]
         return jnp.broadcast_to(picked, (len(row.chosen), len(logits), vocab))
-    target = jax.nn.one_hot(row.targets, vocab, dtype=logits.dtype)
     if row.both is None:
-        return (row.weights[:, None].astype(logits.dtype) * (target - jax.nn.softmax(logits)))[None]
-    temperature = row.temperatures.astype(logits.dtype)
+        score = jax.nn.one_hot(row.targets, vocab, dtype=logits.dtype) - jax.nn.softmax(logits)
+        return (row.weights[:, None].astype(logits.dtype) * score)[None]
+    _, gradients = statistics_of(logits, row.targets, row.temperatures.astype(logits.dtype))
+    return jnp.einsum("kst,tsv->ksv", row.both.astype(logits.dtype), gradients)
+
+
+def statistics_of(
+    logits: jax.Array, targets: jax.Array, temperature: Any = 1.0
+) -> tuple[jax.Array, jax.Array]:
+    """log π(target) and H [2, S] of π = softmax(f / temperature), and their gradients by f.
+
+    The gradients [2, S, V] are (e_y − π) / temperature and −π ⊙ (log π + H) / temperature.
+    """
     log_probs = jax.nn.log_softmax(logits / temperature)
     probs = jnp.exp(log_probs)
     entropy = -jnp.sum(probs * log_probs, axis=1, keepdims=True)
-    gradients = jnp.stack([target - probs, -probs * (log_probs + entropy)])
-    return jnp.einsum("kst,tsv->ksv", row.both.astype(logits.dtype), gradients) / temperature
+    target = jax.nn.one_hot(targets, logits.shape[1], dtype=logits.dtype)
+    logp = jnp.take_along_axis(log_probs, targets[:, None], axis=1)
+    gradients = jnp.stack([target - probs, -probs * (log_probs + entropy)]) / temperature
+    return jnp.stack([logp[:, 0], entropy[:, 0]]), gradients
 
 
 def site_rows(model: Model, sites: Sites, name: str) -> Rows:
