@@ -36,7 +36,8 @@ class UpdateTaken(NamedTuple):
     """One update by a step's batch: the policy before it, the state after it, and its parts.
 
     `weights` [B, C, 2] are ∂loss/∂ log π and ∂loss/∂H of the batch's tokens before it, of π at the
-    sampler's `temperature`; `metric` and the `others` are shaped as the policy's parameters (`jaxdyn.dynamics.influence`).
+    sampler's `temperature`; `metric` and the `others` are shaped as the policy's parameters
+    (`jaxdyn.dynamics.influence`).
     """
 
     before: Params
