@@ -8,7 +8,7 @@ the sum of adds up to what it changed. From outside there is no update, only its
 import dataclasses
 import json
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import numpy as np
@@ -17,43 +17,23 @@ from rich.console import Console
 from rich.table import Table
 
 import jaxdyn
-from jaxdyn.commands.influence_options import InfluenceOptions
-from jaxdyn.commands.influence_places import (
-    Related,
-    batch_sites,
-    own_weights,
-    relate,
-    token_places,
+from jaxdyn.commands.influence_account import (
+    Account,
+    account_of_file,
+    account_of_step,
+    step_of,
 )
-from jaxdyn.commands.kernel import tiles, wide
-from jaxdyn.commands.kernel_options import bytes_of
+from jaxdyn.commands.influence_options import InfluenceOptions
 from jaxdyn.commands.output import refuse_others
-from jaxdyn.dynamics import Influence, contributions, influence, own_tokens, site_texts
-from jaxdyn.hosts import fetch
+from jaxdyn.dynamics import site_texts
 from jaxdyn.paths import write_whole
 from jaxdyn.report.influence_file import COLUMNS, FUNCTIONS, SavedInfluence
 from jaxdyn.report.origins import ORIGINS, summarize_influence
-from jaxdyn.train.probe import Probe
 from jaxdyn.train.progress import Progress
-from jaxdyn.train.retake import batch_rollout, take_updates
-from jaxdyn.train.saved import SavedRun, open_run
-from jaxdyn.train.step import prepare_step
-from jaxdyn.types import COMPONENTS, Components, JaxdynError, Rollout, Sites
+from jaxdyn.train.saved import open_run
+from jaxdyn.types import COMPONENTS, Sites
 
 FILES = {"influence.npz", "influence.json", "influence.partial"}
-
-
-class Account(NamedTuple):
-    """What was found, and between what."""
-
-    sites: Sites
-    related: Related
-    rollout: Rollout
-    columns: Components
-    arrays: dict[str, Any]  # of `SavedInfluence`, where there are any
-    texts: dict[str, Any]
-    about: dict[str, Any]
-    tokenizer: Any
 
 
 def run(options: InfluenceOptions, progress: Progress | None = None) -> Path:
@@ -63,131 +43,15 @@ def run(options: InfluenceOptions, progress: Progress | None = None) -> Path:
       JaxdynError: naming what does not fit: the output, the run, the step, the options.
     """
     progress = progress or Progress()
-    with open_run(str(options.run)) as saved:
+    if options.run is None:
+        output = options.destination(None)
+        refuse_others(output, FILES)
+        return write(account_of_file(options, progress), options, output)
+    with open_run(options.run) as saved:
         step = step_of(options, saved)
         output = options.destination(step)
         refuse_others(output, FILES)
         return write(account_of_step(options, saved, step, progress), options, output)
-
-
-def step_of(options: InfluenceOptions, saved: SavedRun) -> int:
-    """The step to take again.
-
-    Raises:
-      JaxdynError: if it has no checkpoint before it, or none follows its checkpoint.
-    """
-    if saved.config.kind != "rl":
-        raise JaxdynError(f"{saved.path} is a run of jaxdyn {saved.config.kind}; wanted one of rl")
-    if options.step is not None:
-        step = saved.find(options.step)
-        if not saved.follows(step):
-            raise JaxdynError(f"no step of {saved.path} follows its checkpoint {step}")
-        return step
-    followed = [step for step in saved.steps if saved.follows(step)]
-    if not followed:
-        raise JaxdynError(
-            f"{saved.path} keeps no checkpoint that a step follows, got {saved.steps}; train with "
-            "--train.checkpoint-every and --train.keep-checkpoints 0"
-        )
-    return followed[-1]
-
-
-def account_of_step(
-    options: InfluenceOptions, saved: SavedRun, step: int, progress: Progress
-) -> Account:
-    """The account of a run's step: of all its inner epochs together."""
-    task = saved.task
-    stage, state = saved.begin(step)
-    prepared = prepare_step(task, state, stage, step)
-    rollout, of_batch = batch_rollout(prepared), options.look_at == "batch"
-    if of_batch:
-        counts = options.site_completions, options.sites_per_completion
-        sites = batch_sites(rollout, *counts, options.seed)
-    else:
-        sites = Probe(task).sites
-    related = relate(sites, rollout, of_batch)
-    places = places_of(options, rollout)
-    how: dict[str, Any] = {"memory_budget": bytes_of(options.memory_budget)}
-
-    found: list[tuple[Influence, dict[str, Components]]] = []
-    weights: list[np.ndarray] = []
-    with tiles(progress, f"step {step}") as report:
-        for update in take_updates(task, state, stage, prepared):
-            common: dict[str, Any] = {
-                "weights": update.weights,
-                "temperature": update.temperature,
-                "metric": update.metric,
-            }
-            account = influence(
-                task.model,
-                update.before,
-                update.after,
-                sites,
-                rollout,
-                **common,
-                clip=update.clip,
-                others=update.others,
-                progress=report,
-                **how,
-            )
-            beside: dict[str, Components] = {}
-            if of_batch:
-                own = {**common, "weights": own_weights(update.weights, related)}
-                beside["itself"] = own_tokens(task.model, update.before, sites, **own)
-            if places is not None:
-                given = {**common, "places": places, **how}
-                beside["by_token"] = contributions(
-                    task.model, update.before, sites, rollout, **given
-                )
-            found.append(fetch((account, beside)))
-            weights.append(update.weights)
-    account, beside = jax.tree.map(lambda *x: sum(x[1:], x[0]), *found)
-    arrays: dict[str, Any] = {name: stacked(x) for name, x in {**account.others, **beside}.items()}
-    arrays |= {"first_order": account.first_order, "actual": account.actual, "places": places}
-    experience = prepared.experience
-    texts = {
-        "prompts": experience.prompts,
-        "completions": experience.completions,
-        "advantages": wide(prepared.batch.advantages),
-        "rewards": np.asarray(experience.rewards.total, np.float64),
-        "weights": weights[0],
-    }
-    about = {
-        "model": f"{saved.path.resolve().name}, step {step}",
-        "step": step,
-        "stage": stage.name,
-        "learning_rate": prepared.rate,
-        "epochs": len(found),
-        "unit": "nats",
-        "temperature": task.config.sampling.temperature,
-        "loss": dataclasses.asdict(task.config.loss),
-        "optim": dataclasses.asdict(task.config.optim),
-    }
-    tokenizer = saved.loaded.tokenizer
-    return Account(sites, related, rollout, account.completions, arrays, texts, about, tokenizer)
-
-
-def places_of(options: InfluenceOptions, rollout: Rollout) -> np.ndarray | None:
-    """The tokens to take one by one.
-
-    Raises:
-      JaxdynError: if there is no such completion, or it has no token.
-    """
-    if not options.by_token:
-        return None
-    count = len(rollout.completion_ids)
-    for number in options.by_token:
-        if not 0 <= number < count:
-            raise JaxdynError(f"by_token names completion {number}; they go from 0 to {count - 1}")
-    places = token_places(rollout, options.by_token)
-    if not len(places):
-        raise JaxdynError(f"completions {list(options.by_token)} have no token")
-    return places
-
-
-def stacked(x: Components) -> np.ndarray:
-    """The components along a first axis."""
-    return np.stack([getattr(x, name) for name in COMPONENTS])
 
 
 # -- the files and the table ----------------------------------------------------------------------

@@ -163,7 +163,12 @@ def contributions(
 
 @functools.partial(jax.jit, static_argnums=0)
 def own_tokens(
-    model: Model, params: Params, sites: Sites, weights: Any, temperature: Any, metric: Params
+    model: Model,
+    params: Params,
+    sites: Sites,
+    weights: Any,
+    temperature: Any,
+    metric: Params | None = None,
 ) -> Components:
     """What each site's own token did to it, [2, O]: the case that a site is among the batch's.
 
@@ -172,9 +177,9 @@ def own_tokens(
       weights: ∂loss/∂ log π and ∂loss/∂H at each, [O, 2].
       temperature: at which the loss saw them.
 
-    For the other arguments see `influence`.
+    For the other arguments see `contributions`.
     """
-    view, scale = model.view(params), model.view(metric)
+    view, scale = model.view(params), None if metric is None else model.view(metric)
 
     def of_site(given):
         row, position, target, weight = given
@@ -192,10 +197,11 @@ def own_tokens(
         seen = jnp.where(temperature > 0, temperature, 1)
         _, cotangents = statistics_of(logits, target[None], wide(seen))
         field = jnp.einsum("t,tnv->nv", wide(weight), cotangents)
-        loss = pullback(model, view, field, one)
-        change = jax.tree.map(lambda g, m: -(g * m).astype(g.dtype), loss, scale)
+        change = pullback(model, view, -field, one)
+        if scale is not None:
+            change = jax.tree.map(lambda g, m: (g * m).astype(g.dtype), change, scale)
         _, gradients = statistics_of(logits, target[None])
-        parts = pushforward(model, view, change, one)[1]
+        parts = pushforward(model, view, View(change), one)[1]
         return jax.tree.map(lambda d: jnp.einsum("tnv,nv->t", gradients, d), parts)
 
     found = jax.lax.map(of_site, (sites.rows, sites.positions, sites.targets, weights))
