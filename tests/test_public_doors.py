@@ -101,7 +101,28 @@ def of_sites(function, **options):
     return lambda model, params: paths(function(model, params, SITES, **options))
 
 
+def influenced(model, params):
+    """By stored parameters, of which a tied model's untied twin has one more."""
+    given = {"weights": np.ones((2, 2, 2)), "temperature": 0.7}
+    return dynamics.contributions(model, params, SITES, COMPLETIONS, **given)
+
+
+def accounted(model, params):
+    given = {"weights": np.ones((2, 2, 2)), "temperature": 0.7}
+    ones = jax.tree.map(jnp.ones_like, params)
+    change = {"decay": dynamics.Change(moved(params))}
+    found = dynamics.influence(
+        model, params, after(params), SITES, COMPLETIONS, metric=ones, others=change, **given
+    )
+    return paths(found.completions) | {"decay": found.others["decay"].total, "h": found.actual}
+
+
 DOORS = {
+    "dynamics.contributions": lambda m, p: paths(influenced(m, p)),
+    "dynamics.influence": accounted,
+    "dynamics.own_tokens": lambda m, p: paths(
+        dynamics.own_tokens(m, p, SITES, jnp.ones((5, 2)), 0.7)
+    ),
     "dynamics.delta_logits": lambda m, p: paths(dynamics.delta_logits(m, p, moved(p), SITES)[1]),
     "dynamics.measure_state": measured_state,
     "dynamics.measure_update": measured_update,

@@ -81,7 +81,7 @@ def to_save(account: Account, options: InfluenceOptions) -> SavedInfluence:
     texts = dict(account.texts)
     for name in ("prompts", "completions"):
         texts[name] = np.array(texts[name], np.str_)
-    components = {name: np.asarray(getattr(account.columns, name)) for name in COMPONENTS}
+    components = dict(zip(COMPONENTS, account.columns, strict=True))
     config = dataclasses.asdict(options)
     about = {"jaxdyn": jaxdyn.__version__, "functions": FUNCTIONS, "components": COMPONENTS}
     return SavedInfluence(
@@ -119,6 +119,9 @@ def print_summary(saved: SavedInfluence, summary: dict[str, Any]) -> None:
             cells = [f"{f[p]:+.3g}" if p in f else "" for f in found for p in parts]
             table.add_row(name.replace("_", " "), *cells)
     console.print(table)
+    if min(clips := saved.about.get("clip", [1.0])) < 1:
+        told = ", ".join(f"{c:.3g}" for c in clips)
+        say(f"the gradient was clipped to {told} of itself; completions count before that")
     if saved.actual is not None:
         sizes = [summary[function]["rms"] for function in FUNCTIONS]
         left = ", ".join(f"{s['residual'] / max(s['actual'], 1e-300):.1e}" for s in sizes)

@@ -2,9 +2,8 @@
 
 import dataclasses
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -21,15 +20,13 @@ from jaxdyn.commands.kernel_options import bytes_of
 from jaxdyn.commands.kernel_places import require_context
 from jaxdyn.data import encode_prompts, encode_supervised, read_scored
 from jaxdyn.dynamics import (
-    Influence,
     contributions,
     influence,
     own_tokens,
     rollout_from_texts,
 )
 from jaxdyn.hosts import fetch
-from jaxdyn.rl import LossConfig, logit_cotangents
-from jaxdyn.rl.losses import LossType
+from jaxdyn.rl import LossConfig, logit_cotangents, normalizer_of
 from jaxdyn.sections import ModelSource
 from jaxdyn.train.probe import Probe
 from jaxdyn.train.progress import Progress
@@ -46,7 +43,7 @@ class Account(NamedTuple):
     sites: Sites
     related: Related
     rollout: Rollout
-    columns: Components
+    columns: np.ndarray  # of the completions, by component, [3, 2, O, U]
     arrays: dict[str, Any]  # of `SavedInfluence`, where there are any
     texts: dict[str, Any]
     about: dict[str, Any]
@@ -92,8 +89,9 @@ def account_of_step(
     places = places_of(options, rollout)
     how: dict[str, Any] = {"memory_budget": bytes_of(options.memory_budget)}
 
-    found: list[tuple[Influence, dict[str, Components]]] = []
+    found: list[dict[str, np.ndarray]] = []
     weights: list[np.ndarray] = []
+    clips: list[float] = []
     with tiles(progress, f"step {step}") as report:
         for update in take_updates(task, state, stage, prepared):
             common: dict[str, Any] = {
@@ -122,11 +120,16 @@ def account_of_step(
                 beside["by_token"] = contributions(
                     task.model, update.before, sites, rollout, **given
                 )
-            found.append(fetch((account, beside)))
+            found.append(
+                {name: stacked(x) for name, x in {**account.others, **beside}.items()}
+                | {"completions": stacked(account.completions)}
+                | {name: fetch(getattr(account, name)) for name in ("first_order", "actual")}
+            )
             weights.append(update.weights)
-    account, beside = jax.tree.map(lambda *x: sum(x[1:], x[0]), *found)
-    arrays: dict[str, Any] = {name: stacked(x) for name, x in {**account.others, **beside}.items()}
-    arrays |= {"first_order": account.first_order, "actual": account.actual, "places": places}
+            clips.append(update.clip)
+    arrays: dict[str, Any] = {name: sum(one[name] for one in found) for name in found[0]}
+    columns = arrays.pop("completions")
+    arrays["places"] = places
     experience = prepared.experience
     texts = {
         "prompts": experience.prompts,
@@ -141,13 +144,14 @@ def account_of_step(
         "stage": stage.name,
         "learning_rate": prepared.rate,
         "epochs": len(found),
+        "clip": clips,
         "unit": "nats",
         "temperature": task.config.sampling.temperature,
         "loss": dataclasses.asdict(task.config.loss),
         "optim": dataclasses.asdict(task.config.optim),
     }
     tokenizer = saved.loaded.tokenizer
-    return Account(sites, related, rollout, account.completions, arrays, texts, about, tokenizer)
+    return Account(sites, related, rollout, columns, arrays, texts, about, tokenizer)
 
 
 def account_of_file(options: InfluenceOptions, progress: Progress) -> Account:
@@ -160,7 +164,7 @@ def account_of_file(options: InfluenceOptions, progress: Progress) -> Account:
     if scored.more:
         text = f"the first {options.limit} rows of {options.completions}; --limit 0 takes all"
         progress.console.print(text, highlight=False, soft_wrap=True)
-    loss = LossConfig(loss_type=cast(LossType, options.loss_type))  # which checks it
+    loss = LossConfig(aggregation=options.aggregation)
     model, params, tokenizer = open_model(ModelSource(str(options.model), options.untie))
     prompts = encode_prompts(tokenizer, scored.prompts, options.max_prompt_length)
     encoded = encode_supervised(tokenizer, scored.prompts, scored.completions, 2**31)
@@ -178,22 +182,22 @@ def account_of_file(options: InfluenceOptions, progress: Progress) -> Account:
         None,
         jnp.asarray(scored.advantages),
         rollout.completion_mask,
+        normalizer_of(rollout.completion_mask, options.max_completion_length),
     )
     weights = np.stack(fetch((found.of_logp, found.of_entropy)), axis=-1)
     common: dict[str, Any] = {"weights": weights, "temperature": options.temperature}
     how: dict[str, Any] = {"memory_budget": bytes_of(options.memory_budget)}
     with tiles(progress, "completions") as report:
-        columns = contributions(model, params, sites, rollout, **common, **how, progress=report)
-    arrays: dict[str, Any] = {"places": places}
+        whole = contributions(model, params, sites, rollout, **common, **how, progress=report)
     own = own_weights(weights, related)
-    arrays["itself"] = own_tokens(model, params, sites, own, options.temperature)
+    itself = own_tokens(model, params, sites, own, options.temperature)
+    arrays: dict[str, Any] = {"places": places, "itself": stacked(itself)}
     if places is not None:
         with tiles(progress, "tokens") as report:
-            arrays["by_token"] = contributions(
+            tokens = contributions(
                 model, params, sites, rollout, places=places, **common, **how, progress=report
             )
-    columns, arrays = fetch((columns, arrays))
-    parts = {k: stacked(x) if isinstance(x, Components) else x for k, x in arrays.items()}
+        arrays["by_token"] = stacked(tokens)
     texts = {
         "prompts": scored.prompts,
         "completions": scored.completions,
@@ -206,7 +210,7 @@ def account_of_file(options: InfluenceOptions, progress: Progress) -> Account:
         "temperature": options.temperature,
         "loss": dataclasses.asdict(loss),
     }
-    return Account(sites, related, rollout, columns, parts, texts, about, tokenizer)
+    return Account(sites, related, rollout, stacked(whole), arrays, texts, about, tokenizer)
 
 
 def places_of(options: InfluenceOptions, rollout: Rollout) -> np.ndarray | None:
@@ -228,5 +232,5 @@ def places_of(options: InfluenceOptions, rollout: Rollout) -> np.ndarray | None:
 
 
 def stacked(x: Components) -> np.ndarray:
-    """The components along a first axis."""
-    return np.stack([getattr(x, name) for name in COMPONENTS])
+    """The components along a first axis, on the host."""
+    return np.stack([fetch(getattr(x, name)) for name in COMPONENTS])

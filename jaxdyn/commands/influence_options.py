@@ -10,6 +10,13 @@ from jaxdyn.commands.kernel_options import bytes_of
 from jaxdyn.errors import JaxdynError
 from jaxdyn.grammar import at_least
 
+Aggregation = Literal[
+    "sequence-mean-token-mean",
+    "sequence-mean-token-sum",
+    "sequence-mean-token-sum-norm",
+    "token-mean",
+]
+
 
 @dataclasses.dataclass(frozen=True)
 class InfluenceOptions:
@@ -28,7 +35,7 @@ class InfluenceOptions:
       site_completions: batch: how many completions they lie in, evenly chosen (0: all).
       sites_per_completion: batch: beside its first token, so many inside each.
       by_token: completions, by number from 0, whose tokens are also taken one by one.
-      loss_type: with --model, whose average over tokens and completions it is, at ratio 1.
+      aggregation: with --model, how the loss averages over tokens and completions.
       temperature: with --model, of the policy that the completions were sampled from.
       limit: with --model, use the first so many rows (0: all).
       max_prompt_length: with --model, longest prompt, in tokens; a longer one is refused.
@@ -47,7 +54,7 @@ class InfluenceOptions:
     site_completions: int = 16
     sites_per_completion: int = 3
     by_token: tuple[int, ...] = ()
-    loss_type: str = "grpo"
+    aggregation: Aggregation = "sequence-mean-token-mean"
     temperature: float = 1.0
     limit: int = 64
     max_prompt_length: int = 512
@@ -88,5 +95,5 @@ class InfluenceOptions:
         return Path(str(self.run)) / f"influence-{step}" if self.run else Path("runs/influence")
 
 
-_OUTSIDE = frozenset({"completions", "untie", "loss_type", "temperature", "limit"})
+_OUTSIDE = frozenset({"completions", "untie", "aggregation", "temperature", "limit"})
 _OUTSIDE |= {"max_prompt_length", "max_completion_length"}
