@@ -30,7 +30,7 @@ from flax import struct
 
 from jaxdyn.dynamics.propagation import by_path
 from jaxdyn.kernels import Execution, policy_kernel
-from jaxdyn.kernels.operator import Batches, batches_of, pullback, pushforward
+from jaxdyn.kernels.operator import Batches, batches_of, pullback, pushforward, site_features
 from jaxdyn.kernels.rows import statistics_of
 from jaxdyn.types import Components, Model, Params, Rollout, Sites, View
 
@@ -125,8 +125,7 @@ def influence(
     parts = {"clipping": jax.tree.map(lambda x: (clip - 1) * x.sum(axis=-1), columns)}
     parts |= {name: along(change)[1] for name, change in (others or {}).items()}
     start, applied = along(Change(jax.tree.map(jnp.subtract, after, before)))
-    still = jax.tree.map(jnp.zeros_like, view)
-    end, _ = statistics_along(model, model.view(after), still, batches)
+    end = statistics_at(model, model.view(after), batches)
     return Influence(columns, parts, applied.total, end - start)
 
 
@@ -222,8 +221,24 @@ def statistics_along(
         return None, (found, jax.tree.map(along, parts))
 
     _, found = jax.lax.scan(of_batch, None, batches.sites)
-    in_order = lambda x: jnp.moveaxis(x, 1, 0).reshape(2, -1)[:, batches.places]
-    return jax.tree.map(in_order, found)
+    return jax.tree.map(functools.partial(_in_order, batches), found)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def statistics_at(model: Model, view: View, batches: Batches) -> jax.Array:
+    """log π of the targets and H, [2, N]."""
+
+    def of_batch(_, batch):
+        sites = Sites(**batch)
+        phi = site_features(model, view["backbone"], sites)
+        return None, statistics_of(model.logits(view["classifier"], phi), sites.targets)[0]
+
+    return _in_order(batches, jax.lax.scan(of_batch, None, batches.sites)[1])
+
+
+def _in_order(batches: Batches, x: jax.Array) -> jax.Array:
+    """Of all batches [K, 2, S] the N sites, [2, N]."""
+    return jnp.moveaxis(x, 1, 0).reshape(2, -1)[:, batches.places]
 
 
 def _budget(execution: Execution) -> Execution:

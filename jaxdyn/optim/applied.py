@@ -24,7 +24,7 @@ from jaxdyn.types import Params
 
 
 class Applied(NamedTuple):
-    """M, momentum and decay, shaped as the leaves that moved.
+    """M, momentum and decay (None where λ is 0), shaped as the leaves that moved.
 
     `clip` is c. Of a tied matrix `momentum_head` is the head path's part of the momentum, else None
     (`jaxdyn.optim.head_direction`).
@@ -32,7 +32,7 @@ class Applied(NamedTuple):
 
     metric: Params
     momentum: Params
-    decay: Params
+    decay: Params | None
     clip: float
     momentum_head: Any = None
 
@@ -78,5 +78,6 @@ def applied_parts(
         fresh = (1 - config.b1, config.b1) if config.optimizer == "adamw" else (1, config.momentum)
         scale = metric["backbone"]["embed"]["embedding"] / fresh[0]
         head = -fresh[1] * scale * head_moment
-    decay = jax.tree.map(lambda x: -learning_rate * config.weight_decay * x, moving)
+    shrunk = lambda x: -learning_rate * config.weight_decay * x
+    decay = jax.tree.map(shrunk, moving) if config.weight_decay else None
     return Applied(metric, momentum, decay, clip, head)

@@ -89,10 +89,9 @@ def take_updates(
             before.head_moment,
         )
         params, metric = merge(before.params, frozen), whole(parts.metric)
-        others = {
-            "momentum": Change(whole(parts.momentum), parts.momentum_head),
-            "decay": Change(whole(parts.decay)),
-        }
+        others = {"momentum": Change(whole(parts.momentum), parts.momentum_head)}
+        if parts.decay is not None:
+            others["decay"] = Change(whole(parts.decay))
         if prepared.batch.values is not None and prepared.features is None:
             others["critic"] = critic_change(task, params, prepared.batch, metric, parts.clip)
         yield UpdateTaken(
