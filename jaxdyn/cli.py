@@ -1,4 +1,4 @@
-"""`jaxdyn quickstart | sft | rl | evaluate | analyze | kernel | ledger | plan | report | export`.
+"""`jaxdyn quickstart | sft | rl | evaluate | analyze | kernel | ledger | influence | plan | …`.
 
 Anything the user can mend ends in one line on standard error and exit code 2. A training run that
 gets SIGTERM saves and ends with exit code 75; the same command goes on from there, as it does after
@@ -90,6 +90,12 @@ COMMANDS = {
         "commands.ledger:run",
         "ledger: {}",
         done_by="one",
+    ),
+    "influence": Command(
+        "which completions of a training step moved the policy where, and all else it did",
+        "commands.influence_options:InfluenceOptions",
+        "commands.influence:run",
+        "influence: {}",
     ),
     "plan": Command(
         "memory, time and limits of a run on a TPU slice that need not be there",

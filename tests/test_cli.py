@@ -68,6 +68,7 @@ def test_help_lists_the_commands(arguments, capsys):
         "evaluate": "[RUN] --model --preset --temperatures --pass-at --success-threshold",
         "analyze": "RUN --output",
         "kernel": "--prompts --quantity --by-part --preconditioned --memory-budget",
+        "influence": "[RUN] --step --sites --by-token --model --completions --memory-budget",
         "plan": "PRESET --topology --mesh.fsdp --meshes --num-prompts --remat --no-largest",
         "report": "RUN --output",
         "export": "RUN OUTPUT --step",

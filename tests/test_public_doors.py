@@ -101,7 +101,28 @@ def of_sites(function, **options):
     return lambda model, params: paths(function(model, params, SITES, **options))
 
 
+def influenced(model, params):
+    """By stored parameters, of which a tied model's untied twin has one more."""
+    given = {"weights": np.ones((2, 2, 2)), "temperature": 0.7}
+    return dynamics.contributions(model, params, SITES, COMPLETIONS, **given)
+
+
+def accounted(model, params):
+    given = {"weights": np.ones((2, 2, 2)), "temperature": 0.7}
+    ones = jax.tree.map(jnp.ones_like, params)
+    change = {"decay": dynamics.Change(moved(params))}
+    found = dynamics.influence(
+        model, params, after(params), SITES, COMPLETIONS, metric=ones, others=change, **given
+    )
+    return paths(found.completions) | {"decay": found.others["decay"].total, "h": found.actual}
+
+
 DOORS = {
+    "dynamics.contributions": lambda m, p: paths(influenced(m, p)),
+    "dynamics.influence": accounted,
+    "dynamics.own_tokens": lambda m, p: paths(
+        dynamics.own_tokens(m, p, SITES, jnp.ones((5, 2)), 0.7)
+    ),
     "dynamics.delta_logits": lambda m, p: paths(dynamics.delta_logits(m, p, moved(p), SITES)[1]),
     "dynamics.measure_state": measured_state,
     "dynamics.measure_update": measured_update,
@@ -109,6 +130,9 @@ DOORS = {
     "dynamics.site_state": state,
     "kernels.apply_kernel": lambda m, p: paths(kernels.apply_kernel(m, p, SITES, cotangents())),
     "kernels.log_prob_kernel": of_sites(kernels.log_prob_kernel),
+    "kernels.policy_kernel": lambda m, p: paths(
+        kernels.policy_kernel(m, p, SITES, COMPLETIONS, weights=np.ones((2, 2, 2)))
+    ),
     "kernels.sequence_kernel": lambda m, p: paths(kernels.sequence_kernel(m, p, COMPLETIONS)),
     # A tied matrix has one set of signs on its two paths, so the classifier's sketch differs.
     "kernels.sketch_gradients": lambda m, p: {

@@ -10,6 +10,7 @@ from jaxdyn.data.batching import (
     epoch_of,
     require_prompts_fit,
 )
+from jaxdyn.data.scored import Scored, read_scored
 from jaxdyn.data.source import SETS, DataConfig, DataSet, Example, Source, columns, load_source
 from jaxdyn.data.stories import StoriesConfig
 from jaxdyn.data.tokenizer import Tokenizer, character_tokenizer, load_tokenizer

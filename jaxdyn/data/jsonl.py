@@ -60,6 +60,15 @@ def _row(line: bytes, fields: dict[str, str], where: str) -> dict[str, Any]:
         raise JaxdynError(f"{where} is not JSON: {error}") from error
     if not isinstance(row, dict):
         raise JaxdynError(f"{where} should hold a JSON object, not {type(row).__name__}")
+    return require_texts(row, fields, where)
+
+
+def require_texts(row: dict[str, Any], fields: dict[str, str], where: str) -> dict[str, Any]:
+    """The row with each role's text from the field that holds it.
+
+    Raises:
+      JaxdynError: if a field is missing, or is not a non-empty text.
+    """
     values = {}
     for role, field in fields.items():
         if field not in row:

@@ -1,6 +1,13 @@
 """What an update did: first-order propagation by component, confidence, diversity, features."""
 
 from jaxdyn.dynamics.alternatives import most_changed_tokens
+from jaxdyn.dynamics.influence import (
+    Change,
+    Influence,
+    contributions,
+    influence,
+    own_tokens,
+)
 from jaxdyn.dynamics.ledger import Ledger, ledger
 from jaxdyn.dynamics.measure import (
     SiteState,

@@ -53,15 +53,26 @@ def delta_logits(
     Returns:
       φ [N, D] and `Components` of arrays [N, V] in the logits' dtype.
     """
-    view, change = model.view(params), model.view(delta)
+    view = model.view(params)
     if not model.config.tied or head_share is None:
-        return pushforward(model, view, change, sites, by_path=False)
-    rest = change["backbone"]["embed"]["embedding"] - head_share
-    by_path = {
-        "classifier": {**change["classifier"], "weight": head_share},
-        "backbone": {**change["backbone"], "embed": {"embedding": rest}},
-    }
-    return pushforward(model, view, View(by_path), sites)
+        return pushforward(model, view, model.view(delta), sites, by_path=False)
+    return pushforward(model, view, by_path(model, delta, head_share), sites)
+
+
+def by_path(model: Model, delta: Params, head_share: jax.Array | None) -> View:
+    """A change as the gradient came: of a tied matrix the head path's part (None: 0), the rest."""
+    change = model.view(delta)
+    if not model.config.tied:
+        return change
+    whole = change["backbone"]["embed"]["embedding"]
+    head_share = jnp.zeros_like(whole) if head_share is None else head_share
+    rest = whole - head_share
+    return View(
+        {
+            "classifier": {**change["classifier"], "weight": head_share},
+            "backbone": {**change["backbone"], "embed": {"embedding": rest}},
+        }
+    )
 
 
 def propagate(

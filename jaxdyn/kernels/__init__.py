@@ -2,6 +2,7 @@
 
 from jaxdyn.kernels.contractions import (
     log_prob_kernel,
+    policy_kernel,
     sequence_kernel,
     token_block,
     update_kernel,

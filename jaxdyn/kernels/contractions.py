@@ -29,7 +29,15 @@ from jaxdyn.kernels.parts import require_merged
 from jaxdyn.kernels.plain import plain_kernels
 from jaxdyn.kernels.preconditioner import roots_of
 from jaxdyn.kernels.result import Kernel
-from jaxdyn.kernels.rows import Rows, sequence_rows, site_rows, with_chosen, with_cotangents
+from jaxdyn.kernels.rows import (
+    Rows,
+    sequence_rows,
+    site_rows,
+    token_rows,
+    with_both,
+    with_chosen,
+    with_cotangents,
+)
 from jaxdyn.types import JaxdynError, Model, Params, Rollout, Sites
 
 PATHS = ("representation", "cross")
@@ -181,6 +189,47 @@ def sequence_kernel(
         columns = sequence_rows(model, rollout_b, weights_b, "rollout_b")
     kernels = _kernels("sequence", model, params, rows, columns, preconditioner, execution)
     return _kernel(kernels, preconditioner, _scalars)
+
+
+def policy_kernel(
+    model: Model,
+    params: Params,
+    sites: Sites,
+    rollout: Rollout,
+    *,
+    weights: Any,
+    temperature: float = 1.0,
+    places: Any = None,
+    preconditioner: Params | None = None,
+    **execution: Unpack[Execution],
+) -> Kernel:
+    """⟨∇h_i, ∇ Σ_c w_jc0 log π(y_jc) + w_jc1 H_jc⟩ of h = log π(y_i) and H_i, [2, N, B].
+
+    What a step along the gradients of completions' functions does to log π of the sites' targets
+    and to the entropy H there, to first order: with w the derivatives of a loss by log π and H
+    (`jaxdyn.rl.logit_cotangents`) they are the gradients of that loss, completion by completion.
+
+    Args:
+      sites: N sites, whose π is that at temperature 1.
+      rollout: B prompts with their completions.
+      weights: w [B, C, 2]; slots outside the completion do not count.
+      temperature: of the completions' π; 0 is read as 1.
+      places: completion slots (j, c) [M, 2], to have them by themselves: then [2, N, M].
+
+    For the other arguments and what is raised see `sequence_kernel`.
+    """
+    rows = site_rows(model, sites, "sites")
+    rows = with_both(rows, np.tile(np.eye(2)[:, None], (len(rows.tokens), 1, 1, 1)), 1.0)
+    columns = sequence_rows(model, rollout, None, "rollout")
+    expected = (*columns.targets.shape, 2)
+    if np.shape(weights) != expected:
+        raise JaxdynError(f"weights must be [B, C, 2] = {expected}, got {np.shape(weights)}")
+    counted = np.where(np.asarray(rollout.completion_mask)[..., None], np.asarray(weights), 0)
+    columns = with_both(columns, counted[:, None], temperature)
+    if places is not None:
+        columns = token_rows(columns, places, "places")
+    kernels = _kernels("policy", model, params, rows, columns, preconditioner, execution)
+    return _kernel(kernels, preconditioner, lambda x: x[..., 0].transpose(1, 0, 2))
 
 
 def _both(model, sites_a, sites_b, cotangents_a=None, cotangents_b=None):

@@ -16,8 +16,10 @@ from jaxdyn.types import JaxdynError, Model, Rollout, Sites
 class Rows(NamedTuple):
     """N rows of K functions of the logits at S slots: Σ_s g[n, k, s]ᵀ f(positions[n, s]).
 
-    The logit cotangents g are `given`; or those of single logits, `chosen`; or, with neither,
-    those of Σ_s weights[n, s] log π(targets[n, s]), which are weights · (e_target − π) and K = 1.
+    The logit cotangents g are `given`; or those of single logits, `chosen`; or those of `both`
+    statistics of the policy, Σ_s both[n, k, s, 0] log π(targets[n, s]) + both[n, k, s, 1] H, H the
+    entropy and π = softmax(f / temperatures[n]); or, with none of these, those of
+    Σ_s weights[n, s] log π(targets[n, s]), which are weights · (e_target − π) and K = 1.
     """
 
     tokens: Any  # [N, T]
@@ -27,11 +29,14 @@ class Rows(NamedTuple):
     weights: Any  # [N, S]
     given: Any = None  # [N, S, V], K = 1
     chosen: Any = None  # [N, K]
+    both: Any = None  # [N, K, S, 2]
+    temperatures: Any = None  # [N], with `both`
 
     @property
     def outputs(self) -> int:
         """K."""
-        return 1 if self.chosen is None else self.chosen.shape[1]
+        several = [x.shape[1] for x in (self.chosen, self.both) if x is not None]
+        return several[0] if several else 1
 
     def take(self, start: int, size: int) -> "Rows":
         """`size` rows from `start`; past the end the last row again, so that shapes stay."""
@@ -47,8 +52,27 @@ def logit_cotangents(row: Rows, logits: jax.Array) -> jax.Array:
     if row.chosen is not None:
         picked = jax.nn.one_hot(row.chosen, vocab, dtype=logits.dtype)[:, None, :]
         return jnp.broadcast_to(picked, (len(row.chosen), len(logits), vocab))
-    score = jax.nn.one_hot(row.targets, vocab, dtype=logits.dtype) - jax.nn.softmax(logits)
-    return (row.weights[:, None].astype(logits.dtype) * score)[None]
+    if row.both is None:
+        score = jax.nn.one_hot(row.targets, vocab, dtype=logits.dtype) - jax.nn.softmax(logits)
+        return (row.weights[:, None].astype(logits.dtype) * score)[None]
+    _, gradients = statistics_of(logits, row.targets, row.temperatures.astype(logits.dtype))
+    return jnp.einsum("kst,tsv->ksv", row.both.astype(logits.dtype), gradients)
+
+
+def statistics_of(
+    logits: jax.Array, targets: jax.Array, temperature: Any = 1.0
+) -> tuple[jax.Array, jax.Array]:
+    """log π(target) and H [2, S] of π = softmax(f / temperature), and their gradients by f.
+
+    The gradients [2, S, V] are (e_y − π) / temperature and −π ⊙ (log π + H) / temperature.
+    """
+    log_probs = jax.nn.log_softmax(logits / temperature)
+    probs = jnp.exp(log_probs)
+    entropy = -jnp.sum(probs * log_probs, axis=1, keepdims=True)
+    target = jax.nn.one_hot(targets, logits.shape[1], dtype=logits.dtype)
+    logp = jnp.take_along_axis(log_probs, targets[:, None], axis=1)
+    gradients = jnp.stack([target - probs, -probs * (log_probs + entropy)]) / temperature
+    return jnp.stack([logp[:, 0], entropy[:, 0]]), gradients
 
 
 def site_rows(model: Model, sites: Sites, name: str) -> Rows:
@@ -129,6 +153,35 @@ def sequence_rows(model: Model, rollout: Rollout, weights: Any, name: str) -> Ro
         positions=np.tile(np.arange(first, first + shape[1]), (shape[0], 1)),
         targets=targets,
         weights=np.where(completion_mask, np.asarray(weights), 0),
+    )
+
+
+def with_both(rows: Rows, weights: Any, temperature: float) -> Rows:
+    """The rows with K functions Σ_s w[n, k, s, 0] log π(target) + w[n, k, s, 1] H.
+
+    The weights are [N, K, S, 2]; π is that at a temperature, of which 0 is read as 1.
+    """
+    temperatures = np.full(len(rows.tokens), temperature or 1.0)
+    return rows._replace(both=np.asarray(weights), temperatures=temperatures)
+
+
+def token_rows(rows: Rows, places: Any, name: str) -> Rows:
+    """A row for each of M slots (row, s) of the rows' S, [M, 2], that counts alone."""
+    at = np.asarray(places)
+    if at.ndim != 2 or at.shape[1:] != (2,) or not at.size or at.dtype.kind not in "iu":
+        raise JaxdynError(f"{name} must be [M, 2] of integers, got {np.shape(places)}")
+    row, slot = at.T
+    _check_range(row, len(rows.tokens), f"{name}[:, 0]", "a sequence's index")
+    _check_range(slot, rows.positions.shape[1], f"{name}[:, 1]", "a completion slot")
+    pick = lambda x: None if x is None else x[row, slot][:, None]
+    return Rows(
+        tokens=rows.tokens[row],
+        mask=rows.mask[row],
+        positions=pick(rows.positions),
+        targets=pick(rows.targets),
+        weights=pick(rows.weights),
+        both=None if rows.both is None else rows.both[row, :, slot][:, :, None],
+        temperatures=None if rows.temperatures is None else rows.temperatures[row],
     )
 
 

@@ -15,7 +15,7 @@ from jaxdyn.config import KINDS, Config
 from jaxdyn.distributed import make_mesh
 from jaxdyn.grammar import load_config
 from jaxdyn.models import LanguageModel, merge_adapters
-from jaxdyn.optim import stage_at
+from jaxdyn.optim import Stage, stage_at
 from jaxdyn.paths import AnyPath, open_path
 from jaxdyn.sections import MeshConfig
 from jaxdyn.train.checkpoint import Checkpoints
@@ -89,11 +89,20 @@ class SavedRun:
         Raises:
           JaxdynError: if no step follows it, or it has no checkpoint.
         """
+        stage, state = self.begin(step)
+        before = remember(state)
+        return Update(before, STEPS[self.config.kind](self.task, state, stage, step))
+
+    def begin(self, step: int) -> tuple[Stage, TrainState]:
+        """The stage of the step that follows a checkpoint, and the state with which it begins.
+
+        Raises:
+          JaxdynError: as `take`.
+        """
         stage, state = stage_at(self.plan, step), self.state(step)
         if step == stage.start > 0:
             state = begin_stage(self.loaded.layout, self.config.optim, stage, state)
-        before = remember(state)
-        return Update(before, STEPS[self.config.kind](self.task, state, stage, step))
+        return stage, state
 
 
 @contextlib.contextmanager

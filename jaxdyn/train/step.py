@@ -26,6 +26,7 @@ from jaxdyn.train.policy import Policy, UpdateBatch, ValueTargets, batch_feature
 from jaxdyn.train.state import TrainState
 from jaxdyn.train.task import Task
 from jaxdyn.train.update import update
+from jaxdyn.types import Params
 
 
 class Taken(NamedTuple):
@@ -37,8 +38,45 @@ class Taken(NamedTuple):
     completions: list[dict[str, Any]]
 
 
+class Prepared(NamedTuple):
+    """What a step's updates are made of: completions with their rewards, their arrays, and η.
+
+    `features` are those of a classifier stage; `seconds` says what took how long.
+    """
+
+    experience: Experience
+    batch: UpdateBatch
+    features: jax.Array | None
+    rate: float
+    seconds: dict[str, float]
+
+
 def take_step(task: Task[RunConfig], state: TrainState, stage: Stage, step: int) -> Taken:
     """Sample, score and update. `state`'s buffers are donated: copy what is needed of it first."""
+    config = task.config
+    began = time.perf_counter()
+    prepared = prepare_step(task, state, stage, step)
+    started = time.perf_counter()
+    state, measured = run_epochs(task, state, stage, prepared)
+    metrics = {name: float(value) for name, value in fetch(measured).items()}
+    updated = time.perf_counter()
+    experience = prepared.experience
+    metrics = {
+        **experience_metrics(experience, task.model.config.vocab_size),
+        **metrics,
+        **progress_of(task, stage, step, prepared.rate),
+        **prepared.seconds,
+        "time/update": updated - started,
+        "step_time": updated - began,
+    }
+    num_tokens = int(np.sum(experience.rollout.mask))
+    return Taken(
+        state, metrics, num_tokens, experience.records(step, config.train.save_completions)
+    )
+
+
+def prepare_step(task: Task[RunConfig], state: TrainState, stage: Stage, step: int) -> Prepared:
+    """Sample and score: all of a step but its updates."""
     config = task.config
     began = time.perf_counter()
     experience = gather_experience(
@@ -52,25 +90,12 @@ def take_step(task: Task[RunConfig], state: TrainState, stage: Stage, step: int)
     sampled = time.perf_counter()
     batch, features = make_batch(task, state, stage, experience)
     jax.block_until_ready(batch)
-    prepared = time.perf_counter()
-    rate = rate_of(task, stage, step)
-    state, measured = run_epochs(task, state, stage, batch, features, rate)
-    metrics = {name: float(value) for name, value in fetch(measured).items()}
-    updated = time.perf_counter()
-    metrics = {
-        **experience_metrics(experience, task.model.config.vocab_size),
-        **metrics,
-        **progress_of(task, stage, step, rate),
+    seconds = {
         "time/rollout": sampled - began - experience.reward_seconds,
         "time/reward": experience.reward_seconds,
-        "time/reference": prepared - sampled,
-        "time/update": updated - prepared,
-        "step_time": updated - began,
+        "time/reference": time.perf_counter() - sampled,
     }
-    num_tokens = int(np.sum(experience.rollout.mask))
-    return Taken(
-        state, metrics, num_tokens, experience.records(step, config.train.save_completions)
-    )
+    return Prepared(experience, batch, features, rate_of(task, stage, step), seconds)
 
 
 def examples_of(task: Task, step: int) -> list[dict[str, Any]]:
@@ -145,35 +170,37 @@ def make_batch(
 
 
 def run_epochs(
-    task: Task[RunConfig],
-    state: TrainState,
-    stage: Stage,
-    batch: UpdateBatch,
-    features: jax.Array | None,
-    rate: float,
+    task: Task[RunConfig], state: TrainState, stage: Stage, prepared: Prepared
 ) -> tuple[TrainState, dict[str, jax.Array]]:
     """All inner epochs of one step; the metrics are the last one's."""
-    config = task.config
     state, frozen = split_state(task, state, stage)
+    for _ in range(task.config.train.num_iterations):
+        state, metrics = take_epoch(task, state, frozen, prepared)
+    return state.replace(params=merge(state.params, frozen)), metrics
+
+
+def take_epoch(
+    task: Task[RunConfig], state: TrainState, frozen: Params, prepared: Prepared
+) -> tuple[TrainState, dict[str, jax.Array]]:
+    """One update by the step's whole batch, of the parameters in `state`, which is donated."""
+    config, features = task.config, prepared.features
     needed = frozen if features is None else {k: v for k, v in frozen.items() if k != "backbone"}
     take: Any = update
     if config.train.update == "pmap":
         take = functools.partial(pmap_update, task.layout)
-    for _ in range(config.train.num_iterations):
-        state, metrics = take(
-            state,
-            needed,
-            batch,
-            features,
-            np.float32(rate),
-            np.float32(config.sampling.temperature),
-            model=task.model,
-            loss=config.loss,
-            optim=config.optim.rule,
-            microbatches=config.train.microbatches,
-            max_completion_length=config.sampling.max_completion_length,
-        )
-    return state.replace(params=merge(state.params, frozen)), metrics
+    return take(
+        state,
+        needed,
+        prepared.batch,
+        features,
+        np.float32(prepared.rate),
+        np.float32(config.sampling.temperature),
+        model=task.model,
+        loss=config.loss,
+        optim=config.optim.rule,
+        microbatches=config.train.microbatches,
+        max_completion_length=config.sampling.max_completion_length,
+    )
 
 
 def split_state(task: Task, state: TrainState, stage: Stage) -> tuple[TrainState, dict[str, Any]]:

@@ -146,6 +146,41 @@ def sequence_scalars(name, left, right, preconditioned=False):
     return {part: member(left) @ x @ member(right).T for part, x in inner.items()}
 
 
+def policy_weights():
+    return np.random.default_rng(8).standard_normal((3, 3, 2))
+
+
+@functools.cache
+def statistic_gradients(name, temperature):
+    """∂ log π(y)/∂f and ∂H/∂f at the eight sites by automatic differentiation, [2, 8, V]."""
+
+    def of_site(f, y):
+        log_probs = jax.nn.log_softmax(f / temperature)
+        return jnp.stack([log_probs[y], -jnp.sum(jnp.exp(log_probs) * log_probs)])
+
+    with jax.enable_x64(True):
+        model, params = tiny_model(name)
+        sites = all_sites()
+        f = jax.jit(lambda view: oracles.site_logits(model, view, sites))(model.view(params))
+        gradients = jax.vmap(jax.jacrev(of_site), out_axes=1)(f, sites.targets)
+        return np.asarray(gradients)
+
+
+def policy_scalars(name, temperature, rows, places=None, preconditioned=False):
+    """∇h of log π and H at sites, with ∇ of the weighted statistics of completions (or tokens of
+    them), [2, rows, 3] by component."""
+    completion, slot = np.nonzero(np.asarray(rollout().completion_mask))
+    weights = policy_weights()[completion, slot]
+    right = np.einsum("nt,tnv->nv", weights, statistic_gradients(name, temperature))
+    member = np.eye(3)[:, completion]
+    if places is not None:
+        member = np.array([[p == at for at in zip(completion, slot, strict=True)] for p in places])
+    left = statistic_gradients(name, 1.0)[:, rows]
+    kernels, _ = theta(name, preconditioned)
+    contract = lambda x: np.einsum("knv,nvmw,mw,jm->knj", left, x[rows], right, member * 1.0)
+    return {part: contract(x) for part, x in kernels.items()}
+
+
 def kernels_by_kind(name, g, rows, columns, preconditioned=False):
     """The gradient component of gᵀ Θ g by kind of parameter, [l, rows, columns]; l layers or 1."""
     j = jax.tree.map(lambda x: np.einsum("nv,nv...->n...", g, x), jacobians(name)[0]["backbone"])

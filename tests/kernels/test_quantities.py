@@ -22,6 +22,8 @@ from kernel_oracles import (
     all_sites,
     kernels_by_kind,
     metric,
+    policy_scalars,
+    policy_weights,
     random_cotangents,
     rollout,
     scalars,
@@ -75,6 +77,16 @@ def probed(model, params, **options):
     return kernels.trace_kernel(model, params, *both(), num_probes=16, key=key, **options)
 
 
+def policies(model, params, places=None, **options):
+    weights = jnp.asarray(policy_weights(), model.dtype)
+    given = {"weights": weights, "temperature": 0.7, "places": places, **options}
+    return kernels.policy_kernel(model, params, both()[0], rollout(), **given)
+
+
+PLACES = [(1, 0), (0, 2), (2, 1)]
+policy_tokens = functools.partial(policies, places=np.array(PLACES))
+
+
 @dataclasses.dataclass(frozen=True)
 class Quantity:
     """`call(model, params, **options)`, and `expected(name, preconditioned=...)` in float64."""
@@ -100,6 +112,10 @@ QUANTITIES = {
     "sequences": Quantity(
         sequences,
         lambda name, **p: sequence_scalars(name, sequence_weights(5), sequence_weights(6), **p),
+    ),
+    "policy": Quantity(policies, lambda name, **p: policy_scalars(name, 0.7, A, **p)),
+    "policy by token": Quantity(
+        policy_tokens, lambda name, **p: policy_scalars(name, 0.7, A, PLACES, **p)
     ),
     "trace": Quantity(per_site(kernels.trace_kernel), lambda name, **p: traces(name, A, B, **p)),
     "mean trace": Quantity(

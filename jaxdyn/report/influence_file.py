@@ -1,0 +1,156 @@
+"""An update's account in a file: one .npz with who moved whom, the texts, and all else it did."""
+
+import dataclasses
+import json
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from jaxdyn import COMPONENTS
+from jaxdyn.errors import JaxdynError
+
+FORMAT = "jaxdyn influence 1"
+
+FUNCTIONS = ("log_prob", "entropy")
+"""The first axis of the arrays: log π of the site's token, and the entropy H, in nats."""
+
+COLUMNS = ("clipping", "momentum", "decay", "critic")
+"""What else an update adds to the sites, beside the completions."""
+
+_UPDATE = (*COLUMNS, "first_order", "actual")
+_OPTIONAL = (*_UPDATE, "itself", "by_token", "places", "rewards")
+
+
+@dataclasses.dataclass(frozen=True)
+class SavedInfluence:
+    """What U completions did to O sites, as `jaxdyn influence` writes it.
+
+    Attributes:
+      representation, gradient, cross: by component [2, O, U]; they add up to `total`. Of an update
+        of a run in nats; else in nats per unit of learning rate.
+      clipping, momentum, decay, critic: the update's other columns, by component, [3, 2, O].
+      first_order: along the update as it was applied, and actual: the whole change, [2, O]. These
+        six are None where no update was taken.
+      tokens, mask: the sites' sequences [B, T], and which slots hold a token.
+      rows, positions, targets, is_prompt: the sites: which sequence, which slot, the token's id,
+        whether it is the first after the prompt, [O].
+      contexts, target_texts: what comes before each site (its end), and its token, [O].
+      site_completion, site_slot: which completion, and which slot of it, a site is; else -1, [O].
+      site_group: whose prompt it shares; -1 where no completion has its prompt, [O].
+      group: the prompt of each completion, numbered from 0, [U].
+      prompts, completions, advantages, rewards: of the completions, [U] (advantages also [U, C]).
+      completion_ids, completion_mask: their tokens [U, C].
+      weights: ∂loss/∂ log π and ∂loss/∂H of these, [U, C, 2], before the first inner epoch.
+      itself: what a site's own token did to it, [3, 2, O]; 0 where the site is no completion's.
+      by_token: of single tokens `places` (completion, slot) [M, 2], by component [3, 2, O, M].
+      about: what was computed, of which model, with which options.
+    """
+
+    representation: np.ndarray
+    gradient: np.ndarray
+    cross: np.ndarray
+    tokens: np.ndarray
+    mask: np.ndarray
+    rows: np.ndarray
+    positions: np.ndarray
+    targets: np.ndarray
+    is_prompt: np.ndarray
+    contexts: np.ndarray
+    target_texts: np.ndarray
+    site_completion: np.ndarray
+    site_slot: np.ndarray
+    site_group: np.ndarray
+    group: np.ndarray
+    prompts: np.ndarray
+    completions: np.ndarray
+    advantages: np.ndarray
+    completion_ids: np.ndarray
+    completion_mask: np.ndarray
+    weights: np.ndarray
+    about: dict[str, Any]
+    clipping: np.ndarray | None = None
+    momentum: np.ndarray | None = None
+    decay: np.ndarray | None = None
+    critic: np.ndarray | None = None
+    first_order: np.ndarray | None = None
+    actual: np.ndarray | None = None
+    itself: np.ndarray | None = None
+    by_token: np.ndarray | None = None
+    places: np.ndarray | None = None
+    rewards: np.ndarray | None = None
+
+    @property
+    def components(self) -> np.ndarray:
+        """[3, 2, O, U]."""
+        return np.stack([getattr(self, name) for name in COMPONENTS])
+
+    @property
+    def total(self) -> np.ndarray:
+        return self.representation + self.gradient + self.cross
+
+    @property
+    def others(self) -> dict[str, np.ndarray]:
+        """The update's other columns, by component [3, 2, O]."""
+        found = {name: getattr(self, name) for name in COLUMNS}
+        return {name: x for name, x in found.items() if x is not None}
+
+    @property
+    def residual(self) -> np.ndarray | None:
+        """First order less all columns, [2, O]: what rounding left."""
+        if self.first_order is None:
+            return None
+        columns = sum(x.sum(axis=0) for x in self.others.values())
+        return self.first_order - self.total.sum(axis=-1) - columns
+
+    @property
+    def second_order(self) -> np.ndarray | None:
+        """The actual change less its first order, [2, O]."""
+        if self.first_order is None or self.actual is None:
+            return None
+        return self.actual - self.first_order
+
+    def write(self, path: Path) -> None:
+        """Write all of it as one compressed .npz, without pickles."""
+        fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        about = json.dumps({"format": FORMAT, **fields.pop("about")}, ensure_ascii=False)
+        arrays = {name: x for name, x in fields.items() if x is not None}
+        with path.open("wb") as file:
+            np.savez_compressed(file, allow_pickle=False, about=about, **arrays)
+
+
+def load_influence(path: str | Path) -> SavedInfluence:
+    """Read an influence file again.
+
+    Raises:
+      JaxdynError: if it cannot be read, or is not a whole influence file.
+    """
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            arrays = {name: file[name] for name in file.files}
+    except FileNotFoundError as error:
+        raise JaxdynError(f"no such influence file: {path}") from error
+    except (OSError, ValueError, EOFError, AttributeError, TypeError, zipfile.BadZipFile) as error:
+        raise JaxdynError(f"{path} is not an influence file: {error}") from error
+    try:
+        about = json.loads(str(arrays.pop("about", "")))
+    except ValueError as error:
+        raise JaxdynError(f"{path} is not an influence file: it has no description") from error
+    found = about.pop("format", None) if isinstance(about, dict) else None
+    if found != FORMAT:
+        raise JaxdynError(f"{path} is not an influence file: wanted {FORMAT!r}, got {found!r}")
+    wanted = [f.name for f in dataclasses.fields(SavedInfluence) if f.name != "about"]
+    missing = [name for name in wanted if name not in arrays and name not in _OPTIONAL]
+    if missing:
+        raise JaxdynError(f"{path} is not a whole influence file: it has no {missing[0]}")
+    sites, count = len(arrays["contexts"]), len(arrays["group"])
+    shapes: dict[str, tuple] = {name: (2, sites, count) for name in COMPONENTS}
+    shapes |= {name: (3, 2, sites) for name in (*COLUMNS, "itself")}
+    shapes |= {name: (2, sites) for name in ("first_order", "actual")}
+    for name, shape in shapes.items():
+        if name in arrays and arrays[name].shape != shape:
+            raise JaxdynError(
+                f"{path}: {name} should be {list(shape)}, got {list(arrays[name].shape)}"
+            )
+    return SavedInfluence(**{n: arrays[n] for n in wanted if n in arrays}, about=about)

@@ -1,0 +1,141 @@
+"""Every column of an update's account, in float64, against the update that training took."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tiny_runs
+from test_update import C, tiny_batch
+
+from jaxdyn.dynamics import delta_logits, influence, sites_from_rollout
+from jaxdyn.kernels.rows import statistics_of
+from jaxdyn.optim import Stage
+from jaxdyn.rollout import SamplingConfig
+from jaxdyn.train import fresh_state
+from jaxdyn.train.policy import ValueTargets, batch_features, batch_values
+from jaxdyn.train.retake import batch_rollout, take_updates
+from jaxdyn.train.step import Prepared
+from jaxdyn.train.task import open_task
+
+KL = {"loss__beta": 0.3, "loss__entropy_coefficient": 0.2}
+ADAM = {"optim__eps": 1e-3, "optim__weight_decay": 0.1, "optim__max_grad_norm": 0.05}
+MOMENTUM = {"optim__optimizer": "sgd", "optim__momentum": 0.8, "optim__learning_rate": 0.05}
+CASES = {
+    "joint": ("joint", {**KL, **ADAM}),
+    "tied": ("joint", {**KL, **ADAM, "tied": True}),
+    "classifier": ("classifier", {**KL, **ADAM}),
+    "adapters": ("joint", {**KL, **ADAM, "optim__backbone": "lora", "optim__classifier": "lora"}),
+    "momentum": ("joint", {**MOMENTUM, "optim__max_grad_norm": 0.3, "tied": True}),
+    "microbatches": ("joint", {**KL, **ADAM, "train__microbatches": 2}),
+    "epochs": ("joint", {**ADAM, "train__num_iterations": 2, "tied": True}),
+    "critic": ("joint", {**KL, **ADAM, "loss__loss_type": "ppo", "loss__kl_placement": "reward"}),
+    "sequences": ("joint", {**KL, "loss__loss_type": "rloo", "loss__kl_placement": "loss"}),
+}
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    return tmp_path_factory.mktemp("retake")
+
+
+def widened(task):
+    """The task in float64, its adapters far from their zero start."""
+    rng = np.random.default_rng(5)
+
+    def draw(path, x):
+        away = 0.1 * rng.standard_normal(x.shape) if "lora" in str(path) else 0
+        return jnp.asarray(np.asarray(x) + away, jnp.float64)
+
+    params = jax.tree_util.tree_map_with_path(draw, task.params)
+    return dataclasses.replace(
+        task, model=dataclasses.replace(task.model, dtype=jnp.float64), params=params
+    )
+
+
+def taken(root, stage, tied=False, **changes):
+    """The task, the batch's completions, and the updates of a second step, which has momentum."""
+    config = tiny_runs.rl_config(root, "unused", tied=tied, **changes)
+    sampling = SamplingConfig(max_completion_length=C, temperature=0.7)
+    task = widened(open_task(dataclasses.replace(config, sampling=sampling)))
+    stage = Stage(stage, 0, 8)
+    state = fresh_state(task.model, task.params, config.optim, stage.name, config.critic)
+    batch = tiny_batch(task.model.config.vocab_size)
+    features = batch_features(task.model, task.params["backbone"], batch)
+    if config.critic:
+        rng = np.random.default_rng(6)
+        draw = lambda *shape: jnp.asarray(rng.standard_normal(shape))
+        state.params["value"] = {"weight": draw(16), "bias": draw()}
+        old = batch_values(state.params["value"], features)
+        batch = batch.replace(
+            values=ValueTargets(old, old + draw(*old.shape)), advantages=draw(*old.shape)
+        )
+    features = features if stage.name == "classifier" else None
+    prepared = Prepared(None, batch, features, 3e-3, {})
+    for _ in range(2):
+        updates = list(take_updates(task, state, stage, prepared))
+        state = updates[-1].state
+    return task, batch_rollout(prepared), updates
+
+
+@pytest.mark.parametrize(("stage", "changes"), CASES.values(), ids=CASES.keys())
+def test_the_columns_are_the_update(stage, changes, root, x64):
+    """Their sum is the product along the applied update, component by component."""
+    task, rollout, updates = taken(root, stage, **changes)
+    model, sites = task.model, sites_from_rollout(rollout, 1, 0)
+    assert len(updates) == task.config.train.num_iterations
+    share = 0
+    for update in updates:
+        found = influence(
+            model,
+            update.before,
+            update.after,
+            sites,
+            rollout,
+            weights=update.weights,
+            temperature=update.temperature,
+            metric=update.metric,
+            clip=update.clip,
+            others=update.others,
+        )
+        delta = jax.tree.map(jnp.subtract, update.after, update.before)
+        if model.config.tied:
+            share, before = update.state.head_share, share
+        phi, parts = delta_logits(
+            model, update.before, delta, sites, share - before if model.config.tied else None
+        )
+        logits = model.logits(model.view(update.before)["classifier"], phi)
+        _, gradients = statistics_of(logits, sites.targets)
+        rows = functools.partial(jnp.einsum, "tnv,nv->tn", gradients)
+        scale = float(np.abs(rows(parts.total)).max())
+        assert scale > 1e-5
+        for name in ("representation", "gradient", "cross"):
+            columns = getattr(found.completions, name).sum(axis=-1)
+            columns += sum(getattr(x, name) for x in found.others.values())
+            wanted = rows(getattr(parts, name))
+            np.testing.assert_allclose(columns, wanted, rtol=0, atol=1e-10 * scale, err_msg=name)
+        assert float(np.abs(found.residual).max()) < 1e-10 * scale
+        actual = statistics(model, update.after, sites) - statistics(model, update.before, sites)
+        np.testing.assert_allclose(found.actual, actual, rtol=0, atol=1e-13)
+        np.testing.assert_allclose(
+            found.columns + found.residual + found.second_order, actual, rtol=0, atol=1e-13
+        )
+        sizes = {name: float(np.abs(x.total).max()) for name, x in found.others.items()}
+        if stage == "joint" and "optim__max_grad_norm" in changes:
+            assert update.clip < 1 and sizes["clipping"] > 1e-3 * scale
+        assert sizes["momentum"] > 1e-3 * scale
+        if "optim__weight_decay" in changes:
+            assert sizes["decay"] > 1e-6 * scale
+        assert ("critic" in sizes) == ("ppo" in changes.values())
+
+
+def statistics(model, params, sites):
+    """log π and H at the sites, straight from the model's two functions."""
+    view = model.view(params)
+    phi = model.features(view["backbone"], sites.tokens, sites.mask)
+    logits = model.logits(view["classifier"], phi)[sites.rows, sites.positions]
+    log_probs = jax.nn.log_softmax(logits)
+    chosen = jnp.take_along_axis(log_probs, sites.targets[:, None], axis=1)[:, 0]
+    return jnp.stack([chosen, -jnp.sum(jnp.exp(log_probs) * log_probs, axis=1)])
