@@ -3,6 +3,7 @@
 The warnings' filters are in setup.cfg.
 """
 
+import gc
 import importlib.metadata
 import os
 import shutil
@@ -18,8 +19,10 @@ os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + (
 )
 if importlib.metadata.version("jaxlib").startswith("0.10."):  # XLA aborts on what it does not know
     os.environ["XLA_FLAGS"] += " --xla_cpu_use_fusion_emitters=false"
-# A process keeps what it compiles, for the files and the processes that compile the same.
-os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="jaxdyn-compiled-")
+# What is compiled is kept, for all files and processes that compile the same; pytest-xdist's workers
+# share the directory of the process that starts them.
+if "PYTEST_XDIST_WORKER" not in os.environ:
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="jaxdyn-compiled-")
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
 
 import jax
@@ -32,10 +35,23 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 # Flax types a field of its layers by a protocol, which beartype can check only if told so.
 typing.runtime_checkable(linear.PromoteDtypeFn)
 install_import_hook("jaxdyn", "beartype.beartype")
+# To trace is to make many objects that stay: to look through them all, time and again, costs a
+# tenth of the suite. Each module's garbage is collected after it.
+gc.set_threshold(200_000, 20, 20)
+
+# The files that take longest, longest first: what starts last should be short (--dist loadfile
+# gives files out in their order).
+LONGEST = ("test_kill", "test_processes", "test_docs", "test_plan", "test_quickstart")
+
+
+def pytest_collection_modifyitems(items):
+    place = {name: number for number, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: place.get(item.path.stem, len(place)))
 
 
 def pytest_unconfigure():
-    shutil.rmtree(COMPILED, ignore_errors=True)
+    if "PYTEST_XDIST_WORKER" not in os.environ:
+        shutil.rmtree(COMPILED, ignore_errors=True)
 
 
 @pytest.fixture
@@ -50,3 +66,4 @@ def _release_compiled_programs():
     """Free a module's programs after it: each holds memory maps, of which a process has a limit."""
     yield
     jax.clear_caches()
+    gc.collect()
