@@ -19,7 +19,7 @@ os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + (
 )
 if importlib.metadata.version("jaxlib").startswith("0.10."):  # XLA aborts on what it does not know
     os.environ["XLA_FLAGS"] += " --xla_cpu_use_fusion_emitters=false"
-# What is compiled is kept, for all files and processes that compile the same; pytest-xdist's workers
+# What is compiled is kept, for all that compile the same; the workers of pytest-xdist
 # share the directory of the process that starts them.
 if "PYTEST_XDIST_WORKER" not in os.environ:
     os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="jaxdyn-compiled-")
@@ -61,9 +61,19 @@ def x64():
         yield
 
 
+def memory_maps() -> int:
+    """How many this process has; 0 where the system does not tell, and has no limit either."""
+    try:
+        with open("/proc/self/maps", "rb") as file:
+            return sum(1 for _ in file)
+    except FileNotFoundError:
+        return 0
+
+
 @pytest.fixture(autouse=True, scope="module")
 def _release_compiled_programs():
-    """Free a module's programs after it: each holds memory maps, of which a process has a limit."""
+    """Free programs now and then: each holds memory maps, of which a process may have 65,530."""
     yield
-    jax.clear_caches()
+    if memory_maps() > 20_000:
+        jax.clear_caches()
     gc.collect()
