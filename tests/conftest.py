@@ -39,13 +39,14 @@ install_import_hook("jaxdyn", "beartype.beartype")
 # tenth of the suite. Each module's garbage is collected after it.
 gc.set_threshold(200_000, 20, 20)
 
-# The files that take longest, longest first: what starts last should be short (--dist loadfile
-# gives files out in their order).
-LONGEST = ("test_kill", "test_processes", "test_docs", "test_plan", "test_quickstart")
+# The files that take longest, which are given out first, in their order (--dist loadfile): what is
+# given out last should be short.
+LONGEST = ("quantities", "kill", "processes", "benchmarks", "sketch", "sharded", "public_doors")
+LONGEST += ("docs", "quickstart", "plan", "resume", "rl", "experiments", "worker", "operator")
 
 
 def pytest_collection_modifyitems(items):
-    place = {name: number for number, name in enumerate(LONGEST)}
+    place = {f"test_{name}": number for number, name in enumerate(LONGEST)}
     items.sort(key=lambda item: place.get(item.path.stem, len(place)))
 
 
