@@ -3,6 +3,7 @@
 The warnings' filters are in setup.cfg.
 """
 
+import gc
 import importlib.metadata
 import os
 import shutil
@@ -18,8 +19,10 @@ os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + (
 )
 if importlib.metadata.version("jaxlib").startswith("0.10."):  # XLA aborts on what it does not know
     os.environ["XLA_FLAGS"] += " --xla_cpu_use_fusion_emitters=false"
-# A process keeps what it compiles, for the files and the processes that compile the same.
-os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="jaxdyn-compiled-")
+# What is compiled is kept, for all that compile the same; the workers of pytest-xdist
+# share the directory of the process that starts them.
+if "PYTEST_XDIST_WORKER" not in os.environ:
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="jaxdyn-compiled-")
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
 
 import jax
@@ -32,10 +35,24 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 # Flax types a field of its layers by a protocol, which beartype can check only if told so.
 typing.runtime_checkable(linear.PromoteDtypeFn)
 install_import_hook("jaxdyn", "beartype.beartype")
+# To trace is to make many objects that stay: to look through them all, time and again, costs a
+# tenth of the suite. Each module's garbage is collected after it.
+gc.set_threshold(200_000, 20, 20)
+
+# The files that take longest, which are given out first, in their order (--dist loadfile): what is
+# given out last should be short.
+LONGEST = ("quantities", "kill", "processes", "benchmarks", "sketch", "sharded", "public_doors")
+LONGEST += ("docs", "quickstart", "plan", "resume", "rl", "experiments", "worker", "operator")
+
+
+def pytest_collection_modifyitems(items):
+    place = {f"test_{name}": number for number, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: place.get(item.path.stem, len(place)))
 
 
 def pytest_unconfigure():
-    shutil.rmtree(COMPILED, ignore_errors=True)
+    if "PYTEST_XDIST_WORKER" not in os.environ:
+        shutil.rmtree(COMPILED, ignore_errors=True)
 
 
 @pytest.fixture
@@ -45,8 +62,19 @@ def x64():
         yield
 
 
+def memory_maps() -> int:
+    """How many this process has; 0 where the system does not tell, and has no limit either."""
+    try:
+        with open("/proc/self/maps", "rb") as file:
+            return sum(1 for _ in file)
+    except FileNotFoundError:
+        return 0
+
+
 @pytest.fixture(autouse=True, scope="module")
 def _release_compiled_programs():
-    """Free a module's programs after it: each holds memory maps, of which a process has a limit."""
+    """Free programs now and then: each holds memory maps, of which a process may have 65,530."""
     yield
-    jax.clear_caches()
+    if memory_maps() > 20_000:
+        jax.clear_caches()
+    gc.collect()

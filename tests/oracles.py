@@ -4,6 +4,7 @@ Everything here is brute force in float64: full Jacobians, explicit contractions
 """
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -32,10 +33,16 @@ NORMED = {
 }
 
 
+@functools.cache
+def shapes_of(config):
+    """The parameters' shapes, whatever their type."""
+    return jax.eval_shape(LanguageModel(config).init, jax.random.key(0))
+
+
 def tiny_model(name, dtype=jnp.float64):
     """A model and random parameters far from their small initial values."""
     model = LanguageModel({**CONFIGS, **NORMED}[name], dtype)
-    shapes = jax.eval_shape(model.init, jax.random.key(0))
+    shapes = shapes_of(model.config)
     rng = np.random.default_rng(0)
     draw = lambda path, x: jnp.asarray(
         (1.0 if "scale" in str(path) else 0.0) + 0.3 * rng.standard_normal(x.shape), dtype

@@ -7,9 +7,9 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+import tiny_runs
 
 from jaxdyn.cli import COMMANDS
-from jaxdyn.commands.quickstart import make_model
 from jaxdyn.data import AnagramsConfig
 from jaxdyn.presets import RL
 from jaxdyn.rewards import Length, RewardConfig
@@ -26,7 +26,8 @@ def quickstarted(tmp_path_factory):
     """What the quickstart leaves, in small: a random model and two steps of RL on it."""
     here = tmp_path_factory.mktemp("docs")
     model = here / "runs/quickstart/sft/model"
-    make_model(model, AnagramsConfig(), seed=0)
+    letters = AnagramsConfig().letters + "="
+    tiny_runs.make_model(model, alphabet=letters, max_positions=64)
     base, few = RL["anagrams"], {"num_prompts": 2, "num_generations": 2}
     run_rl(
         dataclasses.replace(

@@ -1,6 +1,7 @@
 """One process of a `jaxdyn` command that computes in float64: `process_worker.py COMMAND …`."""
 
 import dataclasses
+import gc
 import sys
 from pathlib import Path
 
@@ -71,6 +72,7 @@ def kernel(output: str) -> None:
 
 
 if __name__ == "__main__":
+    gc.disable()  # for so short a life
     if sys.argv[1] == "meet":
         with failing_at_once():
             meet(sys.argv[2])

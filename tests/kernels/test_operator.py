@@ -9,12 +9,13 @@ import numpy as np
 import oracles
 import pytest
 from kernel_oracles import (
-    NAMES,
+    BIASED,
     PARTS,
     A,
     B,
     all_sites,
     assert_components,
+    metric,
     random_cotangents,
     scalars,
     some,
@@ -29,41 +30,10 @@ from jaxdyn.models import LanguageModel
 from jaxdyn.types import JaxdynError, Sites
 
 QUICK = ("gpt_neox-untied", "gpt2-tied")
-TWO = [pytest.param(n, marks=[] if n in QUICK else [pytest.mark.slow]) for n in NAMES]
+FIVE = [*QUICK] + [
+    pytest.param(n, marks=pytest.mark.slow) for n in ("llama-tied", "qwen2-untied", BIASED)
+]
 V = oracles.VOCAB
-
-
-def random_metric(model, params, dtype=jnp.float64):
-    """P between 0 and 2 as stored; some of it exactly zero, as of parameters that do not move."""
-    rng = np.random.default_rng(9)
-    draw = lambda x: jnp.asarray(np.maximum(rng.uniform(-0.5, 2, x.shape), 0), dtype)
-    return jax.tree.map(draw, params)
-
-
-@functools.cache
-def preconditioned_theta(name):
-    """D P Dᵀ [8, V, 8, V] by component, from the Jacobians by path."""
-
-    @jax.jit
-    def compute(params, metric, sites):
-        j = oracles.path_jacobians(model, params, sites)
-        view = model.view(metric)
-        flat = lambda tree: jnp.concatenate([x.ravel() for x in jax.tree.leaves(tree)])
-        outer = lambda a, p, b: jnp.einsum("nvp,p,mwp->nvmw", a, p, b)
-        head, body = flat(view["classifier"]), flat(view["backbone"])
-        crossed = jnp.zeros((8, V, 8, V))
-        if model.config.tied:
-            crossed = outer(j["weight"], flat(view["classifier"]["weight"]), j["embed"])
-        return {
-            "representation": outer(j["head"], head, j["head"]),
-            "gradient": outer(j["body"], body, j["body"]),
-            "cross": crossed + crossed.transpose(2, 3, 0, 1),
-        }
-
-    with jax.enable_x64(True):
-        model, params = tiny_model(name)
-        found = compute(params, random_metric(model, params), all_sites())
-        return jax.tree.map(np.asarray, found)
 
 
 def times(kernels, field, rows=slice(None), columns=slice(None)):
@@ -92,7 +62,7 @@ def longer(sites):
     )
 
 
-@pytest.mark.parametrize("name", TWO)
+@pytest.mark.parametrize("name", FIVE)
 def test_apply_is_the_kernel_times_the_field(name, x64):
     """Two sets of sites, several a sequence, padded differently, a sequence at a time or two."""
     model, params = tiny_model(name)
@@ -105,13 +75,13 @@ def test_apply_is_the_kernel_times_the_field(name, x64):
     assert (np.abs(result.cross).max() > 0) == model.config.tied
 
 
-@pytest.mark.parametrize("name", TWO)
+@pytest.mark.parametrize("name", FIVE)
 def test_apply_in_a_metric(name, x64):
     """P as stored and as a view; a tied matrix's P is that of both its paths."""
     model, params = tiny_model(name)
-    metric = random_metric(model, params)
-    expected = times(preconditioned_theta(name), random_cotangents())
-    for p in (metric, model.view(metric)):
+    p_stored = metric(name)
+    expected = times(theta(name, preconditioned=True)[0], random_cotangents())
+    for p in (p_stored, model.view(p_stored)):
         result = apply_kernel(
             model, params, all_sites(), random_cotangents(), preconditioner=p,
             memory_budget=room_for(model, 6, 3, 2),
@@ -241,7 +211,7 @@ def test_the_total_repeats_the_features_eigenvalues(x64):
 def test_eigenpairs_in_a_metric_and_of_cotangents(x64):
     model, params = tiny_model("gpt2-tied")
     g = random_cotangents()
-    kernel = sum(preconditioned_theta("gpt2-tied").values())
+    kernel = sum(theta("gpt2-tied", preconditioned=True)[0].values())
     kernel = np.einsum("nv,nvmw,mw->nm", g, kernel, g)
     values, vectors = np.linalg.eigh(kernel)
     found = top_eigenpairs(
@@ -250,7 +220,7 @@ def test_eigenpairs_in_a_metric_and_of_cotangents(x64):
         all_sites(),
         3,
         cotangents=g,
-        preconditioner=random_metric(model, params),
+        preconditioner=metric("gpt2-tied"),
         memory_budget=room_for(model, 6, 3, 2),
         tolerance=1e-10,
     )
