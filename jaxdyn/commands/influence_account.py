@@ -15,7 +15,7 @@ from jaxdyn.commands.influence_places import (
     relate,
     token_places,
 )
-from jaxdyn.commands.kernel import tiles, wide
+from jaxdyn.commands.kernel import wide
 from jaxdyn.commands.kernel_options import bytes_of
 from jaxdyn.commands.kernel_places import require_context
 from jaxdyn.data import encode_prompts, encode_supervised, read_scored
@@ -92,7 +92,7 @@ def account_of_step(
     found: list[dict[str, np.ndarray]] = []
     weights: list[np.ndarray] = []
     clips: list[float] = []
-    with tiles(progress, f"step {step}") as report:
+    with progress.tiles(f"step {step}") as report:
         for update in take_updates(task, state, stage, prepared):
             common: dict[str, Any] = {
                 "weights": update.weights,
@@ -187,13 +187,13 @@ def account_of_file(options: InfluenceOptions, progress: Progress) -> Account:
     weights = np.stack(fetch((found.of_logp, found.of_entropy)), axis=-1)
     common: dict[str, Any] = {"weights": weights, "temperature": options.temperature}
     how: dict[str, Any] = {"memory_budget": bytes_of(options.memory_budget)}
-    with tiles(progress, "completions") as report:
+    with progress.tiles("completions") as report:
         whole = contributions(model, params, sites, rollout, **common, **how, progress=report)
     own = own_weights(weights, related)
     itself = own_tokens(model, params, sites, own, options.temperature)
     arrays: dict[str, Any] = {"places": places, "itself": stacked(itself)}
     if places is not None:
-        with tiles(progress, "tokens") as report:
+        with progress.tiles("tokens") as report:
             tokens = contributions(
                 model, params, sites, rollout, places=places, **common, **how, progress=report
             )
