@@ -12,7 +12,7 @@ import pytest
 
 from jaxdyn import kernels
 from jaxdyn.distributed import Layout, make_mesh, one_device, shard_model
-from jaxdyn.dynamics import measure_state, measure_update, site_state
+from jaxdyn.dynamics import ledger, measure_state, measure_update, site_state
 from jaxdyn.models import LanguageModel, LoraConfig, add_adapters, gpt_neox
 from jaxdyn.optim import OptimConfig, make_optimizer, trainable
 from jaxdyn.rl import LossConfig
@@ -249,6 +249,20 @@ def test_kernels_on_a_mesh():
                 kernels.trace_kernel(model, params, sites, **call),
             ]
         )
+    for x, y in zip(*map(jax.tree.leaves, results), strict=True):
+        np.testing.assert_allclose(np.asarray(x), np.asarray(y), rtol=1e-9, atol=1e-9)
+
+
+def test_a_ledger_on_a_mesh():
+    results = []
+    for sizes in (None, (2, 2, 2)):
+        model, _, params = placed("odd", sizes)
+        moved = jax.tree.map(
+            lambda x: x + 0.01 * jnp.cos(jnp.arange(x.size)).reshape(x.shape), params
+        )
+        sites = jax.tree.map(lambda x: x[:6], sites_of(one_device(), model.config.vocab_size))
+        options = {"by_layer": ("log_prob",), "tolerance": 1e-3}
+        results.append(vars(ledger(model, [params, moved], sites, **options)))
     for x, y in zip(*map(jax.tree.leaves, results), strict=True):
         np.testing.assert_allclose(np.asarray(x), np.asarray(y), rtol=1e-9, atol=1e-9)
 
