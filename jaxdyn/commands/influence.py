@@ -1,8 +1,9 @@
 """`jaxdyn influence`: who moved whom in a training step, as a file, a summary and a table.
 
 Writes `influence.npz`, which `jaxdyn.report.influence_file.load_influence` reads again with no
-model, and `influence.json`. A run's step is taken again as training took it, so what its update is
-the sum of adds up to what it changed. From outside there is no update, only its completions.
+model, `influence.json` and, of a run's step, the page `influence.html`. The step is taken again as
+training took it, so what its update is the sum of adds up to what it changed. From outside there is
+no update, only its completions.
 """
 
 import dataclasses
@@ -24,6 +25,7 @@ from jaxdyn.commands.influence_account import (
     step_of,
 )
 from jaxdyn.commands.influence_options import InfluenceOptions
+from jaxdyn.commands.influence_page import write_page
 from jaxdyn.commands.output import refuse_others
 from jaxdyn.dynamics import site_texts
 from jaxdyn.paths import write_whole
@@ -33,7 +35,7 @@ from jaxdyn.train.progress import Progress
 from jaxdyn.train.saved import open_run
 from jaxdyn.types import COMPONENTS, Sites
 
-FILES = {"influence.npz", "influence.json", "influence.partial"}
+FILES = {"influence.npz", "influence.json", "influence.html", "influence.partial"}
 
 
 def run(options: InfluenceOptions, progress: Progress | None = None) -> Path:
@@ -71,6 +73,10 @@ def write(account: Account, options: InfluenceOptions, output: Path) -> Path:
     told = {"about": saved.about, "sites": len(saved.rows), "completions": len(saved.group)}
     write_whole(output / "influence.json", json.dumps(told | summary, indent=1) + "\n")
     print_summary(saved, summary)
+    if account.ledger is not None:
+        page = output / "influence.html"
+        written = write_page(saved, account.ledger, account.tokenizer, account.sites, page)
+        print(f"every token: {written[0]}")
     return path
 
 

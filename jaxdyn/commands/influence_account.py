@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxdyn.commands.influence_options import InfluenceOptions
+from jaxdyn.commands.influence_page import step_ledger
 from jaxdyn.commands.influence_places import (
     Related,
     batch_sites,
@@ -20,6 +21,7 @@ from jaxdyn.commands.kernel_options import bytes_of
 from jaxdyn.commands.kernel_places import require_context
 from jaxdyn.data import encode_prompts, encode_supervised, read_scored
 from jaxdyn.dynamics import (
+    Ledger,
     contributions,
     influence,
     own_tokens,
@@ -48,6 +50,7 @@ class Account(NamedTuple):
     texts: dict[str, Any]
     about: dict[str, Any]
     tokenizer: Any
+    ledger: Ledger | None = None  # at every token of the sites' completions, of a step
 
 
 def step_of(options: InfluenceOptions, saved: SavedRun) -> int:
@@ -89,11 +92,13 @@ def account_of_step(
     places = places_of(options, rollout)
     how: dict[str, Any] = {"memory_budget": bytes_of(options.memory_budget)}
 
+    before, after = None, None
     found: list[dict[str, np.ndarray]] = []
     weights: list[np.ndarray] = []
     clips: list[float] = []
     with progress.tiles(f"step {step}") as report:
         for update in take_updates(task, state, stage, prepared):
+            before, after = update.before if before is None else before, update.after
             common: dict[str, Any] = {
                 "weights": update.weights,
                 "temperature": update.temperature,
@@ -127,6 +132,7 @@ def account_of_step(
             )
             weights.append(update.weights)
             clips.append(update.clip)
+    seen = step_ledger(task.model, before or {}, after or {}, sites, how["memory_budget"])
     arrays: dict[str, Any] = {name: sum(one[name] for one in found) for name in found[0]}
     columns = arrays.pop("completions")
     arrays["places"] = places
@@ -151,7 +157,7 @@ def account_of_step(
         "optim": dataclasses.asdict(task.config.optim),
     }
     tokenizer = saved.loaded.tokenizer
-    return Account(sites, related, rollout, columns, arrays, texts, about, tokenizer)
+    return Account(sites, related, rollout, columns, arrays, texts, about, tokenizer, seen)
 
 
 def account_of_file(options: InfluenceOptions, progress: Progress) -> Account:

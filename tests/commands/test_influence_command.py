@@ -11,6 +11,7 @@ import pytest
 import tiny_runs
 
 from jaxdyn.cli import main
+from jaxdyn.commands import influence_page
 from jaxdyn.commands.influence import run
 from jaxdyn.commands.influence_options import InfluenceOptions
 from jaxdyn.errors import JaxdynError
@@ -18,6 +19,7 @@ from jaxdyn.models import load_pretrained
 from jaxdyn.report.influence_file import load_influence
 from jaxdyn.train import open_run, run_rl, run_sft
 
+STOP = "</s>"
 pytestmark = pytest.mark.slow
 ROWS = [
     {"prompt": f"{i // 3}=", "completion": ("ab", "ba", "cdab")[i % 3], "advantage": a}
@@ -66,7 +68,28 @@ def test_a_step_at_the_runs_own_probe(tied_run, tmp_path):
     own = saved.representation[0].sum(axis=-1)
     own = own + sum(x[0, 0] for x in saved.others.values())
     np.testing.assert_allclose(own, logged["representation"], rtol=0, atol=0.05 * scale)
-    assert [x.name for x in sorted(path.parent.iterdir())] == ["influence.json", "influence.npz"]
+    names = [x.name for x in sorted(path.parent.iterdir())]
+    assert names == ["influence.html", "influence.json", "influence.npz"]
+
+
+def test_the_page_has_every_token_and_at_the_sites_who_moved_them(tied_run, tmp_path, monkeypatch):
+    pages = []
+    real = influence_page.write_microscope
+    keep = lambda *given: pages.append(given) or real(*given)
+    monkeypatch.setattr(influence_page, "write_microscope", keep)
+    options = InfluenceOptions(str(tied_run), step=3, sites="batch", output=str(tmp_path / "out"))
+    saved = load_influence(run(options))
+    (seen, moved, found), texts = (pages[0][0], pages[0][2], pages[0][0]), saved.completions
+    shown = set(saved.site_completion.tolist())
+    for number in shown:
+        pieces = found.pieces[found.rows == number]
+        assert "".join(pieces).removesuffix(STOP) == texts[number]
+    at = seen.change("log_prob")[0][moved.rows]
+    np.testing.assert_allclose(at, saved.actual[0], rtol=0, atol=2e-6)
+    assert np.array_equal(seen.targets[moved.rows], saved.targets)
+    for q, function in enumerate(("log_prob", "entropy")):
+        parts = sum(moved.contributions[function].values())
+        np.testing.assert_array_equal(parts, saved.total[q])
 
 
 def test_a_step_at_its_own_completions(tied_run, tmp_path, capsys):

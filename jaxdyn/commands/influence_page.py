@@ -1,0 +1,97 @@
+"""The page of a step: its texts token by token, with the completions that moved each site."""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+import jaxdyn
+from jaxdyn.data import Tokenizer
+from jaxdyn.dynamics import Ledger, ledger
+from jaxdyn.report.influence_file import FUNCTIONS, SavedInfluence
+from jaxdyn.report.ledger_file import SavedLedger
+from jaxdyn.report.microscope import Influence, write_microscope
+from jaxdyn.types import COMPONENTS, Model, Params, Sites
+
+
+def every_token(sites: Sites) -> Sites:
+    """Every place in the completions that hold the sites, each from where its prompt ends."""
+    tokens, mask = np.asarray(sites.tokens), np.asarray(sites.mask)
+    rows, positions = np.asarray(sites.rows), np.asarray(sites.positions)
+    places = [
+        (row, slot, slot == start)
+        for row in np.unique(rows)
+        for start in [positions[rows == row].min()]
+        for slot in range(start, int(np.flatnonzero(mask[row])[-1]))
+    ]
+    row, slot, first = (np.array(x) for x in zip(*places, strict=True))
+    return dataclasses.replace(
+        sites,
+        rows=jnp.asarray(row, jnp.int32),
+        positions=jnp.asarray(slot, jnp.int32),
+        targets=jnp.asarray(tokens[row, slot + 1], jnp.int32),
+        is_prompt=jnp.asarray(first),
+    )
+
+
+def step_ledger(model: Model, before: Params, after: Params, sites: Sites, budget: int) -> Ledger:
+    """What the step did at every token of the sites' completions, by component."""
+    given = iter([before, after])
+    return ledger(model, given, every_token(sites), through="features", memory_budget=budget)
+
+
+def write_page(
+    saved: SavedInfluence, found: Ledger, tokenizer: Tokenizer, sites: Sites, path: Path
+) -> list[Path]:
+    """Write the page, and those it is continued on."""
+    whole = every_token(sites)
+    fields = [field.name for field in dataclasses.fields(Sites)]
+    arrays: dict[str, Any] = {name: np.asarray(getattr(whole, name)) for name in fields}
+    rows, positions, targets = (arrays[name] for name in ("rows", "positions", "targets"))
+    texts = np.unique(rows)
+    starts = {row: positions[rows == row].min() for row in texts}
+    prompt = lambda row: tokenizer.decode(
+        arrays["tokens"][row, : starts[row] + 1][arrays["mask"][row, : starts[row] + 1]].tolist()
+    )
+    nothing = np.zeros((len(rows), 0))
+    seen = SavedLedger(
+        **arrays,
+        prompts=np.array(
+            [prompt(row) if row in starts else "" for row in range(len(arrays["tokens"]))], np.str_
+        ),
+        pieces=np.array(
+            [x for row in texts for x in tokenizer.pieces(targets[rows == row].tolist())], np.str_
+        ),
+        names=np.array([f"before {saved.about['model']}", "after it"], np.str_),
+        nodes=found.nodes,
+        alternatives=nothing.astype(np.int32),
+        alternative_pieces=nothing.astype(np.str_),
+        alternative_values=found.token_values,
+        alternative_parts=found.token_parts,
+        values=found.values,
+        parts=found.parts,
+        about={"jaxdyn": jaxdyn.__version__, **saved.about},
+    )
+    number = {place: n for n, place in enumerate(zip(rows, positions, strict=True))}
+    at = zip(saved.rows, saved.positions, strict=True)
+    components = {name: getattr(saved, name) for name in COMPONENTS}
+    shown = {name: x for name, x in components.items() if name != "cross" or np.any(x)}
+    advantages = np.asarray(saved.advantages)
+    if advantages.ndim == 2:  # a token's own: their mean over the completion
+        counted = np.where(saved.completion_mask, advantages, 0).sum(axis=1)
+        advantages = counted / np.maximum(saved.completion_mask.sum(axis=1), 1)
+    influence = Influence(
+        rows=np.array([number[place] for place in at]),
+        contributions={
+            function: {name: x[q] for name, x in shown.items()}
+            for q, function in enumerate(FUNCTIONS)
+        },
+        texts=saved.completions,
+        prompts=saved.prompts,
+        advantages=advantages,
+        about=f"What each completion of {saved.about['model']} added, to first order; clipping, "
+        "momentum, decay and the second order are columns of influence.json.",
+    )
+    return write_microscope(seen, path, influence)
