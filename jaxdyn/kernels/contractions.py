@@ -270,8 +270,9 @@ def _kernels(
             )
         return fetch(plain_kernels(model, view, roots, rows, columns))
     require_merged(params)
-    slots, counted = (max(getattr(r, n).shape[1] for r in both) for n in ("tokens", "positions"))
-    tiles = tiling(rows, columns, *row_bytes(model, slots, counted, rows.outputs), budget)
+    sizes = [(r.tokens.shape[1], r.positions.shape[1], r.outputs) for r in both]
+    held, working = (max(x) for x in zip(*(row_bytes(model, *size) for size in sizes), strict=True))
+    tiles = tiling(rows, columns, held, working, budget)
     return assemble(
         f"{kind} {model!r}",
         tiles,
