@@ -33,7 +33,11 @@ def quickstarted(tmp_path_factory):
             base,
             output=str(here / "runs/quickstart/joint"),
             model=ModelSource(str(model)),
-            data=dataclasses.replace(base.data, cache_dir=str(here / "cache")),
+            data=dataclasses.replace(
+                base.data,
+                anagrams=AnagramsConfig(train_examples=64, test_examples=16),
+                cache_dir=str(here / "cache"),
+            ),
             train=dataclasses.replace(
                 base.train, steps=2, checkpoint_every=1, keep_checkpoints=0, **few
             ),

@@ -112,7 +112,7 @@ def test_what_is_not_a_kernel_file_is_refused_in_a_line(damage, words, tmp_path)
         load_kernel(path)
     assert "\n" not in str(said.value)
     del said
-    gc.collect()
+    gc.collect(0)
 
 
 # -- what is drawn --------------------------------------------------------------------------------
