@@ -36,7 +36,7 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 typing.runtime_checkable(linear.PromoteDtypeFn)
 install_import_hook("jaxdyn", "beartype.beartype")
 # To trace is to make many objects that stay: to look through them all, time and again, costs a
-# tenth of the suite. Each module's garbage is collected after it.
+# tenth of the suite.
 gc.set_threshold(200_000, 20, 20)
 
 # The files that take longest, which are given out first, in their order (--dist loadfile): what is
@@ -77,4 +77,4 @@ def _release_compiled_programs():
     yield
     if memory_maps() > 20_000:
         jax.clear_caches()
-    gc.collect()
+        gc.collect()

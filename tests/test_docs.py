@@ -34,7 +34,11 @@ def quickstarted(tmp_path_factory):
             base,
             output=str(here / "runs/quickstart/joint"),
             model=ModelSource(str(model)),
-            data=dataclasses.replace(base.data, cache_dir=str(here / "cache")),
+            data=dataclasses.replace(
+                base.data,
+                anagrams=AnagramsConfig(train_examples=64, test_examples=16),
+                cache_dir=str(here / "cache"),
+            ),
             # A random model has no anagram right; some of its completions are shorter.
             reward=RewardConfig(("length",), length=Length(maximum=0, slack=9)),
             train=dataclasses.replace(

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Float, Int
-from scipy import stats
+from scipy.special import stdtrit
 
 LEVEL = 0.95
 
@@ -83,7 +83,7 @@ def mean_with_interval(values: Float[np.ndarray, " P"], level: float = LEVEL) ->
     mean = float(np.mean(values))
     if count == 1:
         return Estimate(mean, np.nan, np.nan)
-    half = stats.t.ppf((1 + level) / 2, count - 1) * np.std(values, ddof=1) / np.sqrt(count)
+    half = stdtrit(count - 1, (1 + level) / 2) * np.std(values, ddof=1) / np.sqrt(count)
     return Estimate(mean, float(mean - half), float(mean + half))
 
 

@@ -79,8 +79,9 @@ def load_kernel(path: str | Path) -> SavedKernel:
       JaxdynError: if it cannot be read, or is not a whole kernel file.
     """
     try:
-        with np.load(path, allow_pickle=False) as file:
-            arrays = {name: file[name] for name in file.files}
+        # NumPy leaves a file open that it opened itself and could not read.
+        with open(path, "rb") as file, np.load(file, allow_pickle=False) as saved:
+            arrays = {name: saved[name] for name in saved.files}
     except FileNotFoundError as error:
         raise JaxdynError(f"no such kernel file: {path}") from error
     except (OSError, ValueError, EOFError, AttributeError, TypeError, zipfile.BadZipFile) as error:

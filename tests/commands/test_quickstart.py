@@ -4,21 +4,28 @@ import pytest
 
 from jaxdyn.commands import quickstart as command
 from jaxdyn.commands.quickstart import quickstart
+from jaxdyn.data import AnagramsConfig
 from jaxdyn.presets import RL, SFT
+from jaxdyn.report.plotting import STYLE
 from jaxdyn.types import JaxdynError
 
 
 @pytest.fixture
 def small(monkeypatch, tmp_path):
-    """The presets, a few steps long."""
+    """The presets, a few steps long, of a few rows, and figures of few pixels."""
+    monkeypatch.setitem(STYLE, "savefig.dpi", 50)
     monkeypatch.setenv("JAXDYN_CACHE", str(tmp_path / "cache"))
     few = {"num_prompts": 2, "num_generations": 2}
     sft, rl = SFT["anagrams"], RL["anagrams"]
+    data = dataclasses.replace(
+        sft.data, anagrams=AnagramsConfig(train_examples=64, test_examples=16)
+    )
     evaluation = dataclasses.replace(rl.evaluation, every=0, **few)
-    train = dataclasses.replace(sft.train, steps=2)
-    sft = dataclasses.replace(sft, evaluation=evaluation, train=train)
+    train = dataclasses.replace(sft.train, steps=2, num_prompts=4)
+    sft = dataclasses.replace(sft, data=data, evaluation=evaluation, train=train)
     rl = dataclasses.replace(
         rl,
+        data=data,
         evaluation=evaluation,
         train=dataclasses.replace(rl.train, steps=2, **few),
         optim=dataclasses.replace(rl.optim, classifier_steps=1),

@@ -1,6 +1,7 @@
 """Real processes on this machine: they find each other, and compute what one would."""
 
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -272,6 +273,13 @@ def assert_same_numbers(run: Path, other: Path) -> None:
                 np.testing.assert_allclose(mine[key], theirs[key], **limit)
 
 
+# Gloo has its own say, from a thread a device, whose words may come between each other's.
+GLOO = re.compile(
+    r"\[Gloo\] Rank |is connected to | peer ranks\. "
+    r"|Expected number of connected peer ranks is : |[\d\s]"
+)
+
+
 @pytest.mark.slow
 def test_processes_do_what_one_does(place, alone):
     """Two of two devices: half of the rows each, and half of every matrix in each device."""
@@ -279,8 +287,8 @@ def test_processes_do_what_one_does(place, alone):
     first, *others = run_to_the_end(*rl(place, "2x2", 2, 2, **mesh))
     assert_same_numbers(place / "2x2", alone)
     assert f"run: {place / '2x2'}" in first and "3/3  reward" in first
-    for said in others:  # Gloo has its own say
-        assert not [line for line in said.splitlines() if not line.startswith("[Gloo]")]
+    for said in others:
+        assert GLOO.sub("", said) == ""
 
 
 @pytest.mark.slow

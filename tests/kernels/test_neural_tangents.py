@@ -236,8 +236,12 @@ def full_kernel(f, params, x1, x2):
     return jax.jit(outer)(x1, x2)
 
 
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-@pytest.mark.parametrize(("vmap_axes", "compiled"), [(0, True), (None, True), (0, False)])
+WAYS = [(name, 0, True) for name in IMPLEMENTATIONS]
+WAYS += [("JACOBIAN_CONTRACTION", None, True), ("STRUCTURED_DERIVATIVES", None, True)]
+WAYS += [("NTK_VECTOR_PRODUCTS", 0, False), ("AUTO", 0, False)]
+
+
+@pytest.mark.parametrize(("implementation", "vmap_axes", "compiled"), WAYS)
 def test_every_implementation_on_two_batches(implementation, vmap_axes, compiled, nt, x64):
     params, x1, x2 = toy_inputs()
     kernel_fn = nt.empirical_ntk_fn(

@@ -35,7 +35,9 @@ from jaxdyn.types import JaxdynError
 
 KEYS, REPLICATES, SIDE = 500, 64, 2
 SLOW = pytest.mark.slow
-STATISTICAL = ["gpt2-tied", "llama-untied", pytest.param(BIASED, marks=SLOW)]
+STATISTICAL = ["gpt2-tied", "gpt_neox-untied"] + [
+    pytest.param(name, marks=SLOW) for name in ("llama-tied", BIASED)
+]
 few = functools.partial(sketch_gradients, replicates=3, side=3)
 
 
@@ -146,7 +148,7 @@ def test_formed_gradients_have_the_same_sketch_as_factors(name, x64, monkeypatch
 
 def test_the_variance_of_a_rank_one_gradient(x64):
     """g φᵀ of an untied classifier: the formula, for every pair of sites."""
-    name = "llama-untied"
+    name = "gpt_neox-untied"
     model, params = tiny_model(name)
     factors = factorize(model, params, None, site_rows(model, all_sites(), "sites"))
     u, v = np.asarray(factors.logit_cotangents)[:, 0, 0], np.asarray(factors.features)[:, 0]
@@ -184,7 +186,7 @@ def gradient_blocks(name):
 
 def test_the_variance_of_a_squared_norm(x64):
     """Of the backbone's gradient: the formula for signs, which is below the Gaussian bound."""
-    name, p = "llama-untied", SIDE
+    name, p = "gpt_neox-untied", SIDE
     blocks = gradient_blocks(name)
     right, left = ([np.einsum(s, g, g) for g in blocks] for s in ("nki,nkj->nij", "nki,nli->nkl"))
     norm = sum(np.einsum("nii->n", m) for m in right)
