@@ -1,11 +1,14 @@
 import dataclasses
 
+import numpy as np
 import pytest
 
 from jaxdyn.commands import quickstart as command
 from jaxdyn.commands.quickstart import quickstart
 from jaxdyn.data import AnagramsConfig
 from jaxdyn.presets import RL, SFT
+from jaxdyn.report.ledger_file import load_ledger
+from jaxdyn.rewards import Length, RewardConfig
 from jaxdyn.report.plotting import STYLE
 from jaxdyn.types import JaxdynError
 
@@ -25,6 +28,8 @@ def small(monkeypatch, tmp_path):
     sft = dataclasses.replace(sft, data=data, evaluation=evaluation, train=train)
     rl = dataclasses.replace(
         rl,
+        # A random model has no anagram right; some of its completions are shorter.
+        reward=RewardConfig(("length",), length=Length(maximum=0, slack=9)),
         data=data,
         evaluation=evaluation,
         train=dataclasses.replace(rl.train, steps=2, **few),
@@ -33,6 +38,7 @@ def small(monkeypatch, tmp_path):
     )
     monkeypatch.setitem(SFT, "anagrams", sft)
     monkeypatch.setitem(RL, "anagrams", rl)
+    monkeypatch.setattr(command, "LEDGER_PROMPTS", 2)
 
 
 @pytest.mark.slow
@@ -40,6 +46,10 @@ def test_the_whole_story_and_started_again(small, tmp_path, capsys):
     output = tmp_path / "out"
     page = quickstart(output, seed=1)
     assert page.is_file() and page.parent == output / "report"
+    for schedule in ("joint", "classifier_first"):
+        assert (output / "ledger" / schedule / "ledger.html").is_file()
+        saved = load_ledger(output / "ledger" / schedule / "ledger.npz")
+        assert np.any(saved.change("log_prob")) and len(saved.prompts) == 4
     said = capsys.readouterr()
     rows = [line.split() for line in said.out.splitlines() if "→" in line]
     assert [row[0] for row in rows[1:]] == ["joint", "classifier_first"]  # after the title
