@@ -19,7 +19,7 @@ from jaxdyn.models import load_pretrained
 from jaxdyn.report.influence_file import load_influence
 from jaxdyn.train import open_run, run_rl, run_sft
 
-STOP = "</s>"
+SPECIAL = ("<s>", "</s>", "<pad>")
 pytestmark = pytest.mark.slow
 ROWS = [
     {"prompt": f"{i // 3}=", "completion": ("ab", "ba", "cdab")[i % 3], "advantage": a}
@@ -82,8 +82,8 @@ def test_the_page_has_every_token_and_at_the_sites_who_moved_them(tied_run, tmp_
     (seen, moved, found), texts = (pages[0][0], pages[0][2], pages[0][0]), saved.completions
     shown = set(saved.site_completion.tolist())
     for number in shown:
-        pieces = found.pieces[found.rows == number]
-        assert "".join(pieces).removesuffix(STOP) == texts[number]
+        pieces = [x for x in found.pieces[found.rows == number] if x not in SPECIAL]
+        assert "".join(pieces) == texts[number]
     at = seen.change("log_prob")[0][moved.rows]
     np.testing.assert_allclose(at, saved.actual[0], rtol=0, atol=2e-6)
     assert np.array_equal(seen.targets[moved.rows], saved.targets)
