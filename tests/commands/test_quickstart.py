@@ -8,8 +8,8 @@ from jaxdyn.commands.quickstart import quickstart
 from jaxdyn.data import AnagramsConfig
 from jaxdyn.presets import RL, SFT
 from jaxdyn.report.ledger_file import load_ledger
-from jaxdyn.rewards import Length, RewardConfig
 from jaxdyn.report.plotting import STYLE
+from jaxdyn.rewards import Length, RewardConfig
 from jaxdyn.types import JaxdynError
 
 
