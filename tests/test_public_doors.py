@@ -124,6 +124,9 @@ DOORS = {
         dynamics.own_tokens(m, p, SITES, jnp.ones((5, 2)), 0.7)
     ),
     "dynamics.delta_logits": lambda m, p: paths(dynamics.delta_logits(m, p, moved(p), SITES)[1]),
+    "dynamics.most_changed_tokens": lambda m, p: {
+        "ids": dynamics.most_changed_tokens(m, p, after(p), SITES, 4)
+    },
     "dynamics.measure_state": measured_state,
     "dynamics.measure_update": measured_update,
     "dynamics.propagate": lambda m, p: paths(dynamics.propagate(m, p, moved(p), SITES)),

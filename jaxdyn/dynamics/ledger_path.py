@@ -225,9 +225,10 @@ class Segment(NamedTuple):
                 kept = self._closed(batch, i, change, allowed)
                 if store:
                     store.save(i, 0, kept)
+                if "progress" in execution:
+                    done = number * len(batches) + i + 1
+                    execution["progress"](done, (number + 1) * len(batches))
             found.append(kept)
-            if "progress" in execution:
-                execution["progress"](number * len(batches) + i + 1, (number + 1) * len(batches))
         return found
 
     def _closed(

@@ -58,7 +58,8 @@ def test_a_step_at_the_runs_own_probe(tied_run, tmp_path):
     """What the run itself measured there when it took the step, with both of its inner epochs."""
     path = run(InfluenceOptions(str(tied_run), step=3, output=str(tmp_path / "out")))
     saved = load_influence(path)
-    logged = np.load(tied_run / "dynamics" / "step_000003.npz")
+    with np.load(tied_run / "dynamics" / "step_000003.npz") as file:
+        logged = dict(file)
     scale = np.abs(logged["actual"]).max()
     np.testing.assert_allclose(saved.actual[0], logged["actual"], rtol=0, atol=1e-3 * scale)
     closes(saved, 1e-3)

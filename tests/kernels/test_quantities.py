@@ -134,6 +134,8 @@ MODELS = {
     "update by part": ("gpt2-tied", "llama-untied", BIASED),
     "tokens": ("gpt2-tied", "llama-untied", BIASED),
     "sequences": ("gpt2-tied", "qwen2-untied", BIASED),
+    "policy": ("gpt2-tied", "llama-untied", BIASED),
+    "policy by token": ("gpt2-tied", "qwen2-untied"),
     "trace": ("gpt2-tied", "gpt_neox-tied", "llama-untied", "qwen2-tied", "gpt2-untied", BIASED),
     "mean trace": ("gpt2-tied", "llama-tied"),
     "probed trace": ("gpt2-tied", "gpt_neox-untied", BIASED),

@@ -78,9 +78,7 @@ def test_a_run_killed_twenty_times_ends_like_one_never_killed(root, tmp_path):
     """Eight times inside a save, eight between two, four before the first step of the attempt."""
     changes = {"train__steps": 64, "probe__every": 7, "evaluation__every": 9}
     changes |= {"train__keep_checkpoints": 2, "train__keep_best": "eval_reward"}
-    whole = tiny_runs.rl_config(
-        root, str(tmp_path / "whole"), **changes, train__checkpoint_every=64
-    )
+    whole = tiny_runs.rl_config(root, str(tmp_path / "whole"), **changes, train__checkpoint_every=2)
     start(whole, tmp_path).join()
     config = tiny_runs.rl_config(root, str(tmp_path / "run"), **changes, train__checkpoint_every=2)
     run, draw = tmp_path / "run", random.Random(5)
