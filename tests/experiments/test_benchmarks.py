@@ -17,6 +17,7 @@ import jax
 import jaxtyping
 import kernel_cases
 import kernels
+import ledger
 import numpy as np
 import plans
 import pytest
@@ -127,6 +128,15 @@ def test_kernels(run, here, monkeypatch, tmp_path):
     values = {axis: x["values"] for axis, x in axes.items()}
     assert values == {"sites": [4, 6], "slots": [3, 6]}
     assert (tmp_path / "results/kernels_scaling_toy.png").stat().st_size > 5000
+
+
+@pytest.mark.slow
+def test_ledger(run):
+    found = run(ledger, "--toy", "--rounds", "1")
+    assert found.keys() == {"ledger_nodes_toy", "ledger_whole_toy"}
+    nodes, whole = found["ledger_nodes_toy"], found["ledger_whole_toy"]
+    assert len(nodes["medians"]) == 4 and all(x > 0 for x in nodes["medians"].values())
+    assert whole["nodes"] >= 3 and whole["residual"]["log_prob"] < 0.01
 
 
 @pytest.mark.slow
