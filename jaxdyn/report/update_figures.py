@@ -154,16 +154,17 @@ def ledger(runs: Sequence[Run]) -> Exhibit | None:
         ),
         name="ledger",
         title="What they add up to",
-        shows="The representation component’s share of single updates (top left) and of everything "
-        "that has happened since the start: of the change of log π of the sites’ tokens, and of "
-        "their entropy. Below, the entropy at completion sites by component. The components are "
-        "integrals along the run and add up to the whole exactly. The two kinds of share differ "
-        "because steps that go together and steps that cancel look alike one by one: what moves W "
-        "adds up, much of what moves the body is undone. All three shares are weighted over the "
-        "sites’ own tokens, Σ part · change / Σ change² (of a single update, of its prediction); "
-        "those of the section above over the whole vocabulary.",
-        expects="The paper speaks of single updates; what it says of the representation component "
-        "has to be asked of the whole training, too.",
+        shows="The representation component’s share of single updates (top left) and of "
+        "everything since the start, of the change of log π of the sites’ tokens and of "
+        "their entropy, and below them the entropy at completion sites by component, "
+        "integrals along the run that add up to the whole: the two kinds of share differ "
+        "because steps that go together and steps that cancel look alike one by one, and "
+        "what moves W adds up where much of what moves the body is undone; all three are "
+        "weighted over the sites’ own tokens, Σ part · change / Σ change² (of a single "
+        "update, of its prediction), those of the section above over the whole "
+        "vocabulary.",
+        expects="The paper speaks of single updates, so what it says of the representation "
+        "component has to be asked of the whole training, too.",
     )
 
 

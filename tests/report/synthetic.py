@@ -180,7 +180,13 @@ def write_run(
                 "share/representation": float(representation @ predicted / (predicted @ predicted)),
                 "share/gradient": float(gradient @ predicted / (predicted @ predicted)),
                 "share/cross": float(third @ predicted / (predicted @ predicted)),
+                "delta/share/representation": 0.02,
             }
+            for name, nats in (("log_prob", 0.01), ("entropy", -0.005)):
+                for part, share in (("representation", 0.3), ("gradient", 0.7), ("change", 1.0)):
+                    record[f"ledger/{name}/share/{part}"] = share
+                    for kind in ("prompt", "completion"):
+                        record[f"ledger/{name}/{part}/{kind}"] = share * nats * t
         np.savez(directory / "dynamics" / f"step_{t:06d}.npz", **arrays)
         dynamics.append(record)
     write_lines(directory / "dynamics.jsonl", dynamics)

@@ -20,7 +20,8 @@ from jaxdyn.report.plotting import running_mean
 from jaxdyn.report.sampling_figures import sampling
 from jaxdyn.report.update_figures import correlation, features, prediction, shares
 
-FIGURES = {"reward", "confidence", "sampling", "prediction", "shares", "features", "distance"}
+FIGURES = {"reward", "confidence", "sampling", "prediction", "shares", "ledger", "features"}
+FIGURES |= {"distance"}
 STEPS = {"joint": 40, "classifier_first": 40, "joint_extra": 50}
 
 
