@@ -81,7 +81,7 @@ def nodes(arguments: argparse.Namespace) -> dict:
     assert not others
     start = look(model, view, head, batch).phi
     given = (view, change, head, batch.sites, batch.token_ids, start, batch.real)
-    own = Sites(**batch.sites)
+    own = Sites(**jax.tree.map(jnp.asarray, batch.sites))
 
     @jax.jit
     def score(view):
@@ -92,8 +92,8 @@ def nodes(arguments: argparse.Namespace) -> dict:
     @jax.jit
     def layers(view, change, start):
         reference = jax.nn.log_softmax(model.logits(head, start))
-        at = At(own.targets, batch.token_ids, reference)
-        return text_parts(model, view, change, own, at, batch.real, ("log_prob",))
+        at = At(own.targets, jnp.asarray(batch.token_ids), reference)
+        return text_parts(model, view, change, own, at, jnp.asarray(batch.real), ("log_prob",))
 
     cases = {
         "forward": lambda: score(view),
