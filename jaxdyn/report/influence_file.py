@@ -1,17 +1,16 @@
 """An update's account in a file: one .npz with who moved whom, the texts, and all else it did."""
 
 import dataclasses
-import json
-import zipfile
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from jaxdyn import COMPONENTS
-from jaxdyn.errors import JaxdynError
+from jaxdyn.report.archive import read_archive, require_arrays, require_shape, write_archive
 
 FORMAT = "jaxdyn influence 1"
+WHAT = "an influence file"
 
 FUNCTIONS = ("log_prob", "entropy")
 """The first axis of the arrays: log π of the site's token, and the entropy H, in nats."""
@@ -114,10 +113,8 @@ class SavedInfluence:
     def write(self, path: Path) -> None:
         """Write all of it as one compressed .npz, without pickles."""
         fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
-        about = json.dumps({"format": FORMAT, **fields.pop("about")}, ensure_ascii=False)
-        arrays = {name: x for name, x in fields.items() if x is not None}
-        with path.open("wb") as file:
-            np.savez_compressed(file, allow_pickle=False, about=about, **arrays)
+        about = fields.pop("about")
+        write_archive(path, FORMAT, about, {name: x for name, x in fields.items() if x is not None})
 
 
 def load_influence(path: str | Path) -> SavedInfluence:
@@ -126,31 +123,14 @@ def load_influence(path: str | Path) -> SavedInfluence:
     Raises:
       JaxdynError: if it cannot be read, or is not a whole influence file.
     """
-    try:
-        with np.load(path, allow_pickle=False) as file:
-            arrays = {name: file[name] for name in file.files}
-    except FileNotFoundError as error:
-        raise JaxdynError(f"no such influence file: {path}") from error
-    except (OSError, ValueError, EOFError, AttributeError, TypeError, zipfile.BadZipFile) as error:
-        raise JaxdynError(f"{path} is not an influence file: {error}") from error
-    try:
-        about = json.loads(str(arrays.pop("about", "")))
-    except ValueError as error:
-        raise JaxdynError(f"{path} is not an influence file: it has no description") from error
-    found = about.pop("format", None) if isinstance(about, dict) else None
-    if found != FORMAT:
-        raise JaxdynError(f"{path} is not an influence file: wanted {FORMAT!r}, got {found!r}")
+    arrays, about = read_archive(path, WHAT, (FORMAT,))
     wanted = [f.name for f in dataclasses.fields(SavedInfluence) if f.name != "about"]
-    missing = [name for name in wanted if name not in arrays and name not in _OPTIONAL]
-    if missing:
-        raise JaxdynError(f"{path} is not a whole influence file: it has no {missing[0]}")
+    require_arrays(path, WHAT, [name for name in wanted if name not in _OPTIONAL], arrays)
     sites, count = len(arrays["contexts"]), len(arrays["group"])
     shapes: dict[str, tuple] = {name: (2, sites, count) for name in COMPONENTS}
     shapes |= {name: (3, 2, sites) for name in (*COLUMNS, "itself")}
     shapes |= {name: (2, sites) for name in ("first_order", "actual")}
     for name, shape in shapes.items():
-        if name in arrays and arrays[name].shape != shape:
-            raise JaxdynError(
-                f"{path}: {name} should be {list(shape)}, got {list(arrays[name].shape)}"
-            )
+        if name in arrays:
+            require_shape(path, name, arrays[name], shape)
     return SavedInfluence(**{n: arrays[n] for n in wanted if n in arrays}, about=about)

@@ -1,17 +1,16 @@
 """A kernel in a file: one .npz with the matrices, the sites they lie between, and what they are."""
 
 import dataclasses
-import json
-import zipfile
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from jaxdyn import COMPONENTS
-from jaxdyn.errors import JaxdynError
+from jaxdyn.report.archive import read_archive, require_arrays, require_shape, write_archive
 
 FORMAT = "jaxdyn kernel 2"
+WHAT = "a kernel file"
 WITHOUT_STATISTICS = "jaxdyn kernel 1"
 
 _PART = "part_"
@@ -64,12 +63,10 @@ class SavedKernel:
     def write(self, path: Path) -> None:
         """Write all of it as one compressed .npz, without pickles."""
         fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
-        about = json.dumps({"format": FORMAT, **fields.pop("about")}, ensure_ascii=False)
         parts = {_PART + kind: x for kind, x in fields.pop("parts").items()}
-        fields |= {"total": self.total, "about": about, **parts, **fields.pop("statistics")}
-        arrays = {name: x for name, x in fields.items() if x is not None}
-        with path.open("wb") as file:
-            np.savez_compressed(file, allow_pickle=False, **arrays)
+        about = fields.pop("about")
+        fields |= {"total": self.total, **parts, **fields.pop("statistics")}
+        write_archive(path, FORMAT, about, {name: x for name, x in fields.items() if x is not None})
 
 
 def load_kernel(path: str | Path) -> SavedKernel:
@@ -78,33 +75,14 @@ def load_kernel(path: str | Path) -> SavedKernel:
     Raises:
       JaxdynError: if it cannot be read, or is not a whole kernel file.
     """
-    try:
-        # NumPy leaves a file open that it opened itself and could not read.
-        with open(path, "rb") as file, np.load(file, allow_pickle=False) as saved:
-            arrays = {name: saved[name] for name in saved.files}
-    except FileNotFoundError as error:
-        raise JaxdynError(f"no such kernel file: {path}") from error
-    except (OSError, ValueError, EOFError, AttributeError, TypeError, zipfile.BadZipFile) as error:
-        raise JaxdynError(f"{path} is not a kernel file: {error}") from error
-    try:
-        about = json.loads(str(arrays.pop("about", "")))
-    except ValueError as error:
-        raise JaxdynError(f"{path} is not a kernel file: it has no description") from error
-    found = about.pop("format", None) if isinstance(about, dict) else None
-    if found not in (FORMAT, WITHOUT_STATISTICS):
-        raise JaxdynError(f"{path} is not a kernel file: wanted {FORMAT!r}, got {found!r}")
+    arrays, about = read_archive(path, WHAT, (FORMAT, WITHOUT_STATISTICS))
     parts = {n.removeprefix(_PART): x for n, x in arrays.items() if n.startswith(_PART)}
     statistics = {n: x for n, x in arrays.items() if "/" in n}
     apart = ("about", "parts", "statistics")
     wanted = [f.name for f in dataclasses.fields(SavedKernel) if f.name not in apart]
-    missing = [name for name in wanted if name not in arrays and name not in _OPTIONAL]
-    if missing:
-        raise JaxdynError(f"{path} is not a whole kernel file: it has no {missing[0]}")
+    require_arrays(path, WHAT, [name for name in wanted if name not in _OPTIONAL], arrays)
     size = len(arrays["contexts"])
     for name in COMPONENTS:
-        if arrays[name].shape != (size, size):
-            raise JaxdynError(
-                f"{path}: {name} should be [{size}, {size}], got {list(arrays[name].shape)}"
-            )
+        require_shape(path, name, arrays[name], (size, size))
     known = {name: arrays[name] for name in wanted if name in arrays}
     return SavedKernel(**known, parts=parts, statistics=statistics, about=about)

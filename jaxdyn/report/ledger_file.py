@@ -1,25 +1,16 @@
-"""A ledger in a file: one .npz with every account, the texts it is of, and what it says.
-
-It imports no JAX, so that a file is read anywhere.
-"""
+"""A ledger in a file: one .npz with every account, the texts it is of, and what it says."""
 
 import dataclasses
-import json
-import zipfile
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from jaxdyn.errors import JaxdynError
+from jaxdyn.report.archive import read_archive, require_arrays, require_shape, write_archive
 
 FORMAT = "jaxdyn ledger 1"
-
-PARTS = ("representation", "gradient")
-"""By component: through the classifier, or through the features. Of a tied matrix by its role."""
-
-QUANTITIES = ("log_prob", "entropy", "confidence", "margin", "kl")
-"""What a ledger is of, at every site: log π of the token, and what the whole distribution is."""
+WHAT = "a ledger file"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,9 +76,7 @@ class SavedLedger:
             value = getattr(self, field.name)
             if field.name != "about":
                 arrays |= _flat(field.name, value)
-        about = json.dumps({"format": FORMAT, **self.about}, ensure_ascii=False)
-        with path.open("wb") as file:
-            np.savez_compressed(file, allow_pickle=False, about=about, **arrays)
+        write_archive(path, FORMAT, self.about, arrays)
 
 
 def load_ledger(path: str | Path) -> SavedLedger:
@@ -96,41 +85,25 @@ def load_ledger(path: str | Path) -> SavedLedger:
     Raises:
       JaxdynError: if it cannot be read, or is not a whole ledger file.
     """
-    try:
-        with open(path, "rb") as opened, np.load(opened, allow_pickle=False) as file:
-            arrays = {name: file[name] for name in file.files}
-    except FileNotFoundError as error:
-        raise JaxdynError(f"no such ledger file: {path}") from error
-    except (OSError, ValueError, EOFError, AttributeError, TypeError, zipfile.BadZipFile) as error:
-        raise JaxdynError(f"{path} is not a ledger file: {error}") from error
-    try:
-        about = json.loads(str(arrays.pop("about", "")))
-    except ValueError as error:
-        raise JaxdynError(f"{path} is not a ledger file: it has no description") from error
-    found = about.pop("format", None) if isinstance(about, dict) else None
-    if found != FORMAT:
-        raise JaxdynError(f"{path} is not a ledger file: wanted {FORMAT!r}, got {found!r}")
+    arrays, about = read_archive(path, WHAT, (FORMAT,))
     tree: dict[str, Any] = {}
     for name, x in arrays.items():
         *above, last = name.split("/")
-        branch = tree
+        branch: Any = tree
         for step in above:
-            branch = branch.setdefault(step, {})
+            branch = branch.setdefault(step, {}) if isinstance(branch, dict) else None
+        if not isinstance(branch, dict):
+            raise JaxdynError(f"{path} is not a whole ledger file: it has {name} twice")
         branch[last] = x
     optional = ("about", "by_layer", "by_token")
     fields = [f.name for f in dataclasses.fields(SavedLedger)]
-    missing = [name for name in fields if name not in tree and name not in optional]
-    if missing:
-        raise JaxdynError(f"{path} is not a whole ledger file: it has no {missing[0]}")
+    require_arrays(path, WHAT, [name for name in fields if name not in optional], tree)
     known = {name: tree[name] for name in fields if name in tree}
     saved = SavedLedger(**known, about=about)
     shape = (len(saved.names) - 1, len(saved.rows))
     for quantity, parts in saved.parts.items():
         for part, x in parts.items():
-            if x.shape != shape:
-                raise JaxdynError(
-                    f"{path}: parts/{quantity}/{part} should be {list(shape)}, got {list(x.shape)}"
-                )
+            require_shape(path, f"parts/{quantity}/{part}", x, shape)
     return saved
 
 
