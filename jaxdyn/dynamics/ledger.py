@@ -31,7 +31,7 @@ from flax import struct
 from jaxtyping import Int
 
 from jaxdyn.dynamics.ledger_path import (
-    COMPONENTS_OF_A_PATH,
+    BY_ROLE,
     Batch,
     PathThrough,
     Request,
@@ -195,7 +195,7 @@ def _assemble(
     values = np.stack([by_site(x, 1) for x in observed])
     parts = {
         name: np.stack([by_site([x[name] for x in of_one], 1) for of_one in accounts])
-        for name in COMPONENTS_OF_A_PATH
+        for name in BY_ROLE
     }
     tokens = lambda of_batches: by_site(of_batches, 0)
     kinds = [n.removeprefix("layer/") for n in accounts[0][0] if n.startswith("layer/")]
@@ -218,7 +218,7 @@ def _assemble(
         token_values=np.stack([tokens([np.asarray(o.tokens) for _, o in x]) for x in seen]),
         token_parts={
             name: np.stack([tokens([x[f"tokens/{name}"] for x in of_one]) for of_one in accounts])
-            for name in COMPONENTS_OF_A_PATH
+            for name in BY_ROLE
         },
         by_layer={
             name: {kind: x[:, q] for kind, x in layers.items()}

@@ -28,9 +28,10 @@ from jaxdyn.kernels.execution import Execution
 from jaxdyn.kernels.memory import opened_bytes
 from jaxdyn.kernels.operator import batches_of, site_features
 from jaxdyn.kernels.store import Store, digest
-from jaxdyn.types import Model, Params, Sites, View
+from jaxdyn.types import COMPONENTS, Model, Params, Sites, View
 
-COMPONENTS_OF_A_PATH = ("representation", "gradient")
+BY_ROLE = COMPONENTS[:2]
+"""A path's components: of a tied matrix its roles are apart, and nothing crosses."""
 
 PathThrough = Literal["parameters", "features"]
 
@@ -246,7 +247,7 @@ class Segment(NamedTuple):
                 for name, rate in rates[t].items():
                     part = weight * np.asarray(rate, np.float64)
                     total[name] = total[name] + part if name in total else part
-            parts = sum(total[name] for name in COMPONENTS_OF_A_PATH)
+            parts = sum(total[name] for name in BY_ROLE)
             residual = _rms([parts - change], [batch])
             # Nodes converge geometrically: what a doubling does not halve is rounding.
             stalled = intervals > FIRST_INTERVALS and np.all(residual > 0.5 * missing)

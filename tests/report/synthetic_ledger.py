@@ -2,8 +2,11 @@
 
 import numpy as np
 
-from jaxdyn.report.ledger_file import PARTS, QUANTITIES, SavedLedger
+from jaxdyn.report.ledger_file import SavedLedger
 from jaxdyn.report.microscope import Influence
+
+PARTS = ("representation", "gradient")
+QUANTITIES = ("log_prob", "entropy", "confidence", "margin", "kl")
 
 HOSTILE = (
     "</script><img src=x onerror=alert(1)>",

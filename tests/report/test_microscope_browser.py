@@ -6,9 +6,9 @@ import shutil
 
 import numpy as np
 import pytest
-from synthetic_ledger import HOSTILE, KINDS, OUTSIDE, influence_on, saved_ledger
+from synthetic_ledger import HOSTILE, KINDS, OUTSIDE, PARTS, QUANTITIES, influence_on, saved_ledger
 
-from jaxdyn.report.ledger_file import PARTS, QUANTITIES, load_ledger
+from jaxdyn.report.ledger_file import load_ledger
 from jaxdyn.report.microscope import write_microscope
 
 playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
