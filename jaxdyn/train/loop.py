@@ -2,7 +2,8 @@
 
 RL and supervised training supply a step; everything around it is here. A run that was killed
 anywhere and starts again with the same command ends with the same metrics, bit for bit (times
-apart): the state comes from the newest checkpoint, everything else from the step's number.
+apart): the state comes from the newest checkpoint, everything else from the step's number. Only a
+preempted run's ledger has a segment more, since it is saved at a step of its own.
 """
 
 import math

@@ -78,9 +78,12 @@ def test_a_run_killed_twenty_times_ends_like_one_never_killed(root, tmp_path):
     """Eight times inside a save, eight between two, four before the first step of the attempt."""
     changes = {"train__steps": 64, "probe__every": 7, "evaluation__every": 9}
     changes |= {"train__keep_checkpoints": 2, "train__keep_best": "eval_reward"}
-    whole = tiny_runs.rl_config(root, str(tmp_path / "whole"), **changes, train__checkpoint_every=2)
-    start(whole, tmp_path).join()
-    config = tiny_runs.rl_config(root, str(tmp_path / "run"), **changes, train__checkpoint_every=2)
+    config_of = lambda name, every: tiny_runs.rl_config(
+        root, str(tmp_path / name), **changes, train__checkpoint_every=every
+    )
+    for name, every in (("whole", 64), ("saved as often", 2)):
+        start(config_of(name, every), tmp_path).join()
+    config = config_of("run", 2)
     run, draw = tmp_path / "run", random.Random(5)
     moments = ["save"] * 8 + ["step"] * 8 + ["start"] * 4
     draw.shuffle(moments)
@@ -93,7 +96,11 @@ def test_a_run_killed_twenty_times_ends_like_one_never_killed(root, tmp_path):
     process.join()
     assert process.exitcode == 0
     assert inside >= 4
-    assert_same_run(run, tmp_path / "whole")
+    # The ledger's segments end at checkpoints; nothing else knows how often there is one.
+    often = tmp_path / "saved as often"
+    assert_same_run(run, often)
+    assert tiny_runs.lines(run, "ledger.jsonl") == tiny_runs.lines(often, "ledger.jsonl")
+    assert_same_run(run, tmp_path / "whole", apart="ledger/")
 
     evaluated = {
         x["step"]: x["eval_reward"]
