@@ -45,7 +45,7 @@ def subject(name):
     return model, params, changed(params, 3)
 
 
-def changed(params, seed, size=0.02):
+def changed(params, seed, size=0.01):
     rng = np.random.default_rng(seed)
     return jax.tree.map(
         lambda x: x + jnp.asarray(size * rng.standard_normal(x.shape), x.dtype), params
