@@ -281,12 +281,20 @@ GLOO = re.compile(
 
 
 @pytest.mark.slow
-def test_processes_do_what_one_does(place, alone):
-    """Two of two devices: half of the rows each, and half of every matrix in each device."""
-    mesh = {"data": 2, "fsdp": 1, "tensor": 2, "devices": 4}
-    first, *others = run_to_the_end(*rl(place, "2x2", 2, 2, **mesh))
-    assert_same_numbers(place / "2x2", alone)
-    assert f"run: {place / '2x2'}" in first and "3/3  reward" in first
+@pytest.mark.parametrize(
+    ("count", "each", "mesh"),
+    [
+        (4, 1, {"fsdp": 2, "tensor": 2}),
+        (2, 2, {"data": 2, "fsdp": 1, "tensor": 2, "devices": 4}),
+    ],
+    ids=["four processes", "two processes of two devices"],
+)
+def test_processes_do_what_one_does(count, each, mesh, place, alone):
+    """Matrices across processes, or rows across them and matrices across their devices."""
+    name = f"{count}x{each}"
+    first, *others = run_to_the_end(*rl(place, name, count, each, **mesh))
+    assert_same_numbers(place / name, alone)
+    assert f"run: {place / name}" in first and "3/3  reward" in first
     for said in others:
         assert GLOO.sub("", said) == ""
 

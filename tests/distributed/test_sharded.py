@@ -23,7 +23,7 @@ from jaxdyn.train.pmap import pmap_update, require_copies
 from jaxdyn.train.policy import policy_logps
 from jaxdyn.types import JaxdynError, PromptBatch, Sites
 
-MESHES = [(8, 1, 1), (1, 8, 1), (1, 1, 8)]
+MESHES = [(8, 1, 1), (1, 8, 1), (1, 1, 8), (2, 2, 2)]
 PROMPTS, GENERATIONS, SLOTS, LENGTH = 8, 2, 6, 5
 NEOX = gpt_neox(vocab_size=64, width=32, num_layers=2, num_heads=8, rotary_fraction=0.5)
 CONFIGS = {
@@ -163,7 +163,6 @@ def everything(name, sizes):
     [*(("untied", sizes) for sizes in MESHES), ("tied", (2, 2, 2)), ("odd", (2, 2, 2))],
 )
 def test_a_mesh_changes_nothing(name, sizes):
-    """One axis at a time, and all three of a tied model and of one that they do not divide."""
     found, wanted = everything(name, sizes), on_one_device(name)
     assert found.keys() == wanted.keys()
     for leaf, x in found.items():

@@ -74,7 +74,7 @@ def first_order_and_actual(model, params, delta, head_share, sites, size):
     return parts, derivative, actual
 
 
-@pytest.mark.parametrize("name", ["gpt_neox-tied", "qwen2-tied", "llama-untied", "gpt2-untied"])
+@pytest.mark.parametrize("name", oracles.CONFIGS)
 def test_split_is_exact_and_its_residual_shrinks_with_the_square_of_the_step(name, x64):
     """The parts sum to the derivative of log π along any update, and halving the step quarters
     actual − predicted: the slope on a log–log plot is 2."""

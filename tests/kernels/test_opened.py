@@ -45,7 +45,7 @@ def test_inputs_and_cotangents_make_every_gradient(name, x64):
         np.testing.assert_allclose(made, expected, atol=1e-11, err_msg=f"{layer} {parameter}")
 
 
-@pytest.mark.parametrize("name", ["heads-tied", "projections-untied"])
+@pytest.mark.parametrize("name", oracles.NORMED)
 def test_kernels_of_a_model_with_more_norms(name, x64):
     """Of each head, of whole projections, and of what is written; as parts, they are norms."""
     model, params = oracles.tiny_model(name)

@@ -36,7 +36,7 @@ from jaxdyn.types import JaxdynError
 KEYS, REPLICATES, SIDE = 500, 64, 2
 SLOW = pytest.mark.slow
 STATISTICAL = ["gpt2-tied", "gpt_neox-untied"] + [
-    pytest.param(name, marks=SLOW) for name in ("llama-tied", BIASED)
+    pytest.param(name, marks=SLOW) for name in ("llama-tied", "qwen2-untied", BIASED)
 ]
 few = functools.partial(sketch_gradients, replicates=3, side=3)
 
