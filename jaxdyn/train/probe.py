@@ -1,5 +1,6 @@
 """The probe of a run: its fixed sites, and what is measured there."""
 
+import dataclasses
 from typing import Any
 
 import jax
@@ -81,6 +82,9 @@ class RunLedger:
 
     def __init__(self, probe: Probe, params: Params, step: int, kept: list[dict[str, Any]]):
         self._probe, self.step, self._kept = probe, step, kept
+        # From features on in float32 or better: a bfloat16 product's rounding is no change.
+        self._dtype = jnp.promote_types(probe.model.dtype, jnp.float32)
+        self._model = dataclasses.replace(probe.model, dtype=self._dtype)
         self._last = self._look(params)
 
     def close(self, params: Params, step: int, state: SiteState | None = None) -> dict[str, Any]:
@@ -89,11 +93,11 @@ class RunLedger:
         Returns what `ledger.jsonl` holds: of Δ log π of the sites' tokens and of ΔH, both in nats,
         each component and the whole `change`, over the N sites.
         """
-        model, sites = self._probe.model, self._probe.sites
+        sites = self._probe.sites
         now = self._look(params, state)
         nothing = jnp.zeros((len(sites.targets), 0), jnp.int32)
         at = At(sites.targets, nothing, self._probe.start.log_probs)
-        parts, change = fetch(feature_account(model, self._last, now, at))
+        parts, change = fetch(feature_account(self._model, self._last, now, at))
         line: dict[str, Any] = {"step": step - 1, "from": self.step}
         for name in LEDGER_QUANTITIES:
             row = QUANTITIES.index(name)
@@ -132,7 +136,7 @@ class RunLedger:
     def _look(self, params: Params, state: SiteState | None = None) -> tuple[Params, jax.Array]:
         state = self._probe.look(params) if state is None else state
         head = self._probe.model.view(policy_of(params))["classifier"]
-        return jax.tree.map(jnp.copy, head), state.features
+        return jax.tree.map(jnp.copy, head), state.features.astype(self._dtype)
 
 
 def remember(state: TrainState) -> Params:

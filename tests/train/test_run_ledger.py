@@ -1,5 +1,6 @@
 """The ledger that a run keeps: against its own checkpoints, and across restarts."""
 
+import dataclasses
 import json
 
 import numpy as np
@@ -53,6 +54,21 @@ def test_the_whole_is_the_change_of_the_policy_and_its_parts_those_of_its_checkp
     change = total("log_prob", "change")
     share = total("log_prob", "gradient") @ change / (change @ change)
     np.testing.assert_allclose(logged["ledger/log_prob/share/gradient"], share, rtol=1e-6)
+
+
+def test_a_tied_run_in_bfloat16_has_a_ledger_that_closes(root):
+    changes = {"probe__every": 2, "optim__learning_rate": 3e-3, "evaluation__every": 0}
+    config = tiny_runs.rl_config(root, "narrow", tied=True, **changes)
+    model = dataclasses.replace(config.model, dtype="bfloat16")
+    run = run_rl(dataclasses.replace(config, model=model))
+    moved = 0.0
+    for line in tiny_runs.lines(run, "ledger.jsonl"):
+        for of in (line["log_prob"], line["entropy"]):
+            parts = np.add(of["representation"], of["gradient"])
+            scale = np.abs(of["change"]).max()
+            np.testing.assert_allclose(parts, of["change"], atol=1e-4 * scale + 1e-6)
+            moved = max(moved, scale)
+    assert moved > 1e-3
 
 
 def test_a_run_that_goes_on_has_the_same_ledger(root, run):
