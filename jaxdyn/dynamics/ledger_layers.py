@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from flax.traverse_util import flatten_dict
 from jaxtyping import Array, Float
 
-from jaxdyn.dynamics.observables import At, chosen, feature_cotangents
+from jaxdyn.dynamics.observables import At, feature_cotangents, logit_cotangents
 from jaxdyn.kernels.gram import Path, parameters_of, stacked
 from jaxdyn.kernels.layers import product
 from jaxdyn.kernels.operator import site_features
@@ -44,7 +44,8 @@ def text_parts(
     phi, inputs, pull = model.opened(view["backbone"], sites.tokens, sites.mask)
     place = (sites.rows, sites.positions)
     head, here = view["classifier"], phi[place]
-    cotangents = feature_cotangents(model, at, head, here, quantities) * real[None, :, None]
+    of_logits = logit_cotangents(at, model.logits(head, here), quantities) * real[None, :, None]
+    cotangents = feature_cotangents(model, head, here, of_logits)
     still = jnp.zeros((len(quantities), *phi.shape), cotangents.dtype)
     start = still.at[:, *place].add(cotangents).astype(phi.dtype)
     found = flatten_dict(jax.vmap(pull)(start))
@@ -53,9 +54,9 @@ def text_parts(
     add = lambda kind, x: parts.update({kind: parts[kind] + x if kind in parts else x})
     for name, delta in change["classifier"].items():
         alone = {**jax.tree.map(jnp.zeros_like, change["classifier"]), name: delta}
-        moved = lambda w: chosen(model, at, w, here, quantities)
-        _, by_site = jax.jvp(moved, (head,), (alone,))
-        by_text = jax.ops.segment_sum((by_site * real[None]).T, sites.rows, len(phi)).T
+        _, moved = jax.jvp(lambda w: model.logits(w, here), (head,), (alone,))
+        by_site = product("qnv,nv->qn", of_logits, moved)
+        by_text = jax.ops.segment_sum(by_site.T, sites.rows, len(phi)).T
         add(_kind(CLASSIFIER, name), by_text[..., None])
     by_layer, weights = stacked(inputs), parameters_of(view["backbone"])
     for path, of_layer in parameters_of(change["backbone"]).items():
@@ -110,7 +111,9 @@ def site_layer_parts(
     """
     backbone, count = view["backbone"], model.config.num_layers
     phi, along = jax.linearize(lambda psi: site_features(model, psi, sites), backbone)
-    cotangents = feature_cotangents(model, at, view["classifier"], phi, quantities)
+    head = view["classifier"]
+    of_logits = logit_cotangents(at, model.logits(head, phi), quantities)
+    cotangents = feature_cotangents(model, head, phi, of_logits)
 
     def at_place(place: jax.Array) -> jax.Array:
         of_layer = jnp.arange(1, count + 1) == place

@@ -58,18 +58,37 @@ def observed_parts(
     return {"representation": along(through_head), "gradient": along(through_body)}
 
 
-def chosen(
-    model: Model, at: At, head: Params, phi: Float[Array, "N D"], quantities: tuple[str, ...]
-) -> Float[Array, "Q N"]:
-    """h of the named quantities alone, from features."""
-    found = observe(at, model.logits(head, phi)).quantities
-    return jnp.stack([found[QUANTITIES.index(name)] for name in quantities])
+def logit_cotangents(
+    at: At, logits: Float[Array, "N V"], quantities: tuple[str, ...]
+) -> Float[Array, "Q N V"]:
+    """∂h/∂f of the named quantities at every site, with π = softmax f and e_v the unit vectors:
+
+        log_prob    e_y − π                        entropy  −π (log π + H)
+        confidence  π_(1) (e_(1) − π)              kl       π (log (π / π⁰) − KL)
+        margin      the confidence's, less π_(2) (e_(2) − π)
+    """
+    log_probs = jax.nn.log_softmax(logits)
+    probs = jnp.exp(log_probs)
+    unit = lambda ids: jax.nn.one_hot(ids, logits.shape[-1], dtype=logits.dtype)
+    centred = lambda x: probs * (x - jnp.sum(probs * x, axis=-1, keepdims=True))
+
+    def ranked(place: int) -> jax.Array:
+        ids = jax.lax.top_k(logits, 2)[1][:, place]
+        return jnp.take_along_axis(probs, ids[:, None], axis=1) * (unit(ids) - probs)
+
+    formulas = {
+        "log_prob": lambda: unit(at.targets) - probs,
+        "entropy": lambda: -centred(log_probs),
+        "confidence": lambda: ranked(0),
+        "margin": lambda: ranked(0) - ranked(1),
+        "kl": lambda: centred(log_probs - at.start),
+    }
+    return jnp.stack([formulas[name]() for name in quantities])
 
 
 def feature_cotangents(
-    model: Model, at: At, head: Params, phi: Float[Array, "N D"], quantities: tuple[str, ...]
+    model: Model, head: Params, phi: Float[Array, "N D"], of_logits: Float[Array, "Q N V"]
 ) -> Float[Array, "Q N D"]:
-    """∂h/∂φ = Wᵀ ∂h/∂f of the named quantities at every site."""
-    found, pull = jax.vjp(lambda x: chosen(model, at, head, x, quantities), phi)
-    one = lambda q: pull(jnp.zeros_like(found).at[q].set(1))[0]
-    return jax.vmap(one)(jnp.arange(len(quantities)))
+    """∂h/∂φ = Wᵀ ∂h/∂f at every site."""
+    _, pull = jax.vjp(lambda x: model.logits(head, x), phi)
+    return jax.vmap(pull)(of_logits)[0]

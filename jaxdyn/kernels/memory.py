@@ -26,18 +26,24 @@ def attention_bytes(model: Model, slots: int) -> tuple[int, int]:
     return 2 * config.num_layers * weights, 4 * weights
 
 
-@functools.lru_cache
 def opened_bytes(model: Model, slots: int) -> tuple[int, int]:
     """What an opened row of T slots holds, and what one of its backward passes needs."""
+    kept, pulled = _opened_slot(model)
+    of_forward, of_backward = attention_bytes(model, slots)
+    return 3 * slots * kept + of_forward, 3 * slots * pulled + of_backward
+
+
+@functools.lru_cache
+def _opened_slot(model: Model) -> tuple[int, int]:
+    """The bytes of every layer's input at a slot, and of every layer's output's cotangent."""
 
     def shapes(key):
-        tokens = jnp.zeros((1, slots), jnp.int32)
+        tokens = jnp.zeros((1, 1), jnp.int32)
         phi, inputs, pull = model.opened(model.init(key)["backbone"], tokens, tokens == 0)
         return inputs, pull(phi)
 
     kept, pulled = jax.eval_shape(shapes, jax.random.key(0))
-    of_forward, of_backward = attention_bytes(model, slots)
-    return 3 * nbytes(kept) + of_forward, 3 * nbytes(pulled) + of_backward
+    return nbytes(kept), nbytes(pulled)
 
 
 def workspace_of(budget: int) -> tuple[int, int]:

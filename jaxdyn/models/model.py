@@ -1,6 +1,7 @@
 """The language model as two pure functions: features φ of the backbone, logits f = Wφ."""
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -16,6 +17,14 @@ from jaxdyn.types import KVCache, Params, View
 def positions_of(mask: Bool[Array, "B T"]) -> Int[Array, "B T"]:
     """The place of each token among its sequence's tokens, from 0; padding gets 0."""
     return jnp.maximum(jnp.cumsum(mask, axis=1) - 1, 0).astype(jnp.int32)
+
+
+@functools.lru_cache
+def _output_shapes(module: Backbone) -> Params:
+    """What every opened layer gives for one slot of one sequence."""
+    one = jnp.zeros((1, 1), jnp.int32)
+    started = jax.eval_shape(module.init, jax.random.key(0), one, one, one[None, None] == 0)
+    return started["perturbations"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -138,8 +147,13 @@ class LanguageModel:
         """
         inputs = (tokens, positions_of(mask), self._visible(mask))
         module = Backbone(self.config, self.dtype)
-        shapes = jax.eval_shape(module.init, jax.random.key(0), *inputs)["perturbations"]
-        still = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+
+        def zeros(path, one):
+            axis = 1 if path[0].key == "layers" else 0
+            shape = (*one.shape[:axis], *tokens.shape, *one.shape[axis + 2 :])
+            return jnp.zeros(shape, one.dtype)
+
+        still = jax.tree_util.tree_map_with_path(zeros, _output_shapes(module))
 
         def run(shifts):
             variables = {"params": backbone, "perturbations": shifts}
