@@ -63,9 +63,9 @@ def logit_cotangents(
 ) -> Float[Array, "Q N V"]:
     """∂h/∂f of the named quantities at every site, with π = softmax f and e_v the unit vectors:
 
-        log_prob    e_y − π                        entropy  −π (log π + H)
-        confidence  π_(1) (e_(1) − π)              kl       π (log (π / π⁰) − KL)
-        margin      the confidence's, less π_(2) (e_(2) − π)
+    log_prob    e_y − π                        entropy  −π (log π + H)
+    confidence  π_(1) (e_(1) − π)              kl       π (log (π / π⁰) − KL)
+    margin      the confidence's, less π_(2) (e_(2) − π)
     """
     log_probs = jax.nn.log_softmax(logits)
     probs = jnp.exp(log_probs)
