@@ -8,8 +8,9 @@ from jaxdyn.data.batching import (
     encode_prompts,
     encode_supervised,
     epoch_of,
-    require_prompts_fit,
 )
+from jaxdyn.data.fit import fit_prompts
+from jaxdyn.data.prompts import Prompts, written
 from jaxdyn.data.scored import Scored, read_scored
 from jaxdyn.data.source import SETS, DataConfig, DataSet, Example, Source, columns, load_source
 from jaxdyn.data.stories import StoriesConfig

@@ -5,8 +5,7 @@ have seen. Lengths come in a few buckets, so that a jitted step compiles a few t
 """
 
 import functools
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import jax.numpy as jnp
 import numpy as np
@@ -55,39 +54,44 @@ def bucket(length: int, limit: int) -> int:
 
 
 def encode_prompts(
-    tokenizer: Tokenizer, prompts: Sequence[str], max_prompt_length: int
+    tokenizer: Tokenizer, prompts: Sequence[str], max_prompt_length: int, truncate: bool = False
 ) -> PromptBatch:
     """Prompts as token ids [P, S], padded on the left to the bucket of the longest.
+
+    `truncate` cuts what is longer than `max_prompt_length` at its beginning (`cut_left`).
 
     Raises JaxdynError for a prompt without a token or with more than `max_prompt_length`.
     """
     rows = [tokenizer.encode(prompt) for prompt in prompts]
+    if truncate:
+        rows = [cut_left(tokenizer, row, max_prompt_length) for row in rows]
     for index, (row, prompt) in enumerate(zip(rows, prompts, strict=True)):
         _check(row, prompt, index, max_prompt_length, "max_prompt_length")
     ids, mask = _pad(rows, tokenizer.pad_id, max_prompt_length, left=True)
     return PromptBatch(prompt_ids=jnp.asarray(ids), prompt_mask=jnp.asarray(mask))
 
 
-def require_prompts_fit(
-    tokenizer: Tokenizer, examples: Sequence[Mapping[str, Any]], max_prompt_length: int
-) -> None:
-    """Read every prompt once, so that a run does not stop in its middle for one of them.
-
-    Raises JaxdynError for a prompt without a token or with more than `max_prompt_length`.
-    """
-    for index, example in enumerate(examples):
-        prompt = example["prompt"]
-        _check(tokenizer.encode(prompt), prompt, index, max_prompt_length, "max_prompt_length")
+def cut_left(tokenizer: Tokenizer, ids: list[int], limit: int) -> list[int]:
+    """The last `limit` tokens, the first of them the beginning-of-sequence token if it was so."""
+    if len(ids) <= limit:
+        return ids
+    begins = ids[:1] if ids[0] == tokenizer.bos_id and limit > 1 else []
+    return begins + ids[len(ids) - limit + len(begins) :]
 
 
 def encode_supervised(
-    tokenizer: Tokenizer, prompts: Sequence[str], completions: Sequence[str], max_length: int
+    tokenizer: Tokenizer,
+    prompts: Sequence[str],
+    completions: Sequence[str],
+    max_length: int,
+    max_prompt_length: int | None = None,
 ) -> tuple[Int[Array, "B T"], Bool[Array, "B T"], Bool[Array, "B T"]]:
     """Prompt, completion and stop token as (tokens, mask, completion_mask), padded on the right.
 
     `completion_mask` marks the tokens to be predicted: the completion's and the stop token. Where
     the tokens of prompt + completion begin with the prompt's, the rest are the completion's;
-    where they merge across the seam, the two are tokenised apart.
+    where they merge across the seam, the two are tokenised apart. A prompt of more than
+    `max_prompt_length` tokens, if that is given, is cut (`cut_left`).
 
     Raises JaxdynError for a prompt without a token, or a row with more than `max_length`.
     """
@@ -97,6 +101,9 @@ def encode_supervised(
         row = tokenizer.encode(prompt + completion)
         if row[: len(head)] != head:
             row = head + tokenizer.encode(completion, special_tokens=False)
+        if max_prompt_length is not None:
+            kept = cut_left(tokenizer, head, max_prompt_length)
+            head, row = kept, kept + row[len(head) :]
         row = [*row, tokenizer.stop_ids[0]]
         _check(head, prompt, index, max_length, "max_length")
         _check(row, prompt, index, max_length, "max_length", what="prompt and completion")

@@ -5,13 +5,13 @@ The columns have TRL's names: prompt, completion, advantage.
 
 import itertools
 import math
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from jaxdyn.data.jsonl import JsonlFile, read_jsonl, require_texts
+from jaxdyn.data.files import line_rows, parquet_rows
+from jaxdyn.data.jsonl import require_texts
 from jaxdyn.types import JaxdynError
 
 FIELDS = {"prompt": "prompt", "completion": "completion"}
@@ -34,11 +34,8 @@ def read_scored(path: str, limit: int = 0) -> Scored:
         empty or no text, an advantage no finite number.
     """
     parquet = Path(path).suffix == ".parquet"
-    rows = (
-        read_parquet(path)
-        if parquet
-        else read_jsonl(JsonlFile(path, completion_field="completion"))
-    )
+    read = parquet_rows(path, (*FIELDS, "advantage")) if parquet else line_rows(path)
+    rows = (require_texts(row, FIELDS, where) for row, where in read)
     taken = list(itertools.islice(rows, limit or None))
     advantages = [advantage_of(row, f"{path}, row {n}") for n, row in enumerate(taken, start=1)]
     return Scored(
@@ -47,27 +44,6 @@ def read_scored(path: str, limit: int = 0) -> Scored:
         np.array(advantages, np.float32),
         next(rows, None) is not None,
     )
-
-
-def read_parquet(path: str) -> Iterator[dict[str, Any]]:
-    """A file's rows, checked as those of JSON lines."""
-    try:
-        from pyarrow import ArrowInvalid
-        from pyarrow.parquet import ParquetFile
-    except ImportError as error:
-        raise JaxdynError(f"{path} needs the package pyarrow: pip install pyarrow") from error
-    number = 0
-    try:
-        with ParquetFile(path) as file:
-            names = [name for name in (*FIELDS, "advantage") if name in file.schema_arrow.names]
-            for batch in file.iter_batches(columns=names):
-                for row in batch.to_pylist():
-                    number += 1
-                    yield require_texts(row, FIELDS, f"{path}, row {number}")
-    except (OSError, ArrowInvalid) as error:
-        raise JaxdynError(f"cannot read {path}: {error}") from error
-    if not number:
-        raise JaxdynError(f"{path} is empty: wanted at least one row")
 
 
 def advantage_of(row: dict[str, Any], where: str) -> float:

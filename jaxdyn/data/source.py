@@ -5,6 +5,7 @@ TensorFlow Datasets is imported when a data set is first used; TensorFlow never 
 
 import contextlib
 import dataclasses
+import datetime
 import hashlib
 import io
 import json
@@ -17,12 +18,11 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 
 from jaxdyn.data.anagrams import AnagramsConfig, anagrams
-from jaxdyn.data.jsonl import JsonlFile, stored_rows
+from jaxdyn.data.examples import Example, jsonl_examples, parquet_examples
+from jaxdyn.data.jsonl import JsonlFile
 from jaxdyn.data.stories import StoriesConfig, stories
 from jaxdyn.grammar import between
 from jaxdyn.types import JaxdynError
-
-Example = dict[str, Any]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,27 +30,55 @@ class DataConfig:
     """Which examples to use.
 
     Attributes:
-      name: anagrams (procedural), stories (openings) or jsonl (a file of your own).
-      path: jsonl: the file, one JSON object a line.
-      test_path: jsonl: the file of the test split; without it a share `held_out` of `path`.
-      prompt_field: jsonl: the field that holds the prompt.
-      completion_field: jsonl: the field that holds the supervised completion, if there is one.
-      held_out: jsonl: share of the rows in the test split when there is no `test_path`.
+      name: anagrams (procedural), stories (openings), or a file of your own: jsonl, parquet.
+      path: the file: one JSON object a line, or Parquet.
+      test_path: the file of the test split; without it a share `held_out` of `path`.
+      prompt_field: the field that holds the prompt, a text or a list of messages; `messages` will
+        do where there is no `prompt`.
+      completion_field: the field that holds the supervised completion, if there is one.
+      held_out: share of a file's rows in the test split when there is no `test_path`.
+      prompt_template: how messages become a text: by the checkpoint's own template (chat, which
+        takes a text for a user's message) or by one for base models (plain, hh, alpaca); auto is
+        chat for messages and leaves texts as they are, none leaves all and refuses messages.
+      chat_template_kwargs: more variables of the checkpoint's template, a JSON object, such as
+        {"enable_thinking": false}.
+      template_date: what a template takes for today: one day, so that a run can be repeated.
+      overlong: what happens to prompts of more than train.max_prompt_length tokens: error, drop, or
+        truncate-left, which keeps their ends.
       cache_dir: where built data sets are kept; default $JAXDYN_CACHE, else ~/.cache/jaxdyn.
     """
 
-    name: Literal["anagrams", "stories", "jsonl"] = "anagrams"
+    name: Literal["anagrams", "stories", "jsonl", "parquet"] = "anagrams"
     path: str | None = None
     test_path: str | None = None
     prompt_field: str = "prompt"
     completion_field: str | None = None
     held_out: float = 0.1
+    prompt_template: Literal["auto", "chat", "plain", "hh", "alpaca", "none"] = "auto"
+    chat_template_kwargs: str = "{}"
+    template_date: str = "2024-07-26"
+    overlong: Literal["error", "drop", "truncate-left"] = "error"
     anagrams: AnagramsConfig = AnagramsConfig()
     stories: StoriesConfig = StoriesConfig()
     cache_dir: str | None = None
 
     def __post_init__(self):
         between(0, 1, self, "data", "held_out", ends="()")
+        try:
+            told = json.loads(self.chat_template_kwargs)
+        except ValueError:
+            told = None
+        if not isinstance(told, dict):
+            raise JaxdynError(
+                "data.chat_template_kwargs must be a JSON object, got "
+                f"{self.chat_template_kwargs!r:.60}"
+            )
+        try:
+            datetime.date.fromisoformat(self.template_date)
+        except ValueError as error:
+            raise JaxdynError(
+                f"data.template_date must be a day, YYYY-MM-DD, got {self.template_date!r:.60}"
+            ) from error
 
 
 class DataSet(NamedTuple):
@@ -76,16 +104,17 @@ class DataSet(NamedTuple):
 SETS: dict[str, DataSet] = {
     "anagrams": DataSet(anagrams, {"prompt": str, "completion": str, "letters": str}),
     "stories": DataSet(stories, {"prompt": str, "words": list}),
-    "jsonl": DataSet(stored_rows, {"json": str}, of_files=True),
+    "jsonl": DataSet(jsonl_examples, {"json": str}, of_files=True),
+    "parquet": DataSet(parquet_examples, {"json": str}, of_files=True),
 }
 """Every data set by its `name`; another one is another row, and a section if it has options."""
 
 
 class Source(Sequence):
-    """Examples by index: dictionaries of texts, numbers and lists."""
+    """Examples by index: dictionaries of texts, numbers and lists. `key` tells them apart."""
 
-    def __init__(self, records: Sequence[Any]):
-        self._records = records
+    def __init__(self, records: Sequence[Any], key: str = ""):
+        self._records, self.key = records, key
 
     def __len__(self) -> int:
         return len(self._records)
@@ -111,8 +140,16 @@ def load_source(config: DataConfig, split: str) -> Source:
     if split not in ("train", "test"):
         raise JaxdynError(f"unknown split {split!r}: wanted 'train' or 'test'")
     if SETS[config.name].of_files:
-        return Source(_share_of_files(config, split))
-    return Source(_built(config, getattr(config, config.name)).as_data_source(split))
+        builder, part = _share_of_files(config, split)
+    else:
+        builder, part = _built(config, getattr(config, config.name)), split
+    return Source(builder.as_data_source(part), f"{builder.data_path} {part}")
+
+
+def cache_root(config: DataConfig) -> Path:
+    """Where built data sets are kept."""
+    root = config.cache_dir or os.environ.get("JAXDYN_CACHE") or "~/.cache/jaxdyn"
+    return Path(root).expanduser()
 
 
 def columns(examples: Sequence[Example]) -> dict[str, list[Any]]:
@@ -121,20 +158,20 @@ def columns(examples: Sequence[Example]) -> dict[str, list[Any]]:
     return {key: [example.get(key) for example in examples] for key in keys}
 
 
-def _share_of_files(config: DataConfig, split: str) -> Sequence[Any]:
-    """The records of one of the splits that a file, or two, are divided into."""
+def _share_of_files(config: DataConfig, split: str) -> tuple[Any, str]:
+    """One of the splits that a file, or two, are divided into: the builder, and its rows."""
     if config.path is None:
         raise JaxdynError(f"data.path must name a file for data.name {config.name!r}, got None")
     path = config.test_path if split == "test" and config.test_path else config.path
     builder = _built(config, JsonlFile(path, config.prompt_field, config.completion_field))
     if config.test_path:
-        return builder.as_data_source("train")
+        return builder, "train"
     rows = builder.info.splits["train"].num_examples
     if rows < 2:
         raise JaxdynError(f"{path} has one row, too few to hold some out: set data.test_path too")
     held_out = min(max(1, round(config.held_out * rows)), rows - 1)
     share = f"[:{held_out}]" if split == "test" else f"[{held_out}:]"
-    return builder.as_data_source(f"train{share}")
+    return builder, f"train{share}"
 
 
 def _built(config: DataConfig, options: Any) -> Any:
@@ -147,8 +184,7 @@ def _built(config: DataConfig, options: Any) -> Any:
     from jaxdyn.data.builders.table import Table
 
     data_set = SETS[config.name]
-    root = config.cache_dir or os.environ.get("JAXDYN_CACHE") or "~/.cache/jaxdyn"
-    parent = Path(root).expanduser() / config.name
+    parent = cache_root(config) / config.name
     directory = parent / _key(data_set, options)
     make = lambda where: Table(config.name, data_set, options, data_dir=str(where))
     try:

@@ -10,8 +10,12 @@ from typing import Any
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, processors
 
+from jaxdyn.data.templates import Rendered
 from jaxdyn.grammar import read_object
 from jaxdyn.types import JaxdynError
+
+TEMPLATE = "chat_template.jinja"
+SPECIAL = tuple(f"{role}_token" for role in ("bos", "eos", "unk", "sep", "pad", "cls", "mask"))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -20,7 +24,8 @@ class Tokenizer:
 
     `stop_ids` are the tokens that end a completion; the first of them is the one written at the
     end of a supervised completion. `pad_id` fills unused slots; masks go by length, so it may
-    equal a stop id. `settings` is the content of `tokenizer_config.json`, kept for `save`.
+    equal a stop id. `settings` is the content of `tokenizer_config.json`, kept for `save`, and
+    `chat_template` the checkpoint's own, if it has one.
     """
 
     backend: tokenizers.Tokenizer
@@ -28,6 +33,7 @@ class Tokenizer:
     stop_ids: tuple[int, ...]
     bos_id: int | None = None
     settings: dict[str, Any] = dataclasses.field(default_factory=dict)
+    chat_template: str | None = None
 
     @property
     def vocab_size(self) -> int:
@@ -37,14 +43,47 @@ class Tokenizer:
     def encode(self, text: str, special_tokens: bool = True) -> list[int]:
         """Token ids of `text`, after the beginning-of-sequence token if the tokenizer adds one.
 
+        It adds none to what a chat template wrote, nor to a text that begins with that token.
         Raises JaxdynError for a character the tokenizer has no token for.
         """
+        special_tokens = special_tokens and self.adds_to(text)
         try:
             return self.backend.encode(text, add_special_tokens=special_tokens).ids
         except Exception as error:  # the library raises bare Exceptions
             unknown = [c for c in text if self.backend.token_to_id(c) is None]
             what = f"has no token for {unknown[0]!r}" if unknown else f"failed ({error})"
             raise JaxdynError(f"the tokenizer {what} in the text {text[:60]!r}") from error
+
+    def lengths(self, texts: Sequence[str]) -> list[int]:
+        """How many tokens `encode` gives each of many texts, on all cores."""
+        found = [0] * len(texts)
+        adds = [self.adds_to(text) for text in texts]
+        for special in (True, False):
+            places = [i for i, added in enumerate(adds) if added == special]
+            chosen = [texts[i] for i in places]
+            try:
+                many = self.backend.encode_batch_fast(chosen, add_special_tokens=special)
+                counts = [len(encoded.ids) for encoded in many]
+            except Exception:  # as in `encode`, which says which text it was
+                counts = [len(self.encode(text)) for text in chosen]
+            for i, count in zip(places, counts, strict=True):
+                found[i] = count
+        return found
+
+    def adds_to(self, text: str) -> bool:
+        """Whether a text still lacks the special tokens that the tokenizer adds."""
+        begins = self._beginning is not None and text.startswith(self._beginning)
+        return not (begins or isinstance(text, Rendered))
+
+    @cached_property
+    def _beginning(self) -> str | None:
+        return None if self.bos_id is None else self.backend.id_to_token(self.bos_id)
+
+    @property
+    def special_tokens(self) -> dict[str, Any]:
+        """The special tokens by their names in `tokenizer_config.json`, as templates see them."""
+        named = {key: _content(self.settings.get(key)) for key in SPECIAL}
+        return {key: token for key, token in named.items() if token is not None}
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of `ids` on its own, special tokens left out."""
@@ -89,7 +128,8 @@ class Tokenizer:
         """Write `tokenizer.json`, `tokenizer_config.json` and `generation_config.json`.
 
         transformers' PreTrainedTokenizerFast and `load_tokenizer` read them back. The last file
-        is there because it alone can list several stop ids.
+        is there because it alone can list several stop ids. A chat template that is not in
+        `settings` goes into `chat_template.jinja`.
         """
         directory = Path(directory)
         directory.mkdir(parents=True, exist_ok=True)
@@ -105,6 +145,9 @@ class Tokenizer:
         generation: dict[str, Any] = {f"{role}_token_id": i for role, i in ids.items()}
         generation["eos_token_id"] = list(self.stop_ids)
         _write_json(directory / "generation_config.json", generation)
+        inside = _default_template(self.settings.get("chat_template"), directory)
+        if self.chat_template is not None and self.chat_template != inside:
+            (directory / TEMPLATE).write_text(self.chat_template, encoding="utf-8")
 
 
 def load_tokenizer(directory: str | Path) -> Tokenizer:
@@ -113,7 +156,8 @@ def load_tokenizer(directory: str | Path) -> Tokenizer:
     Stop ids: `eos_token_id` (one or a list) of generation_config.json, else the `eos_token` of
     tokenizer_config.json, else `eos_token_id` of config.json. Padding: `pad_token` of
     tokenizer_config.json, else `pad_token_id` of config.json and generation_config.json, else
-    the first stop id.
+    the first stop id. The chat template: chat_template.jinja, else the one of
+    tokenizer_config.json, of several the one called `default`.
 
     Raises JaxdynError if a file is missing or malformed, or if nothing names a stop token.
     """
@@ -133,8 +177,7 @@ def load_tokenizer(directory: str | Path) -> Tokenizer:
     generation = read("generation_config.json")
 
     def named(role: str) -> list[int]:
-        token = settings.get(role)
-        content = token.get("content") if isinstance(token, dict) else token
+        content = _content(settings.get(role))
         index = backend.token_to_id(content) if isinstance(content, str) else None
         return [] if index is None else [index]
 
@@ -158,6 +201,7 @@ def load_tokenizer(directory: str | Path) -> Tokenizer:
         stop_ids=tuple(dict.fromkeys(stops)),
         bos_id=bos_id,
         settings=settings,
+        chat_template=_read_template(directory, settings),
     )
 
 
@@ -188,6 +232,34 @@ def _set_beginning(backend: tokenizers.Tokenizer, bos_id: int, wanted: bool | No
     backend.post_processor = processors.TemplateProcessing(
         single=f"{bos} $A" if wanted else "$A", special_tokens=[(bos, bos_id)]
     )
+
+
+def _content(token: Any) -> Any:
+    """A special token's text; newer files have an object in its place."""
+    return token.get("content") if isinstance(token, dict) else token
+
+
+def _read_template(directory: Path, settings: dict[str, Any]) -> str | None:
+    path = directory / TEMPLATE
+    if not path.is_file():
+        return _default_template(settings.get("chat_template"), directory)
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise JaxdynError(f"cannot read {path}: {error}") from error
+
+
+def _default_template(value: Any, directory: Path) -> str | None:
+    """The text under `chat_template`, or of several by name the default's."""
+    if isinstance(value, list):
+        named = {t.get("name"): t.get("template") for t in value if isinstance(t, dict)}
+        value = named.get("default")
+    if value is not None and not isinstance(value, str):
+        raise JaxdynError(
+            f"{directory / 'tokenizer_config.json'}: chat_template should be a text, got "
+            f"{value!r:.60}"
+        )
+    return value
 
 
 def _ids(value: int | Iterable[int] | None) -> list[int]:

@@ -37,7 +37,8 @@ _CONSTANTS = re.compile(r"(attention|attn)\.(masked_)?bias$|rotary_emb\.inv_freq
 
 
 def local_directory(name_or_path: str | os.PathLike) -> Path:
-    """A directory as it is; else the hub's model of that name, fetched (JSON and safetensors only).
+    """A directory as it is; else the hub's model of that name, fetched: JSON, safetensors and the
+    chat template, nothing else.
 
     Raises JaxdynError where it is neither.
     """
@@ -48,8 +49,9 @@ def local_directory(name_or_path: str | os.PathLike) -> Path:
         raise JaxdynError(f"{path} is a file; the directory of a checkpoint is wanted")
     from huggingface_hub import snapshot_download
 
+    wanted = ["*.json", "*.safetensors", "chat_template.jinja"]
     try:
-        fetched = snapshot_download(str(name_or_path), allow_patterns=["*.json", "*.safetensors"])
+        fetched = snapshot_download(str(name_or_path), allow_patterns=wanted)
     except Exception as error:  # whatever its network stack raises, which differs by version
         reason = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
         raise JaxdynError(

@@ -68,7 +68,7 @@ def gather_experience(
     `harvest` keeps the features that predicted the tokens (`Rollout.features`).
     """
     tokenizer, longest = task.tokenizer, task.config.train.max_prompt_length
-    prompts = encode_prompts(tokenizer, [e["prompt"] for e in examples], longest)
+    prompts = encode_prompts(tokenizer, [e["prompt"] for e in examples], longest, task.cuts)
     rollout = generate(
         task.model,
         {part: params[part] for part in ("backbone", "classifier")},

@@ -63,7 +63,10 @@ def run(
         RunDirectory(config.output, config, writes=jax.process_index() == 0) as directory,
         Checkpoints(directory.checkpoints, keep, metric) as checkpoints,
     ):
-        state = train(task, plan, directory, checkpoints, progress or Progress())
+        progress = progress or Progress()
+        if said := overlong_words(task):
+            progress.console.print(said, highlight=False)
+        state = train(task, plan, directory, checkpoints, progress)
         if at_end is not None:
             at_end(task, state, directory)
     return directory.path
@@ -150,11 +153,23 @@ def record_start(task: Task, probe: Probe | None, directory: RunDirectory) -> No
     """The state before training, as step -1."""
     sampled = evaluate(task, task.params, directory, step=-1)
     baseline = as_evaluation(sampled[1])
-    directory.log("metrics.jsonl", {"step": -1, **baseline})
+    overlong = {f"data/overlong_{name}": count for name, count in task.overlong.items() if count}
+    directory.log("metrics.jsonl", {"step": -1, **baseline, **overlong})
     sweep_temperatures(task, task.params, directory, -1, sampled)
     require_measured(task.config.train.keep_best, baseline)
     if probe is not None:
         record_probe(directory, -1, *probe.measure_state(task.params))
+
+
+def overlong_words(task: Task) -> str:
+    """What became of prompts that were too long, in words; empty if there were none."""
+    counts = {name: count for name, count in task.overlong.items() if count}
+    if not counts:
+        return ""
+    became = "are cut at their beginning" if task.cuts else "are left out"
+    found = " and ".join(f"{count} {name}" for name, count in counts.items())
+    limit = task.config.train.max_prompt_length
+    return f"{found} prompts of more than {limit} tokens {became} (data.overlong)"
 
 
 def record_probe(

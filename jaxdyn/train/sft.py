@@ -71,6 +71,7 @@ def take_supervised_step(task: Task, state: TrainState, stage: Stage, step: int)
         [e["prompt"] for e in examples],
         completions_of(examples),
         task.model.config.max_positions,
+        config.train.max_prompt_length if task.cuts else None,
     )
     state, frozen = split_state(task, state, stage)
     state, measured = supervised_update(

@@ -9,7 +9,7 @@ from typing import Any, Generic, TypeVar
 import jax.numpy as jnp
 
 from jaxdyn.config import Config
-from jaxdyn.data import Tokenizer, load_source, load_tokenizer, require_prompts_fit
+from jaxdyn.data import Prompts, Tokenizer, fit_prompts, load_source, load_tokenizer
 from jaxdyn.distributed import Layout, make_mesh, one_device, require_divisible, shard_model
 from jaxdyn.hosts import host_memory
 from jaxdyn.models import (
@@ -43,7 +43,8 @@ Told = TypeVar("Told", bound=Config)
 class Task(LoadedModel, Generic[Told]):
     """A configuration and what it names: the model, training and held-out prompts, rewards.
 
-    `params` are where training starts, and the reference of the KL penalty.
+    `params` are where training starts, and the reference of the KL penalty. `overlong` counts the
+    prompts of each split that were too long, and dropped or to be cut (`data.overlong`).
     """
 
     config: Told
@@ -51,11 +52,17 @@ class Task(LoadedModel, Generic[Told]):
     test: Sequence[dict[str, Any]]
     reward: Callable[..., RewardOutput]
     metrics: Callable[..., RewardOutput] | None = None
+    overlong: dict[str, int] = dataclasses.field(default_factory=dict)
 
     def told(self, **changes: Any) -> "Task":
         """The same with sections of the configuration changed, and their metrics."""
         config = dataclasses.replace(self.config, **changes)
         return dataclasses.replace(self, config=config, metrics=make_metrics(config))
+
+    @property
+    def cuts(self) -> bool:
+        """Whether prompts that are too long are cut."""
+        return self.config.data.overlong == "truncate-left"
 
     def at_temperature(self, temperature: float) -> "Task":
         """The same, sampling at another temperature."""
@@ -79,14 +86,16 @@ def open_task(config: Told, loaded: LoadedModel | None = None) -> Task[Told]:
             f"train.max_prompt_length ({prompt}) + sampling.max_completion_length ({completion}) "
             f"= {longest} exceeds the model's context of {loaded.model.config.max_positions} tokens"
         )
-    train, test = load_source(config.data, "train"), load_source(config.data, "test")
-    for split in (train, test):
-        require_prompts_fit(loaded.tokenizer, split, prompt)
+    train, test = (
+        fit_prompts(Prompts(load_source(config.data, split), config.data, loaded.tokenizer), prompt)
+        for split in ("train", "test")
+    )
     return Task(
         **vars(loaded),
         config=config,
-        train=train,
-        test=test,
+        train=train.prompts,
+        test=test.prompts,
+        overlong={"train": train.overlong, "test": test.overlong},
         reward=make_reward(config.reward),
         metrics=make_metrics(config),
     )
