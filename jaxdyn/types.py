@@ -129,10 +129,10 @@ class PromptBatch:
 class Rollout:
     """B sampled completions. Row p * G + g is generation g of prompt p.
 
-    `completion_mask` covers the sampled tokens up to and including the stop token.
-    `per_token_logps` is log softmax(f / temperature) at the sampled token, before any top-k or
-    top-p filter: the quantity a teacher-forced pass computes. `features`, if they were harvested,
-    are the φ that predicted each token, and 0 in the slots after a completion's end.
+    `completion_mask` covers the sampled tokens up to and including the stop token, or the one that
+    completes a stop string. `per_token_logps` is log softmax(f / temperature) at the sampled token,
+    before any filter: the quantity a teacher-forced pass computes. `features`, if they were
+    harvested, are the φ that predicted each token, and 0 in the slots after a completion's end.
     """
 
     prompt_ids: Int[Array, "B S"]

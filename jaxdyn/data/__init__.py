@@ -13,5 +13,6 @@ from jaxdyn.data.fit import fit_prompts
 from jaxdyn.data.prompts import Prompts, written
 from jaxdyn.data.scored import Scored, read_scored
 from jaxdyn.data.source import SETS, DataConfig, DataSet, Example, Source, columns, load_source
+from jaxdyn.data.stopping import stop_at_strings
 from jaxdyn.data.stories import StoriesConfig
 from jaxdyn.data.tokenizer import Tokenizer, character_tokenizer, load_tokenizer

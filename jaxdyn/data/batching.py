@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Int
 
+from jaxdyn.data.stopping import position
 from jaxdyn.data.tokenizer import Tokenizer
 from jaxdyn.types import JaxdynError, PromptBatch
 
@@ -118,15 +119,22 @@ def decode_completions(
     tokenizer: Tokenizer,
     completion_ids: Int[Array, "B C"] | Int[np.ndarray, "B C"],
     completion_mask: Bool[Array, "B C"] | Bool[np.ndarray, "B C"],
+    stop: Sequence[str] = (),
 ) -> tuple[list[str], list[bool], list[list[int]]]:
-    """Sampled completions as (texts without the stop token, finished, token ids).
+    """Sampled completions as (texts without the stop token or string, finished, token ids).
 
-    `finished` says whether a completion ended by a stop token rather than at the last slot.
+    `finished` says whether a completion ended by a stop token or one of the strings `stop`
+    (`stop_at_strings`) rather than at the last slot.
     """
     pairs = zip(np.asarray(completion_ids), np.asarray(completion_mask), strict=True)
     ids = [row[mask].tolist() for row, mask in pairs]
-    finished = [bool(row) and row[-1] in tokenizer.stop_ids for row in ids]
-    return [tokenizer.decode_completion(row) for row in ids], finished, ids
+    texts = [tokenizer.decode_completion(row) for row in ids]
+    ends = [position(text, stop) for text in texts]
+    finished = [
+        end is not None or (bool(row) and row[-1] in tokenizer.stop_ids)
+        for row, end in zip(ids, ends, strict=True)
+    ]
+    return [text[:end] for text, end in zip(texts, ends, strict=True)], finished, ids
 
 
 def _check(

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -24,17 +25,30 @@ class SamplingConfig:
       temperature: divides the logits; 0 is greedy.
       top_k: draw from the k likeliest tokens only; 0 is off.
       top_p: draw from the likeliest tokens that hold this share of the mass only; 1 is off.
+      min_p: draw only tokens at least this share as likely as the likeliest; 0 is off.
+      stop: texts that end a completion, beside the stop tokens; they are no part of its text. What
+        is sampled after one is thrown away, so they save no time.
     """
 
     max_completion_length: int = 256
     temperature: float = 1.0
     top_k: int = 0
     top_p: float = 1.0
+    min_p: float = 0.0
+    stop: tuple[str, ...] = ()
 
     def __post_init__(self):
         at_least(1, self, "sampling", "max_completion_length")
         at_least(0, self, "sampling", "temperature", "top_k")
         between(0, 1, self, "sampling", "top_p", ends="(]")
+        between(0, 1, self, "sampling", "min_p")
+        if "" in self.stop:
+            raise JaxdynError(f"sampling.stop must be non-empty texts, got {self.stop}")
+
+    @property
+    def drawing(self) -> dict[str, Any]:
+        """What `generate` is told of it: all but the stop strings, which need texts."""
+        return {name: value for name, value in vars(self).items() if name != "stop"}
 
 
 def generate(
@@ -48,6 +62,7 @@ def generate(
     temperature: float = 1.0,
     top_k: int = 0,
     top_p: float = 1.0,
+    min_p: float = 0.0,
     stop_ids: tuple[int, ...] = (),
     pad_id: int = 0,
     harvest: bool = False,
@@ -57,8 +72,8 @@ def generate(
     A completion ends with the first of `stop_ids`, which belongs to it and to its mask; after it
     come `pad_id`s. Decoding ends when every completion has. `harvest` keeps the features that
     predicted the tokens, those of a teacher-forced pass (`Rollout.features`). Only a new model,
-    shape, number of stop ids or `harvest` compiles: key, temperature, top-k, top-p, stop and pad
-    ids are traced.
+    shape, number of stop ids or `harvest` compiles: key, temperature, top-k, top-p, min-p, stop
+    and pad ids are traced.
 
     Fold the step into `key` (`step_key`). Raises `JaxdynError` when S + C slots exceed
     the model's positions.
@@ -70,7 +85,7 @@ def generate(
             f"{max_completion_length} exceed the model's context of {model.config.max_positions}"
         )
     static = model, num_generations, max_completion_length, harvest
-    filters = np.float32(temperature), np.int32(top_k), np.float32(top_p)
+    filters = np.float32(temperature), np.int32(top_k), np.float32(top_p), np.float32(min_p)
     ends = np.asarray(stop_ids, np.int32), np.int32(pad_id)
     return _generate(*static, params, prompts, key, filters, ends)
 

@@ -1,4 +1,4 @@
-"""Drawing a token from logits: temperature, top-k and top-p, all traced."""
+"""Drawing a token from logits: temperature, top-k, top-p and min-p, all traced."""
 
 from collections.abc import Callable
 
@@ -13,21 +13,24 @@ def sample_token(
     temperature: Float[Array, ""],
     top_k: Int[Array, ""],
     top_p: Float[Array, ""],
+    min_p: Float[Array, ""] | float = 0.0,
 ) -> tuple[Int[Array, " B"], Float[Array, " B"]]:
     """A token of softmax(f / temperature) within the filters, and its unfiltered log-probability.
 
         token = the first v with  Σ_{u ≤ v} exp(f_u / temperature) > U Σ_u exp(f_u / temperature)
 
-    over the tokens that the filters keep, U uniform on [0, 1). Temperature 0 is greedy. The
-    log-probability, in nats, is that under softmax(f / temperature) before any filter, the
-    quantity a teacher-forced pass computes; under softmax(f) when greedy.
+    over the tokens that the filters keep, U uniform on [0, 1): those of `filtered` that are at
+    least `min_p` times as likely as the likeliest (Nguyen et al. 2024, arXiv 2407.01082).
+    Temperature 0 is greedy. The log-probability, in nats, is that under softmax(f / temperature)
+    before any filter, the quantity a teacher-forced pass computes; under softmax(f) when greedy.
     """
     greedy = temperature <= 0
     scaled = logits / jnp.where(greedy, 1, temperature)
     off = (top_k <= 0) & (top_p >= 1)
     kept = jax.lax.cond(off, lambda f: f, lambda f: filtered(f, top_k, top_p), scaled)
     likeliest = scaled.max(axis=-1, keepdims=True)
-    mass = jnp.where(greedy, scaled == likeliest, jnp.exp(kept - likeliest))
+    ratio = jnp.exp(kept - likeliest)
+    mass = jnp.where(greedy, scaled == likeliest, jnp.where(ratio >= min_p, ratio, 0))
     uniforms = jax.random.uniform(key, (2, len(logits)), mass.dtype)
     token = categorical(jnp.where(greedy, 0, uniforms), mass)
     chosen = jnp.take_along_axis(scaled, token[:, None], axis=-1)[:, 0]

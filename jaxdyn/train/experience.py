@@ -9,7 +9,7 @@ import jax
 import numpy as np
 from jaxtyping import Float
 
-from jaxdyn.data import columns, decode_completions, encode_prompts
+from jaxdyn.data import columns, decode_completions, encode_prompts, stop_at_strings
 from jaxdyn.dynamics.diversity import diversity_metrics
 from jaxdyn.hosts import gather, share_of, whole
 from jaxdyn.rewards import RewardOutput
@@ -68,6 +68,7 @@ def gather_experience(
     `harvest` keeps the features that predicted the tokens (`Rollout.features`).
     """
     tokenizer, longest = task.tokenizer, task.config.train.max_prompt_length
+    sampling = task.config.sampling
     prompts = encode_prompts(tokenizer, [e["prompt"] for e in examples], longest, task.cuts)
     rollout = generate(
         task.model,
@@ -75,15 +76,16 @@ def gather_experience(
         task.layout.rows(prompts),
         task.layout.everywhere(key),
         num_generations=num_generations,
-        **vars(task.config.sampling),
+        **sampling.drawing,
         stop_ids=tokenizer.stop_ids,
         pad_id=tokenizer.pad_id,
         harvest=harvest,
     )
     here = whole(dataclasses.replace(rollout, features=None))
     rollout = dataclasses.replace(here, features=rollout.features)
+    rollout = stop_at_strings(tokenizer, rollout, sampling.stop)
     texts, finished, ids = decode_completions(
-        tokenizer, rollout.completion_ids, rollout.completion_mask
+        tokenizer, rollout.completion_ids, rollout.completion_mask, sampling.stop
     )
     repeated = [example for example in examples for _ in range(num_generations)]
     table = columns(repeated)

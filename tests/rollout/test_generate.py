@@ -263,7 +263,7 @@ def test_only_shapes_compile():
     try:
         sample(NEOX, step_key(0, "rollout", 1))
         sample(NEOX, step_key(1, "evaluation", -1), temperature=0.0)
-        sample(NEOX, step_key(0, "rollout", 2), temperature=0.3, top_k=5, top_p=0.5)
+        sample(NEOX, step_key(0, "rollout", 2), temperature=0.3, top_k=5, top_p=0.5, min_p=0.1)
         sample(NEOX, step_key(0, "rollout", 3), stop_ids=(7, 8), pad_id=2)
         assert not compilations()
         sample(NEOX, step_key(0, "rollout", 4), num_generations=3)
@@ -384,6 +384,8 @@ def test_prompts_beyond_the_context_are_refused():
         ({"top_k": -1}, "top_k must be at least 0, got -1"),
         ({"top_p": 0.0}, r"top_p must lie in \(0, 1\], got 0.0"),
         ({"top_p": 1.5}, r"top_p must lie in \(0, 1\], got 1.5"),
+        ({"min_p": 1.5}, r"min_p must lie in \[0, 1\], got 1.5"),
+        ({"stop": ("a", "")}, r"stop must be non-empty texts, got \('a', ''\)"),
     ],
 )
 def test_settings_out_of_range_are_refused(fields, words):

@@ -24,8 +24,8 @@ def numpy_support(logits, top_k, top_p):
     return support
 
 
-def draw(logits, temperature=1.0, top_k=0, top_p=1.0, key=KEY):
-    args = (np.float32(temperature), np.int32(top_k), np.float32(top_p))
+def draw(logits, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0, key=KEY):
+    args = (np.float32(temperature), np.int32(top_k), np.float32(top_p), np.float32(min_p))
     return jax.jit(sample_token)(key, logits, *map(jnp.asarray, args))
 
 
@@ -96,13 +96,25 @@ def test_equal_logits_survive_every_filter():
 # 1 - 1e-6 of the chi-square distribution: under a fixed key the test is deterministic, and over
 # keys a correct sampler fails one time in a million.
 @pytest.mark.parametrize(
-    "temperature, top_k, top_p", [(1.0, 0, 1.0), (0.6, 0, 1.0), (1.5, 4, 1.0), (1.3, 6, 0.8)]
+    "temperature, top_k, top_p, min_p",
+    [
+        (1.0, 0, 1.0, 0.0),
+        (0.6, 0, 1.0, 0.0),
+        (1.5, 4, 1.0, 0.0),
+        (1.3, 6, 0.8, 0.0),
+        (1.0, 0, 1.0, 0.2),
+        (2.0, 0, 1.0, 0.2),
+        (1.3, 6, 0.8, 0.3),
+    ],
 )
-def test_frequencies_are_those_of_the_filtered_policy(temperature, top_k, top_p):
+def test_frequencies_are_those_of_the_filtered_policy(temperature, top_k, top_p, min_p):
     f = np.random.default_rng(2).normal(0, 1, 9)
     count = 20_000
-    tokens, _ = draw(jnp.asarray(np.tile(f, (count, 1)), jnp.float32), temperature, top_k, top_p)
+    rows = jnp.asarray(np.tile(f, (count, 1)), jnp.float32)
+    tokens, _ = draw(rows, temperature, top_k, top_p, min_p)
     support = numpy_support(f[None] / temperature, top_k, top_p)[0]
+    support &= np.exp((f - f.max()) / temperature) >= min_p
+    assert support.sum() > 1 and (support.all() == (top_k == min_p == 0))
     probs = np.where(support, np.exp(f / temperature), 0)
     expected = count * probs / probs.sum()
     observed = np.bincount(tokens, minlength=9)
@@ -154,8 +166,8 @@ def test_frequencies_in_a_large_vocabulary():
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])
 def test_log_probs_ignore_the_filters(temperature):
     f = np.random.default_rng(3).normal(0, 2, (16, 30))
-    for top_k, top_p in ((0, 1.0), (3, 0.7)):
-        tokens, logps = draw(jnp.asarray(f, jnp.float32), temperature, top_k, top_p)
+    for filters in ((0, 1.0), (3, 0.7), (0, 1.0, 0.3)):
+        tokens, logps = draw(jnp.asarray(f, jnp.float32), temperature, *filters)
         scaled = f / temperature
         want = scaled - np.log(np.exp(scaled).sum(axis=1, keepdims=True))
         np.testing.assert_allclose(logps, want[np.arange(16), tokens], rtol=0, atol=1e-5)
@@ -163,7 +175,9 @@ def test_log_probs_ignore_the_filters(temperature):
 
 def test_temperature_zero_is_greedy_with_log_probs_at_temperature_one():
     f = np.random.default_rng(4).normal(0, 0.01, (16, 30))
-    tokens, logps = draw(jnp.asarray(f, jnp.float32), temperature=0.0, top_k=2, top_p=0.4)
+    tokens, logps = draw(
+        jnp.asarray(f, jnp.float32), temperature=0.0, top_k=2, top_p=0.4, min_p=1.0
+    )
     np.testing.assert_array_equal(tokens, f.argmax(axis=1))
     want = f.max(axis=1) - np.log(np.exp(f).sum(axis=1))
     np.testing.assert_allclose(logps, want, rtol=0, atol=1e-6)
