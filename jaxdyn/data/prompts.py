@@ -33,6 +33,11 @@ class Prompts(Sequence):
         self.source, self.config, self.tokenizer = source, config, tokenizer
         self.places = np.arange(len(source)) if places is None else places
 
+    @property
+    def left_out(self) -> dict[str, int]:
+        """As `Source.left_out`."""
+        return self.source.left_out
+
     def at(self, places: np.ndarray) -> "Prompts":
         """Those of them at some places."""
         return Prompts(self.source, self.config, self.tokenizer, self.places[places])

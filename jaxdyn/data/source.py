@@ -20,6 +20,7 @@ import numpy as np
 from jaxdyn.data.anagrams import AnagramsConfig, anagrams
 from jaxdyn.data.examples import Example, jsonl_examples, parquet_examples
 from jaxdyn.data.jsonl import JsonlFile
+from jaxdyn.data.public import PUBLIC, PublicFiles, public_examples, public_files
 from jaxdyn.data.stories import StoriesConfig, stories
 from jaxdyn.grammar import between
 from jaxdyn.types import JaxdynError
@@ -30,8 +31,13 @@ class DataConfig:
     """Which examples to use.
 
     Attributes:
-      name: anagrams (procedural), stories (openings), or a file of your own: jsonl, parquet.
-      path: the file: one JSON object a line, or Parquet.
+      name: anagrams (procedural), stories (openings), a file of your own (jsonl, parquet), or a
+        public data set, fetched from the Hugging Face hub.
+      subset: which part of a public data set: of math a subject, of hh_rlhf a folder, of
+        alpaca_farm unlabeled, sft, gpt4_preference or human_preference; by default the first, or
+        all subjects.
+      path: the file: one JSON object a line, or Parquet; of a public data set a copy, a file or a
+        directory, which is read instead of the hub.
       test_path: the file of the test split; without it a share `held_out` of `path`.
       prompt_field: the field that holds the prompt, a text or a list of messages; `messages` will
         do where there is no `prompt`.
@@ -48,7 +54,18 @@ class DataConfig:
       cache_dir: where built data sets are kept; default $JAXDYN_CACHE, else ~/.cache/jaxdyn.
     """
 
-    name: Literal["anagrams", "stories", "jsonl", "parquet"] = "anagrams"
+    name: Literal[
+        "anagrams",
+        "stories",
+        "jsonl",
+        "parquet",
+        "gsm8k",
+        "math",
+        "ultrafeedback",
+        "hh_rlhf",
+        "alpaca_farm",
+    ] = "anagrams"
+    subset: str | None = None
     path: str | None = None
     test_path: str | None = None
     prompt_field: str = "prompt"
@@ -86,8 +103,8 @@ class DataSet(NamedTuple):
 
     `generate(options, split)` yields examples whose `columns` are texts (str) or lists of texts
     (list). A new `version` leaves what was built by an older one behind. The options are the
-    section of `DataConfig` of the set's name; of a set `of_files` they are a `JsonlFile`, of whose
-    rows a share is held out.
+    section of `DataConfig` of the set's name; of a set `of_files` they are a `JsonlFile` or
+    `PublicFiles`, of whose rows a share is held out where there are no others for testing.
     """
 
     generate: Callable[[Any, str], Iterator[dict[str, Any]]]
@@ -106,15 +123,22 @@ SETS: dict[str, DataSet] = {
     "stories": DataSet(stories, {"prompt": str, "words": list}),
     "jsonl": DataSet(jsonl_examples, {"json": str}, of_files=True),
     "parquet": DataSet(parquet_examples, {"json": str}, of_files=True),
+    **{name: DataSet(public_examples, {"json": str}, of_files=True) for name in PUBLIC},
 }
 """Every data set by its `name`; another one is another row, and a section if it has options."""
 
 
 class Source(Sequence):
-    """Examples by index: dictionaries of texts, numbers and lists. `key` tells them apart."""
+    """Examples by index: dictionaries of texts, numbers and lists.
 
-    def __init__(self, records: Sequence[Any], key: str = ""):
-        self._records, self.key = records, key
+    Attributes:
+      key: tells one from another.
+      left_out: by the directory of the built data, how many rows it could not use.
+    """
+
+    def __init__(self, records: Sequence[Any], directory: str = "", part: str = "", left_out=0):
+        self._records, self.key = records, f"{directory} {part}"
+        self.left_out = {directory: left_out}
 
     def __len__(self) -> int:
         return len(self._records)
@@ -143,7 +167,8 @@ def load_source(config: DataConfig, split: str) -> Source:
         builder, part = _share_of_files(config, split)
     else:
         builder, part = _built(config, getattr(config, config.name)), split
-    return Source(builder.as_data_source(part), f"{builder.data_path} {part}")
+    left_out = (builder.info.metadata or {}).get("left_out", 0)
+    return Source(builder.as_data_source(part), str(builder.data_path), part, left_out)
 
 
 def cache_root(config: DataConfig) -> Path:
@@ -159,19 +184,30 @@ def columns(examples: Sequence[Example]) -> dict[str, list[Any]]:
 
 
 def _share_of_files(config: DataConfig, split: str) -> tuple[Any, str]:
-    """One of the splits that a file, or two, are divided into: the builder, and its rows."""
-    if config.path is None:
-        raise JaxdynError(f"data.path must name a file for data.name {config.name!r}, got None")
-    path = config.test_path if split == "test" and config.test_path else config.path
-    builder = _built(config, JsonlFile(path, config.prompt_field, config.completion_field))
-    if config.test_path:
-        return builder, "train"
+    """One of the splits that files are divided into: the builder, and its rows."""
+    train, test = _files(config)
+    if test is not None:
+        return _built(config, test if split == "test" else train), "train"
+    builder = _built(config, train)
     rows = builder.info.splits["train"].num_examples
     if rows < 2:
-        raise JaxdynError(f"{path} has one row, too few to hold some out: set data.test_path too")
+        raise JaxdynError(
+            f"{config.path} has one row, too few to hold some out: set data.test_path too"
+        )
     held_out = min(max(1, round(config.held_out * rows)), rows - 1)
     share = f"[:{held_out}]" if split == "test" else f"[{held_out}:]"
     return builder, f"train{share}"
+
+
+def _files(config: DataConfig) -> tuple[Any, Any]:
+    """The options of the train split's files, and of the test split's if they are others."""
+    if config.name in PUBLIC:
+        return public_files(config.name, config.subset, config.path, config.test_path)
+    if config.path is None:
+        raise JaxdynError(f"data.path must name a file for data.name {config.name!r}, got None")
+    file = JsonlFile(config.path, config.prompt_field, config.completion_field)
+    other = config.test_path and dataclasses.replace(file, path=config.test_path)
+    return file, other or None
 
 
 def _built(config: DataConfig, options: Any) -> Any:
@@ -207,15 +243,22 @@ def _built(config: DataConfig, options: Any) -> Any:
 
 
 def _key(data_set: DataSet, options: Any) -> str:
-    """A hash of the data set's version and its options, with a file's content for its path."""
+    """A hash of the data set's version and its options, with files' contents for their paths."""
     if isinstance(options, JsonlFile):
-        try:
-            with Path(options.path).open("rb") as file:
-                content = hashlib.file_digest(file, "sha256").hexdigest()
-        except OSError as error:
-            raise JaxdynError(f"cannot read {options.path}: {error.strerror or error}") from error
-        options = dataclasses.replace(options, path=content)
+        options = dataclasses.replace(options, path=_digest(options.path))
+    elif isinstance(options, PublicFiles):
+        revision = (PUBLIC[options.name].revision,)
+        contents = tuple(map(_digest, options.files)) if options.local else revision
+        options = dataclasses.replace(options, files=options.files * (not options.local) + contents)
     return hashlib.sha256(f"{data_set.version} {options}".encode()).hexdigest()[:16]
+
+
+def _digest(path: str) -> str:
+    try:
+        with Path(path).open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise JaxdynError(f"cannot read {path}: {error.strerror or error}") from error
 
 
 def _plain(value: Any) -> Any:

@@ -64,8 +64,7 @@ def run(
         Checkpoints(directory.checkpoints, keep, metric) as checkpoints,
     ):
         progress = progress or Progress()
-        if said := overlong_words(task):
-            progress.console.print(said, highlight=False)
+        say_about_data(task, progress)
         state = train(task, plan, directory, checkpoints, progress)
         if at_end is not None:
             at_end(task, state, directory)
@@ -153,23 +152,30 @@ def record_start(task: Task, probe: Probe | None, directory: RunDirectory) -> No
     """The state before training, as step -1."""
     sampled = evaluate(task, task.params, directory, step=-1)
     baseline = as_evaluation(sampled[1])
-    overlong = {f"data/overlong_{name}": count for name, count in task.overlong.items() if count}
-    directory.log("metrics.jsonl", {"step": -1, **baseline, **overlong})
+    directory.log("metrics.jsonl", {"step": -1, **baseline, **about_data(task)})
     sweep_temperatures(task, task.params, directory, -1, sampled)
     require_measured(task.config.train.keep_best, baseline)
     if probe is not None:
         record_probe(directory, -1, *probe.measure_state(task.params))
 
 
-def overlong_words(task: Task) -> str:
-    """What became of prompts that were too long, in words; empty if there were none."""
-    counts = {name: count for name, count in task.overlong.items() if count}
-    if not counts:
-        return ""
+def about_data(task: Task) -> dict[str, int]:
+    """What the data lack that a run could not use, or not whole; only what there is."""
+    counts = {f"overlong_{name}": count for name, count in task.overlong.items()}
+    counts["left_out"] = task.left_out
+    return {f"data/{name}": count for name, count in counts.items() if count}
+
+
+def say_about_data(task: Task, progress: Progress) -> None:
+    """The same in words."""
+    say = lambda text: progress.console.print(text, highlight=False, soft_wrap=True)
+    if task.left_out:
+        say(f"{task.left_out} rows of {task.config.data.name} are of no use and left out")
+    long = " and ".join(f"{count} {name}" for name, count in task.overlong.items() if count)
     became = "are cut at their beginning" if task.cuts else "are left out"
-    found = " and ".join(f"{count} {name}" for name, count in counts.items())
-    limit = task.config.train.max_prompt_length
-    return f"{found} prompts of more than {limit} tokens {became} (data.overlong)"
+    if long:
+        limit = task.config.train.max_prompt_length
+        say(f"{long} prompts of more than {limit} tokens {became} (data.overlong)")
 
 
 def record_probe(

@@ -44,7 +44,8 @@ class Task(LoadedModel, Generic[Told]):
     """A configuration and what it names: the model, training and held-out prompts, rewards.
 
     `params` are where training starts, and the reference of the KL penalty. `overlong` counts the
-    prompts of each split that were too long, and dropped or to be cut (`data.overlong`).
+    prompts of each split that were too long, and dropped or to be cut (`data.overlong`);
+    `left_out`, the rows of a public data set that are of no use.
     """
 
     config: Told
@@ -53,6 +54,7 @@ class Task(LoadedModel, Generic[Told]):
     reward: Callable[..., RewardOutput]
     metrics: Callable[..., RewardOutput] | None = None
     overlong: dict[str, int] = dataclasses.field(default_factory=dict)
+    left_out: int = 0
 
     def told(self, **changes: Any) -> "Task":
         """The same with sections of the configuration changed, and their metrics."""
@@ -96,6 +98,7 @@ def open_task(config: Told, loaded: LoadedModel | None = None) -> Task[Told]:
         train=train.prompts,
         test=test.prompts,
         overlong={"train": train.overlong, "test": test.overlong},
+        left_out=sum({**train.prompts.left_out, **test.prompts.left_out}.values()),
         reward=make_reward(config.reward),
         metrics=make_metrics(config),
     )
