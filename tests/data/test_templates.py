@@ -101,5 +101,5 @@ def test_a_bad_template_is_one_line(template, words, monkeypatch):
 
 
 def test_what_one_rendering_used_up_the_next_has_again():
-    near = "{% for i in range(999) %}{% endfor %}" * 2 + "."
+    near = "{% for i in range(450) %}{% endfor %}" * 2 + "."
     assert [written(near, ONE) for _ in range(2)] == [".", "."]
