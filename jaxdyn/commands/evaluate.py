@@ -22,6 +22,7 @@ from jaxdyn.paths import AnyPath, open_path, write_whole
 from jaxdyn.presets import RL, preset
 from jaxdyn.sections import ModelSource
 from jaxdyn.train.evaluate import sample_held_out
+from jaxdyn.train.loop import say_about_data
 from jaxdyn.train.progress import Progress
 from jaxdyn.train.saved import open_run
 from jaxdyn.train.task import Task, open_task
@@ -43,6 +44,7 @@ def run(options: EvaluateOptions, progress: Progress | None = None) -> AnyPath:
     own = config.sampling.temperature
     temperatures = tuple(sorted({*(options.temperatures or (own,))}))
     lines = []
+    say_about_data(task, progress)
     name = open_path(options.run or str(options.model)).resolve().name
     with progress.start(f"evaluate {name}", len(temperatures)):
         for temperature in temperatures:

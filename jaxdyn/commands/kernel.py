@@ -23,7 +23,7 @@ from jaxdyn.commands.kernel_options import KernelOptions, bytes_of
 from jaxdyn.commands.kernel_places import Places, Texts, completion_places, prompt_places
 from jaxdyn.commands.kernel_subject import Subject, open_subject
 from jaxdyn.commands.output import refuse_others
-from jaxdyn.data.jsonl import JsonlFile, read_rows
+from jaxdyn.data import DataConfig, Example, JsonlFile, Tokenizer, read_examples, written
 from jaxdyn.hosts import fetch
 from jaxdyn.report.kernel_figure import draw_kernel
 from jaxdyn.report.kernel_file import SavedKernel
@@ -40,9 +40,10 @@ def run(options: KernelOptions, progress: Progress | None = None) -> Path:
     progress = progress or Progress()
     output = Path(options.output)
     refuse_others(output, {"blocks", "kernel.partial", "kernel.png"})
-    texts = read_texts(options, progress)
+    examples = read_file(options, progress)
     with jax.enable_x64(options.dtype == "float64"):
         subject = open_subject(options)
+        texts = texts_of(options, examples, subject.tokenizer)
         find = prompt_places if texts.completions is None else completion_places
         places = find(options, subject, texts)
         count = len(places.contexts)
@@ -63,16 +64,23 @@ def run(options: KernelOptions, progress: Progress | None = None) -> Path:
     return path
 
 
-def read_texts(options: KernelOptions, progress: Progress) -> Texts:
+def read_file(options: KernelOptions, progress: Progress) -> list[Example]:
     """The file's first `limit` rows; says so if there are more."""
     file = JsonlFile(options.prompts, options.prompt_field, options.completion_field)
-    taken, more = read_rows(file, options.limit)
+    taken, more = read_examples(file, options.limit)
     if more:
         text = f"the first {options.limit} lines of {options.prompts}; --limit 0 takes all"
         progress.console.print(text, highlight=False, soft_wrap=True)
+    return taken
+
+
+def texts_of(options: KernelOptions, examples: list[Example], tokenizer: Tokenizer) -> Texts:
+    """Prompts and completions as the model reads them."""
+    how = DataConfig(prompt_template=options.prompt_template)
+    rows = [written(example, how, tokenizer) for example in examples]
     completed = options.completion_field is not None
-    completions = [row["completion"] for row in taken] if completed else None
-    return Texts([row["prompt"] for row in taken], completions)
+    completions = [row["completion"] for row in rows] if completed else None
+    return Texts([row["prompt"] for row in rows], completions)
 
 
 # -- the kernel -----------------------------------------------------------------------------------

@@ -21,7 +21,7 @@ class KernelOptions:
     """The kernel of a model between places in your texts: a file and a picture.
 
     Attributes:
-      prompts: the texts, one JSON object a line.
+      prompts: the texts or messages, one JSON object a line, or a .parquet.
       model: a Hugging Face directory, or a hub name.
       run: instead, a directory of `jaxdyn rl`.
       step: with `run`, which checkpoint, or "best" (train.keep_best); the newest when not given.
@@ -29,6 +29,7 @@ class KernelOptions:
       preconditioned: with `run`, measure in the metric of its Adam state: Θ_P = D P Dᵀ.
       output: the directory to write.
       prompt_field: the field that holds the prompt.
+      prompt_template: how messages become a text, as data.prompt_template of a run.
       completion_field: the field that holds a completion, if there is one.
       limit: use the first so many lines (0: all).
       max_prompt_length: longest prompt, in tokens; a longer one is refused.
@@ -57,6 +58,7 @@ class KernelOptions:
     preconditioned: bool = False
     output: str = "runs/kernel"
     prompt_field: str = "prompt"
+    prompt_template: Literal["auto", "chat", "plain", "hh", "alpaca", "none"] = "auto"
     completion_field: str | None = None
     limit: int = 64
     max_prompt_length: int = 256

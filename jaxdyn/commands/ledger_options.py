@@ -21,9 +21,10 @@ class LedgerOptions:
 
     Attributes:
       checkpoints: in their order: before, after, and more.
-      prompts: the texts, one JSON object a line.
+      prompts: the texts or messages, one JSON object a line, or a .parquet.
       output: the directory to write.
       prompt_field: the field that holds the prompt.
+      prompt_template: how messages become a text, as data.prompt_template of a run.
       completion_field: the field that holds a completion, if there is one.
       sample: without it, who writes the completions: the first checkpoint, the last, or both.
       limit: use the first so many lines (0: all).
@@ -47,6 +48,7 @@ class LedgerOptions:
     prompts: str
     output: str = "runs/ledger"
     prompt_field: str = "prompt"
+    prompt_template: Literal["auto", "chat", "plain", "hh", "alpaca", "none"] = "auto"
     completion_field: str | None = None
     sample: Literal["first", "last", "both"] | None = None
     limit: int = 16

@@ -10,8 +10,15 @@ import numpy as np
 from jaxdyn.commands.checkpoints import Checkpoints
 from jaxdyn.commands.kernel_places import require_context
 from jaxdyn.commands.ledger_options import LedgerOptions
-from jaxdyn.data import Tokenizer, encode_prompts, encode_supervised
-from jaxdyn.data.jsonl import JsonlFile, read_rows
+from jaxdyn.data import (
+    DataConfig,
+    JsonlFile,
+    Tokenizer,
+    encode_prompts,
+    encode_supervised,
+    read_examples,
+    written,
+)
 from jaxdyn.dynamics import rollout_from_texts, sites_from_rollout
 from jaxdyn.rollout import generate
 from jaxdyn.types import JaxdynError, Rollout, Sites
@@ -35,12 +42,14 @@ def texts_of(options: LedgerOptions, checkpoints: Checkpoints) -> tuple[LedgerTe
       JaxdynError: for a file or a line that cannot be read, or a text that does not fit the model.
     """
     file = JsonlFile(options.prompts, options.prompt_field, options.completion_field)
-    rows, more = read_rows(file, options.limit)
-    tokenizer, written = checkpoints.tokenizer, [row["prompt"] for row in rows]
-    prompts = encode_prompts(tokenizer, written, options.max_prompt_length)
+    found, more = read_examples(file, options.limit)
+    tokenizer, how = checkpoints.tokenizer, DataConfig(prompt_template=options.prompt_template)
+    rows = [written(row, how, tokenizer) for row in found]
+    asked = [row["prompt"] for row in rows]
+    prompts = encode_prompts(tokenizer, asked, options.max_prompt_length)
     if options.completion_field is not None:
         completions = [row["completion"] for row in rows]
-        encoded = encode_supervised(tokenizer, written, completions, 2**31)
+        encoded = encode_supervised(tokenizer, asked, completions, 2**31)
         rollouts = {"file": rollout_from_texts(prompts, *encoded, options.max_completion_length)}
     else:
         which = {"first": [0], "last": [-1], "both": [0, -1]}[options.sample or "last"]
@@ -66,7 +75,7 @@ def texts_of(options: LedgerOptions, checkpoints: Checkpoints) -> tuple[LedgerTe
     require_context(checkpoints.model, sites)
     writers = [name for name in rollouts for _ in rows]
     return LedgerTexts(
-        sites, written * len(rollouts), pieces_of(tokenizer, sites, len(writers)), writers
+        sites, asked * len(rollouts), pieces_of(tokenizer, sites, len(writers)), writers
     ), more
 
 

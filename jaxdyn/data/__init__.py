@@ -9,7 +9,9 @@ from jaxdyn.data.batching import (
     encode_supervised,
     epoch_of,
 )
+from jaxdyn.data.examples import read_examples
 from jaxdyn.data.fit import fit_prompts
+from jaxdyn.data.jsonl import JsonlFile
 from jaxdyn.data.prompts import Prompts, written
 from jaxdyn.data.scored import Scored, read_scored
 from jaxdyn.data.source import SETS, DataConfig, DataSet, Example, Source, columns, load_source

@@ -4,11 +4,12 @@ The columns are TRL's: `prompt` and `completion`, `messages`, `chosen` and `reje
 or as messages.
 """
 
+import itertools
 import json
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from jaxdyn.data.files import Rows, line_rows, parquet_rows
+from jaxdyn.data.files import Rows, line_rows, parquet_rows, rows_of
 from jaxdyn.data.jsonl import JsonlFile, require_text, require_unicode
 from jaxdyn.data.messages import Messages, reply, require_messages, require_prompt
 from jaxdyn.types import JaxdynError
@@ -29,6 +30,12 @@ def parquet_examples(file: JsonlFile, split: str) -> Iterator[dict[str, str]]:
 
 def _stored(read: Callable[[str], Rows], file: JsonlFile) -> Iterator[dict[str, str]]:
     return ({"json": as_json(example_of(r, file, where), where)} for r, where in read(file.path))
+
+
+def read_examples(file: JsonlFile, limit: int) -> tuple[list[Example], bool]:
+    """The first `limit` examples of a file (0: all), Parquet or lines, and whether it has more."""
+    examples = (example_of(row, file, where) for row, where in rows_of(file.path))
+    return list(itertools.islice(examples, limit or None)), next(examples, None) is not None
 
 
 def as_json(example: Example, where: str) -> str:

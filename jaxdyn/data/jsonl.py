@@ -1,11 +1,8 @@
-"""The user's own prompts as texts: one JSON object a line."""
+"""A file of the user's own: which of its fields are read, and that they hold texts."""
 
 import dataclasses
-import itertools
-from collections.abc import Iterator
 from typing import Any
 
-from jaxdyn.data.files import line_rows
 from jaxdyn.types import JaxdynError
 
 
@@ -16,25 +13,6 @@ class JsonlFile:
     path: str
     prompt_field: str = "prompt"
     completion_field: str | None = None
-
-
-def read_jsonl(file: JsonlFile) -> Iterator[dict[str, Any]]:
-    """Each row with all of its fields, and `prompt` and `completion` set from the named ones.
-
-    Blank lines are skipped. Raises JaxdynError, with the path and the line's number from 1, for a
-    missing, unreadable or empty file, a line that is not a JSON object in UTF-8, a missing field,
-    and a prompt or completion that is not a non-empty text.
-    """
-    fields = {"prompt": file.prompt_field}
-    if file.completion_field is not None:
-        fields["completion"] = file.completion_field
-    return (require_texts(row, fields, where) for row, where in line_rows(file.path))
-
-
-def read_rows(file: JsonlFile, limit: int) -> tuple[list[dict[str, Any]], bool]:
-    """The first `limit` rows (0: all), and whether there are more; see `read_jsonl`."""
-    rows = read_jsonl(file)
-    return list(itertools.islice(rows, limit or None)), next(rows, None) is not None
 
 
 def require_texts(row: dict[str, Any], fields: dict[str, str], where: str) -> dict[str, Any]:

@@ -66,13 +66,13 @@ def written(example: Example, config: DataConfig, tokenizer: Tokenizer) -> Examp
     if text and name in ("auto", "none"):
         return example
     if name == "none":
-        raise JaxdynError("the prompt is a list of messages, and data.prompt_template is none")
+        raise JaxdynError("the prompt is a list of messages, and prompt_template is none")
     own = name in ("auto", "chat")
     template = tokenizer.chat_template if own else NAMED[name]
     if template is None:
         raise JaxdynError(
-            "the checkpoint has no chat template of its own: set data.prompt_template to "
-            f"{', '.join(NAMED)}, got {name}"
+            f"the prompt is a list of messages, and the checkpoint has no chat template: "
+            f"prompt_template must be one of {', '.join(NAMED)}, got {name}"
         )
     messages = [{"role": "user", "content": prompt}] if text else prompt
     rendered = render(

@@ -45,6 +45,20 @@ def undrawn(monkeypatch):
     monkeypatch.setattr(command, "draw_kernel", lambda path, png: png.touch())
 
 
+def test_messages_are_read_as_texts(root, tmp_path):
+    rows = [{"ask": [{"role": "user", "content": "1="}], "say": "ab"}] * 2
+    (tmp_path / "asked.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    tokenizer = load_tokenizer(root / "model")
+    for template, prompt, said in (
+        ("plain", "1=", "ab"),
+        ("hh", "\n\nHuman: 1=\n\nAssistant:", " ab"),
+    ):
+        changes = {"prompts": str(tmp_path / "asked.jsonl"), "prompt_template": template}
+        options = config_of(root, tmp_path / "out", limit=1, **changes)
+        texts = command.texts_of(options, command.read_file(options, Progress()), tokenizer)
+        assert texts == ([prompt], [said])
+
+
 def config_of(root, output, model="model", completed=True, **changes):
     fields = {
         "model": model and str(root / model),

@@ -21,7 +21,7 @@ from jaxdyn.types import JaxdynError
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory):
-    """A model, what it became, and prompts with completions."""
+    """A model, what it became, and prompts, as messages, with completions."""
     root = tmp_path_factory.mktemp("ledger")
     tiny_runs.make_model(root / "before")
     model, params = load_pretrained(root / "before")
@@ -31,7 +31,8 @@ def root(tmp_path_factory):
     save_pretrained(root / "after", model, jax.tree.map(move, params), stop_ids=tokenizer.stop_ids)
     tokenizer.save(root / "after")
     rows = [("1=", "ab"), ("23=", "ba"), ("0=", "cdab"), ("4567", "d")]
-    lines = [json.dumps({"prompt": a, "say": b}) for a, b in rows]
+    asked = [[{"role": "user", "content": a}] for a, _ in rows]
+    lines = [json.dumps({"prompt": a, "say": b}) for a, (_, b) in zip(asked, rows, strict=True)]
     (root / "texts.jsonl").write_text("\n".join(lines) + "\n")
     return root
 
@@ -42,6 +43,7 @@ def options_of(root, output, *names, **changes):
         "prompts": str(root / "texts.jsonl"),
         "output": str(output),
         "completion_field": "say",
+        "prompt_template": "plain",
         "alternatives": 4,
     }
     return LedgerOptions(**(fields | changes))
@@ -149,10 +151,12 @@ def test_what_does_not_fit_is_one_line(root, tmp_path, capsys):
     (tmp_path / "taken").mkdir()
     (tmp_path / "taken" / "thesis.txt").touch()
     given = ["--completion-field", "say", "--output", str(tmp_path / "out")]
+    given += ["--prompt-template", "plain"]
     for words, said in [
         ([before, "--prompts", texts, *given], f"two checkpoints or more are wanted, got {before}"),
         ([before, before, "--prompts", texts, *given], "the 2 checkpoints are equal"),
         ([before, str(root / "wider"), "--prompts", texts, *given], "num_layers is 1 and 2"),
+        ([before, after, "--prompts", texts, *given[:4]], "one of plain, hh, alpaca, got auto"),
         ([before, "/no/such", "--prompts", texts, *given], "/no/such is neither a directory"),
         ([before, after, "--prompts", "/no/such.jsonl", *given], "cannot read /no/such.jsonl"),
         ([before, after, "--prompts", str(tmp_path / "empty.jsonl"), *given], "is empty"),

@@ -54,6 +54,6 @@ def test_a_run_on_messages(config, capsys):
 
 def test_a_model_without_a_template_says_what_to_set(config):
     with pytest.raises(
-        JaxdynError, match=r"no chat template of its own: set data\.prompt_template"
+        JaxdynError, match="prompt_template must be one of plain, hh, alpaca, got auto"
     ):
         run_rl(config("refused", ["1=", "2="], data__prompt_template="auto"))
