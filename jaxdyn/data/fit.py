@@ -8,13 +8,15 @@ import contextlib
 import hashlib
 import os
 import tempfile
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Literal, NamedTuple
 
 import numpy as np
 from jaxtyping import Int
 
 from jaxdyn.data.prompts import Prompts
 from jaxdyn.data.source import cache_root
+from jaxdyn.data.templates import Rendered
 from jaxdyn.types import JaxdynError
 
 CHUNK = 1024
@@ -28,56 +30,78 @@ class Fitted(NamedTuple):
     overlong: int
 
 
-def fit_prompts(prompts: Prompts, max_prompt_length: int) -> Fitted:
+def fit_prompts(prompts: Prompts, max_prompt_length: int, max_length: int | None = None) -> Fitted:
     """The prompts of which none stops a run in its middle.
 
     Those with more than `max_prompt_length` tokens are refused, left out, or kept for
-    `encode_prompts` to cut, as `data.overlong` says.
+    `encode_prompts` to cut, as `data.overlong` says. Of a supervised run, a prompt that has more
+    than `max_length` with its completion and a stop token is refused or left out.
 
     Raises:
       JaxdynError: for a prompt without a token; for one that is too long, or if no other is left.
     """
-    lengths, how = prompt_lengths(prompts), prompts.config.overlong
-    start = lambda place: repr(prompts[place]["prompt"][:40])
-    if (lengths == 0).any():
-        place = int(np.argmin(lengths))
-        raise JaxdynError(f"example {place} ({start(place)}): the prompt is empty, it has no token")
+    lengths, how = token_counts(prompts), prompts.config.overlong
+    _refuse(prompts, lengths == 0, lambda place: "the prompt is empty, it has no token")
     over = lengths > max_prompt_length
-    count = int(over.sum())
-    if count and how == "error":
-        place = int(np.argmax(over))
-        others = f" (and {count - 1} others are too long)" if count > 1 else ""
+    said = "; data.overlong may be drop or truncate-left"
+    if how == "error":
+        limit = f"max_prompt_length is {max_prompt_length}{said}"
+        _refuse(prompts, over, lambda i: f"the prompt has {lengths[i]} tokens, {limit}")
+    lost = over if how == "drop" else np.zeros_like(over)
+    if max_length is not None:
+        answers = token_counts(prompts, "completion")
+        rows = np.minimum(lengths, max_prompt_length) + answers + 1
+        long = ~lost & (rows > max_length)
+        if how == "error":
+            limit = f"the context is {max_length}{said}"
+            _refuse(
+                prompts, long, lambda i: f"prompt and completion have {rows[i]} tokens, {limit}"
+            )
+        lost, over = lost | long, over | long
+    if lost.all():
         raise JaxdynError(
-            f"example {place} ({start(place)}): the prompt has {lengths[place]} tokens, "
-            f"max_prompt_length is {max_prompt_length}{others}; data.overlong may be drop or "
-            "truncate-left"
-        )
-    if how == "drop" and count == len(prompts):
-        raise JaxdynError(
-            f"data.overlong drop leaves no prompt: the shortest has {lengths.min()} tokens, "
+            f"data.overlong {how} leaves no prompt: the shortest has {lengths.min()} tokens, "
             f"max_prompt_length is {max_prompt_length}"
         )
-    kept = prompts.at(np.flatnonzero(~over)) if how == "drop" and count else prompts
-    return Fitted(kept, count)
+    kept = prompts.at(np.flatnonzero(~lost)) if lost.any() else prompts
+    return Fitted(kept, int(over.sum()))
 
 
-def prompt_lengths(prompts: Prompts) -> Int[np.ndarray, " N"]:
-    """How many tokens each prompt has, from the cache if they were counted before."""
-    path = cache_root(prompts.config) / "lengths" / f"{_key(prompts)}.npy"
+def _refuse(prompts: Prompts, bad: np.ndarray, why: Callable[[int], str]) -> None:
+    """Raise for the first of the bad prompts, and say how many there are."""
+    if not bad.any():
+        return
+    place = int(np.argmax(bad))
+    others = f" (and {bad.sum() - 1} others like it)" if bad.sum() > 1 else ""
+    raise JaxdynError(f"example {place} ({prompts[place]['prompt'][:40]!r}): {why(place)}{others}")
+
+
+def token_counts(
+    prompts: Prompts, of: Literal["prompt", "completion"] = "prompt"
+) -> Int[np.ndarray, " N"]:
+    """How many tokens each prompt has, or its completion apart; from the cache if they are there.
+
+    Together, where tokens merge across the seam, the two have hardly ever more.
+    """
+    name = f"{_key(prompts)}-{of}.npy"
+    path = cache_root(prompts.config) / "lengths" / name
     with contextlib.suppress(OSError, ValueError):
         kept = np.load(path, allow_pickle=False)
         if kept.shape == (len(prompts),):
             return kept
-    lengths = np.empty(len(prompts), np.int64)
+    counts = np.empty(len(prompts), np.int64)
     for start in range(0, len(prompts), CHUNK):
-        texts = [example["prompt"] for example in prompts[start : start + CHUNK]]
-        lengths[start : start + len(texts)] = prompts.tokenizer.lengths(texts)
+        found = [example.get(of) for example in prompts[start : start + CHUNK]]
+        texts = [text if isinstance(text, str) else "" for text in found]
+        if of == "completion":  # begins nothing
+            texts = [Rendered(text) for text in texts]
+        counts[start : start + len(texts)] = prompts.tokenizer.lengths(texts)
     with contextlib.suppress(OSError):  # a cache that cannot be written only costs time
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
-            np.save(file, lengths, allow_pickle=False)
+            np.save(file, counts, allow_pickle=False)
         os.replace(file.name, path)
-    return lengths
+    return counts
 
 
 def _key(prompts: Prompts) -> str:

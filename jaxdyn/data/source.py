@@ -136,7 +136,7 @@ class Source(Sequence):
       left_out: by the directory of the built data, how many rows it could not use.
     """
 
-    def __init__(self, records: Sequence[Any], directory: str = "", part: str = "", left_out=0):
+    def __init__(self, records: Sequence[Any], directory: str, part: str, left_out: int = 0):
         self._records, self.key = records, f"{directory} {part}"
         self.left_out = {directory: left_out}
 

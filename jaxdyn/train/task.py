@@ -88,10 +88,10 @@ def open_task(config: Told, loaded: LoadedModel | None = None) -> Task[Told]:
             f"train.max_prompt_length ({prompt}) + sampling.max_completion_length ({completion}) "
             f"= {longest} exceeds the model's context of {loaded.model.config.max_positions} tokens"
         )
-    train, test = (
-        fit_prompts(Prompts(load_source(config.data, split), config.data, loaded.tokenizer), prompt)
-        for split in ("train", "test")
-    )
+    read = lambda split: Prompts(load_source(config.data, split), config.data, loaded.tokenizer)
+    # A supervised run encodes a row whole, of the train split alone.
+    whole = loaded.model.config.max_positions if config.kind == "sft" else None
+    train, test = fit_prompts(read("train"), prompt, whole), fit_prompts(read("test"), prompt)
     return Task(
         **vars(loaded),
         config=config,

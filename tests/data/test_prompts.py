@@ -188,7 +188,7 @@ LONG = ({"prompt": "1"}, {"prompt": "12345"}, {"prompt": "123"}, {"prompt": "123
 
 
 def test_what_is_too_long_is_refused_dropped_or_cut(prompts):
-    refused = r"^example 2 \('1234'\): the prompt has 5 tokens, max_prompt_length is 4 \(and 1 "
+    refused = r"^example 2 \('1234'\): the prompt has 5 tokens, max_prompt_length is 4; .* \(and 1 "
     rows = LONG
     with pytest.raises(JaxdynError, match=refused):
         fit_prompts(prompts(*rows), 4)
@@ -215,12 +215,30 @@ def test_what_is_too_long_is_refused_dropped_or_cut(prompts):
         fit_prompts(prompts(*rows, overlong="drop"), 1)
 
 
+def test_rows_of_a_supervised_run_fit_whole(prompts):
+    """`<s>`, 1 to 5 characters of the prompt, 3 of the completion and a stop token."""
+    rows = [{**row, "completion": "abc"} for row in LONG]
+    refused = r"^example 3 \('12345'\): prompt and completion have 10 tokens, the context is 9; "
+    with pytest.raises(JaxdynError, match=refused):
+        fit_prompts(prompts(*rows), 6, 9)
+    texts = lambda fitted: [e["prompt"] for e in fitted.prompts]
+    dropped = fit_prompts(prompts(*rows, overlong="drop"), 6, 9)
+    assert (texts(dropped), dropped.overlong) == (["1", "123", "1234"], 1)
+    cut = fit_prompts(prompts(*rows, overlong="truncate-left"), 3, 7)
+    assert (len(texts(cut)), cut.overlong) == (4, 3)
+    encode_supervised(cut.prompts.tokenizer, texts(cut), ["abc"] * 4, 7, 3)
+    left = fit_prompts(
+        prompts(rows[0], {**rows[1], "completion": "abcd"}, overlong="truncate-left"), 3, 7
+    )
+    assert (texts(left), left.overlong) == (["1"], 1)
+
+
 def test_lengths_are_counted_once(prompts, monkeypatch):
     found = prompts(*LONG)
-    first = fitting.prompt_lengths(found)
+    first = fitting.token_counts(found)
     assert sorted(first) == [2, 4, 5, 6]
     monkeypatch.setattr(type(found), "__getitem__", None)
-    np.testing.assert_array_equal(fitting.prompt_lengths(found), first)
+    np.testing.assert_array_equal(fitting.token_counts(found), first)
     for other in (
         Prompts(found.source, found.config, chat_tokenizer(HEADERS)),
         Prompts(found.source, DataConfig(prompt_template="hh"), found.tokenizer),
