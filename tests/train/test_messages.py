@@ -6,7 +6,9 @@ import pytest
 import tiny_runs
 
 from jaxdyn.errors import JaxdynError
+from jaxdyn.rollout import step_key
 from jaxdyn.train import open_run, run_rl
+from jaxdyn.train.experience import gather_experience
 
 
 @pytest.fixture
@@ -50,6 +52,15 @@ def test_a_run_on_messages(config, capsys):
         assert len(saved.task.train) + len(saved.task.test) == 18
         example = saved.task.train[0]
         assert example["messages"] == [{"role": "user", "content": example["prompt"]}]
+        task, params = saved.task, saved.state().params
+        sampled = gather_experience(task, params, task.train[:2], step_key(0, "rollout", 1), 4)
+    ends = {task.tokenizer.encode(letter)[-1] for letter in "a3"} | {*task.tokenizer.stop_ids}
+    lengths = sampled.rollout.completion_mask.sum(axis=1).tolist()
+    assert any(ids[-1] in ends - {*task.tokenizer.stop_ids} for ids in sampled.completion_ids)
+    for ids, length, finished in zip(
+        sampled.completion_ids, lengths, sampled.finished, strict=True
+    ):
+        assert len(ids) == length and not ends & {*ids[:-1]} and finished == (ids[-1] in ends)
 
 
 def test_a_model_without_a_template_says_what_to_set(config):
