@@ -136,7 +136,7 @@ def test_neither_directory_nor_hub_name(tmp_path, monkeypatch):
     assert "is a file; the directory" in one_line(load_pretrained, tmp_path / "file")
 
 
-def test_only_json_and_safetensors_are_fetched(tmp_path, monkeypatch):
+def test_only_json_safetensors_and_the_template_are_fetched(tmp_path, monkeypatch):
     asked = {}
 
     def fetch(name, **options):
@@ -145,7 +145,10 @@ def test_only_json_and_safetensors_are_fetched(tmp_path, monkeypatch):
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", fetch)
     assert local_directory("somebody/model") == tmp_path
-    assert asked == {"name": "somebody/model", "allow_patterns": ["*.json", "*.safetensors"]}
+    assert asked == {
+        "name": "somebody/model",
+        "allow_patterns": ["*.json", "*.safetensors", "chat_template.jinja"],
+    }
 
 
 @pytest.mark.parametrize(
