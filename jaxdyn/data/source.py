@@ -161,6 +161,11 @@ def load_source(config: DataConfig, split: str) -> Source:
     Raises JaxdynError if the split is unknown or would be empty, if the file is missing, empty or
     malformed (with its line), or if the cache cannot be written.
     """
+    if config.subset is not None and config.name not in PUBLIC:
+        raise JaxdynError(
+            f"data.subset is of public data sets ({', '.join(PUBLIC)}), got {config.subset!r} for "
+            f"{config.name}"
+        )
     if split not in ("train", "test"):
         raise JaxdynError(f"unknown split {split!r}: wanted 'train' or 'test'")
     if SETS[config.name].of_files:

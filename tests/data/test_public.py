@@ -332,3 +332,5 @@ def test_an_unknown_subset(load):
         JaxdynError, match=r"^data.subset of hh_rlhf must be one of .* mean 'helpful-base'"
     ):
         load("hh_rlhf", subset="helpful_base")
+    with pytest.raises(JaxdynError, match=r"^data\.subset is of public data sets .* for jsonl$"):
+        load("jsonl", subset="main")
