@@ -21,7 +21,7 @@ MOST_ITEMS = 10_000_000
 class Generation(Extension):
     """`{% generation %}`, which marks the assistant's tokens, writes what is inside."""
 
-    tags = frozenset({"generation"})
+    tags = {"generation"}  # noqa: RUF012 (declared so by its base)
 
     def parse(self, parser):
         line = next(parser.stream).lineno
@@ -61,6 +61,7 @@ class Sandbox(ImmutableSandboxedEnvironment):
 
     def _parse(self, source, name, filename):
         tree = super()._parse(source, name, filename)
+        node: Any
         for node in list(tree.find_all((nodes.For, nodes.Macro, nodes.CallBlock))):
             call = nodes.Call(nodes.Name("take_turn", "load"), [], [], None, None)
             turn = nodes.ExprStmt(call).set_lineno(node.lineno, override=True)
