@@ -10,7 +10,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxdyn.models import LanguageModel, LoraConfig, add_adapters, gpt2, gpt_neox, llama, qwen2
+from jaxdyn.models import (
+    LanguageModel,
+    LoraConfig,
+    add_adapters,
+    gpt2,
+    gpt_neox,
+    llama,
+    qwen2,
+    qwen3,
+)
 from jaxdyn.types import Sites
 
 VOCAB = 11
@@ -18,10 +27,11 @@ SIZES = {"vocab_size": VOCAB, "width": 8, "num_layers": 2, "num_heads": 2, "max_
 NEOX = gpt_neox(**SIZES, rotary_fraction=0.5)
 LLAMA = llama(**SIZES, num_kv_heads=1, norm_eps=1e-5)
 QWEN2 = qwen2(**SIZES, norm_eps=1e-5)
+QWEN3 = qwen3(**SIZES, num_kv_heads=1, head_dim=6, norm_eps=1e-5)
 GPT2 = gpt2(**SIZES, tied=False)
 CONFIGS = {
     f"{config.architecture}-{'tied' if tied else 'untied'}": dataclasses.replace(config, tied=tied)
-    for config in (NEOX, LLAMA, QWEN2, GPT2)
+    for config in (NEOX, LLAMA, QWEN2, QWEN3, GPT2)
     for tied in (False, True)
 }
 # What later families have: norms of each head or of whole projections, norms of what is written.

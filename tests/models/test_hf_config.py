@@ -14,6 +14,7 @@ from jaxdyn.models import (
     config_to_hf,
     gpt_neox,
 )
+from jaxdyn.models.families import FAMILIES
 from jaxdyn.types import JaxdynError
 
 PYTHIA_2_8B = {
@@ -70,6 +71,25 @@ QWEN_2_5_HALF_B = {
     "max_window_layers": 21,
     "tie_word_embeddings": True,
 }
+QWEN_3_0_6B = {
+    "model_type": "qwen3",
+    "vocab_size": 151936,
+    "hidden_size": 1024,
+    "num_hidden_layers": 28,
+    "num_attention_heads": 16,
+    "num_key_value_heads": 8,
+    "head_dim": 128,
+    "intermediate_size": 3072,
+    "max_position_embeddings": 40960,
+    "hidden_act": "silu",
+    "rms_norm_eps": 1e-06,
+    "rope_theta": 1000000,
+    "attention_bias": False,
+    "use_sliding_window": False,
+    "sliding_window": None,
+    "max_window_layers": 28,
+    "tie_word_embeddings": True,
+}
 GPT2 = {
     "model_type": "gpt2",
     "vocab_size": 50257,
@@ -89,9 +109,10 @@ GPT2 = {
         (PYTHIA_2_8B, 2_775_208_960),
         (LLAMA_3_2_1B, 1_235_814_400),
         (QWEN_2_5_HALF_B, 494_032_768),
+        (QWEN_3_0_6B, 596_049_920),
         (GPT2, 124_439_808),
     ],
-    ids=["pythia-2.8b", "llama-3.2-1b", "qwen2.5-0.5b", "gpt2"],
+    ids=["pythia-2.8b", "llama-3.2-1b", "qwen2.5-0.5b", "qwen3-0.6b", "gpt2"],
 )
 def test_published_models_have_their_published_number_of_parameters(data, parameters):
     model = LanguageModel(config_from_hf(data))
@@ -166,7 +187,12 @@ def test_transformers_reads_the_same_rotary_settings(name):
 
 LLAMA = LLAMA_3_2_1B
 REFUSED = [
-    (LLAMA, {"model_type": "mistral"}, "model_type = 'mistral'", "gpt_neox, llama, qwen2, gpt2"),
+    (
+        LLAMA,
+        {"model_type": "mistral"},
+        "model_type = 'mistral'",
+        ", ".join(FAMILIES),
+    ),
     (LLAMA, {"model_type": None}, "no model_type", ""),
     (LLAMA, {"hidden_size": None}, "no hidden_size", ""),
     (LLAMA, {"hidden_size": "big"}, "hidden_size = 'big'", "a whole number from 1"),
@@ -191,13 +217,34 @@ REFUSED = [
     (LLAMA, {"num_key_value_heads": 5}, "num_heads (32)", "num_kv_heads (5)"),
     (PYTHIA_2_8B, {"rotary_pct": 1.5}, "partial_rotary_factor = 1.5", "up to 1"),
     (PYTHIA_2_8B, {"num_attention_heads": 48}, "num_heads (48)", "width (2560) must be a multiple"),
-    (QWEN_2_5_HALF_B, {"use_sliding_window": True}, "use_sliding_window = True", "false"),
     (
         QWEN_2_5_HALF_B,
         {"num_hidden_layers": 2, "layer_types": ["full_attention", "sliding_attention"]},
         "layer_types = ['full_attention', 'sliding_attention']",
-        "full_attention in every layer",
+        "full_attention in every layer where there is no sliding_window",
     ),
+    (
+        QWEN_2_5_HALF_B,
+        {"num_hidden_layers": 2, "layer_types": ["full_attention"]},
+        "layer_types = ['full_attention']",
+        "for each of 2 layers",
+    ),
+    (
+        QWEN_2_5_HALF_B,
+        {"num_hidden_layers": 1, "layer_types": ["chunked_attention"]},
+        "layer_types = ['chunked_attention']",
+        "full_attention or sliding_attention",
+    ),
+    (
+        QWEN_2_5_HALF_B,
+        {"use_sliding_window": True, "sliding_window": 0},
+        "sliding_window = 0",
+        "a whole number from 1",
+    ),
+    (LLAMA, {"model_type": "gemma2"}, "model_type = 'gemma2'", "f = cap tanh(Wφ / cap)"),
+    (LLAMA, {"model_type": "gemma3"}, "model_type = 'gemma3'", "its language model alone"),
+    (LLAMA, {"attn_logit_softcapping": 50.0}, "attn_logit_softcapping = 50.0", "none"),
+    (LLAMA, {"final_logit_softcapping": 30.0}, "final_logit_softcapping = 30.0", "none"),
     (GPT2, {"scale_attn_by_inverse_layer_idx": True}, "inverse_layer_idx = True", "false"),
     (GPT2, {"scale_attn_weights": False}, "scale_attn_weights = False", "true"),
     (GPT2, {"add_cross_attention": True}, "add_cross_attention = True", "false"),

@@ -14,7 +14,7 @@ from jaxdyn.models import LanguageModel, config_from_hf, gpt_neox, load_pretrain
 from jaxdyn.models.attention import cached_attention, plain_attention
 from jaxdyn.types import JaxdynError, KVCache
 
-FAMILIES = ["gpt_neox_parallel", "llama_llama3_scaling", "gpt2_tied"]
+FAMILIES = ["gpt_neox_parallel", "llama_llama3_scaling", "gpt2_tied", "qwen3_tied_window"]
 TIED = ["gpt_neox_tied", "llama_tied_linear_scaling"]
 
 

@@ -37,6 +37,7 @@ _LLAMA = {
     "tie_word_embeddings": False,
 }
 _QWEN2 = {**_LLAMA, "model_type": "qwen2", "rms_norm_eps": 1e-6, "use_sliding_window": False}
+_QWEN3 = {**_LLAMA, "model_type": "qwen3", "rms_norm_eps": 1e-6, "head_dim": 10}
 _GPT2 = {
     "model_type": "gpt2",
     "vocab_size": 41,
@@ -89,6 +90,15 @@ CONFIGS = {
         **_QWEN2,
         "num_key_value_heads": 4,
         "tie_word_embeddings": True,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 1000000.0},
+    },
+    "qwen3": {**_QWEN3, "attention_bias": True, "rope_theta": 1000000.0},
+    "qwen3_tied_window": {
+        **_QWEN3,
+        "tie_word_embeddings": True,
+        "use_sliding_window": True,
+        "sliding_window": 3,
+        "max_window_layers": 1,
         "rope_parameters": {"rope_type": "default", "rope_theta": 1000000.0},
     },
     "gpt2_tied": _GPT2,
@@ -165,13 +175,18 @@ def _neox_shapes(c):
 def _llama_shapes(c):
     width, inner, heads = c["hidden_size"], c["intermediate_size"], c["num_attention_heads"]
     head, kv_heads = c.get("head_dim", width // heads), c["num_key_value_heads"]
-    qwen2 = c["model_type"] == "qwen2"
+    kind = c["model_type"]
+    qwen2 = kind == "qwen2"
+    inner_norms = {
+        "qwen3": {"q_norm": head, "k_norm": head},
+    }.get(kind, {})
     bias, mlp_bias = c.get("attention_bias", False), c.get("mlp_bias", False)
     found = {"model.embed_tokens.weight": (c["vocab_size"], width)}
     for i in range(c["num_hidden_layers"]):
         layer = f"model.layers.{i}"
         found[f"{layer}.input_layernorm.weight"] = (width,)
         found[f"{layer}.post_attention_layernorm.weight"] = (width,)
+        found |= {f"{layer}.self_attn.{n}.weight": (size,) for n, size in inner_norms.items()}
         found |= _linear(f"{layer}.self_attn.q_proj", heads * head, width, bias or qwen2)
         found |= _linear(f"{layer}.self_attn.k_proj", kv_heads * head, width, bias or qwen2)
         found |= _linear(f"{layer}.self_attn.v_proj", kv_heads * head, width, bias or qwen2)

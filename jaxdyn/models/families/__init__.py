@@ -5,11 +5,18 @@ from jaxdyn.models.families.gpt2 import GPT2, gpt2
 from jaxdyn.models.families.gpt_neox import GPT_NEOX, gpt_neox
 from jaxdyn.models.families.llama import LLAMA, llama
 from jaxdyn.models.families.qwen2 import QWEN2, qwen2
+from jaxdyn.models.families.qwen3 import QWEN3, qwen3
 from jaxdyn.types import JaxdynError
 
-__all__ = ["gpt2", "gpt_neox", "llama", "qwen2"]  # what `jaxdyn.models` takes over
+__all__ = ["gpt2", "gpt_neox", "llama", "qwen2", "qwen3"]  # what `jaxdyn.models` takes over
 
-FAMILIES = {family.model_type: family for family in (GPT_NEOX, LLAMA, QWEN2, GPT2)}
+FAMILIES = {family.model_type: family for family in (GPT_NEOX, LLAMA, QWEN2, QWEN3, GPT2)}
+
+REFUSED = {
+    "gemma2": "its logits are capped, f = cap tanh(Wφ / cap), and no linear function of φ",
+    "gemma3": "it reads images too; its language model alone is supported",
+}
+"""Why families that come close are none of these."""
 
 
 def family_of(architecture: str) -> Family:
