@@ -12,14 +12,20 @@ class RotaryScaling:
 
     `linear` divides every frequency by `factor`. `llama3` leaves frequencies whose wavelength is
     below `original_max_positions / high_freq_factor` alone, divides those above
-    `original_max_positions / low_freq_factor` by `factor`, and blends in between.
+    `original_max_positions / low_freq_factor` by `factor`, and blends in between. `yarn` (Peng et
+    al. 2023, arXiv 2309.00071) does so by component: those that turn more than `beta_fast` times in
+    `original_max_positions` are left alone, those that turn less than `beta_slow` times divided;
+    and it multiplies what was rotated by `amplitude`.
     """
 
-    kind: Literal["linear", "llama3"]
+    kind: Literal["linear", "llama3", "yarn"]
     factor: float
     low_freq_factor: float = 1.0
     high_freq_factor: float = 4.0
     original_max_positions: int = 8192
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    amplitude: float = 1.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,7 +72,7 @@ class ModelConfig:
     query_key_norm: Literal["none", "head", "projection"] = "none"
     norm_placement: Literal["before", "after", "both"] = "before"
     scaled_embedding: bool = False
-    attention_scalar: float | None = None
+    attention_scalar: int | None = None
     window: int | None = None
     windowed: tuple[bool, ...] = ()
     window_rotary_base: float | None = None
@@ -75,8 +81,9 @@ class ModelConfig:
 
     def __post_init__(self):
         for field in dataclasses.fields(self):  # every whole number is a size
-            if field.type is int and getattr(self, field.name) < 1:
-                raise JaxdynError(f"{field.name} must be at least 1, got {vars(self)[field.name]}")
+            value = getattr(self, field.name)
+            if field.type in (int, int | None) and value is not None and value < 1:
+                raise JaxdynError(f"{field.name} must be at least 1, got {value}")
         if not 0 <= self.rotary_fraction <= 1:
             raise JaxdynError(f"rotary_fraction must be from 0 to 1, got {self.rotary_fraction}")
         if self.num_heads % self.num_kv_heads:
@@ -96,9 +103,9 @@ class ModelConfig:
                     f"{name} must have a flag for each of {self.num_layers} layers or none, got "
                     f"{len(getattr(self, name))}"
                 )
-        if any(self.windowed) != (self.window is not None) or self.window == 0:
+        if any(self.windowed) != (self.window is not None):
             raise JaxdynError(
-                f"window must be at least 1 if any layer is windowed, else None, got {self.window}"
+                f"window must be given if any layer is windowed, else None, got {self.window}"
             )
 
     @property

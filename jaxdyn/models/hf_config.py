@@ -57,7 +57,8 @@ def config_to_hf(
         "architectures": [family.causal_lm],
         "dtype": "float32",
         **token_ids(bos_token_id, stop_ids),
-        **{f.theirs: getattr(config, f.ours) for f in family.fields},
+        "pad_token_id": None,  # not the family's, which may be beyond the vocabulary
+        **{f.theirs: f.write(getattr(config, f.ours)) for f in family.fields},
         **family.layers_to_hf(config),
         **(rotary_to_hf(config, family) if family.rotary_fraction else {}),
     }

@@ -6,6 +6,7 @@ Two spellings are in use: transformers up to 4 has `rope_theta`, or names of a f
 written.
 """
 
+import math
 from typing import Any
 
 from jaxdyn.models.config import ModelConfig, RotaryScaling
@@ -22,9 +23,13 @@ def rotary_from_hf(data: dict[str, Any], family: Family) -> dict[str, Any]:
     As in transformers, what stands inside `rope_scaling` or `rope_parameters` wins over the fields
     beside it, and among these a family's own name.
     """
-    where = "rope_scaling" if data.get("rope_scaling") else "rope_parameters"
+    has_sets = lambda rope: (
+        isinstance(rope, dict) and any(isinstance(value, dict) for value in rope.values())
+    )
+    flat = data.get("rope_scaling") and not has_sets(data.get("rope_parameters"))
+    where = "rope_scaling" if flat else "rope_parameters"
     rope = data.get(where) or {}
-    nested = isinstance(rope, dict) and any(isinstance(value, dict) for value in rope.values())
+    nested = has_sets(rope)
     if not isinstance(rope, dict) or (nested and family.window_rotary is None):
         refuse(where, rope, "one set of parameters for all layers")
     data = {**data, where: rope}
@@ -57,32 +62,50 @@ def _kind_in(rope: dict[str, Any], where: str) -> str:
 
 
 def _scaling_from_hf(data: dict[str, Any], where: str, rope: Any) -> RotaryScaling | None:
-    kind = one_of(data, _kind_in(rope, where), "default", ("default", "linear", "llama3"))
+    read = lambda name, *default: number(data, f"{where}.{name}", *default)
+    kinds = ("default", "linear", "llama3", "yarn")
+    kind = one_of(data, _kind_in(rope, where), "default", kinds)
     if kind == "default":
         return None
-    factor = number(data, f"{where}.factor")
+    factor = read("factor")
     if kind == "linear":
         return RotaryScaling("linear", factor)
     context = size(data, "max_position_embeddings")
+    context = size(data, f"{where}.original_max_position_embeddings", context)
+    if kind == "llama3":
+        factors = read("low_freq_factor"), read("high_freq_factor")
+        return RotaryScaling("llama3", factor, *factors, original_max_positions=context)
+    for name, good in {"mscale": None, "mscale_all_dim": None, "truncate": True}.items():
+        if rope.get(name) not in (None, good):
+            refuse(f"{where}.{name}", rope[name], "none" if good is None else "true")
     return RotaryScaling(
-        "llama3",
+        "yarn",
         factor,
-        low_freq_factor=number(data, f"{where}.low_freq_factor"),
-        high_freq_factor=number(data, f"{where}.high_freq_factor"),
-        original_max_positions=size(data, f"{where}.original_max_position_embeddings", context),
+        original_max_positions=context,
+        beta_fast=read("beta_fast", 32),
+        beta_slow=read("beta_slow", 1),
+        amplitude=read("attention_factor", 0.1 * math.log(max(factor, 1.0)) + 1.0),
     )
+
+
+def _scaling_to_hf(scaling: RotaryScaling | None) -> dict[str, Any]:
+    s = scaling
+    if s is None:
+        return {"rope_type": "default"}
+    found: dict[str, Any] = {"rope_type": s.kind, "factor": s.factor}
+    if s.kind != "linear":
+        found["original_max_position_embeddings"] = s.original_max_positions
+    if s.kind == "llama3":
+        found |= {"low_freq_factor": s.low_freq_factor, "high_freq_factor": s.high_freq_factor}
+    if s.kind == "yarn":
+        found |= {"beta_fast": s.beta_fast, "beta_slow": s.beta_slow}
+        found["attention_factor"] = s.amplitude
+    return found
 
 
 def rotary_to_hf(config: ModelConfig, family: Family) -> dict[str, Any]:
     """Both spellings."""
-    scaling: dict[str, Any] = {"rope_type": "default"}
-    if config.rotary_scaling is not None:
-        s = config.rotary_scaling
-        scaling = {"rope_type": s.kind, "factor": s.factor}
-        if s.kind == "llama3":
-            scaling["low_freq_factor"] = s.low_freq_factor
-            scaling["high_freq_factor"] = s.high_freq_factor
-            scaling["original_max_position_embeddings"] = s.original_max_positions
+    scaling = _scaling_to_hf(config.rotary_scaling)
     base, fraction = config.rotary_base, config.rotary_fraction
     beside, inside = {family.rotary_names[0]: base}, {**scaling, "rope_theta": base}
     if family.rotary_fraction < 1:

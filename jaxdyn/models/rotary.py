@@ -1,5 +1,7 @@
 """Rotary positions, which layers may have of several kinds, or not at all."""
 
+import math
+
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
@@ -11,33 +13,44 @@ def rotary_frequencies(
     dim: int, base: float, scaling: RotaryScaling | None = None
 ) -> Float[np.ndarray, " half"]:
     """Angular frequencies base^(-2i / dim), scaled as `scaling` says."""
-    frequencies = base ** -(np.arange(0, dim, 2, dtype=np.float64) / dim)
+    i = np.arange(0, dim, 2, dtype=np.float64) / dim
+    frequencies = base**-i
     if scaling is None:
         return frequencies
     if scaling.kind == "linear":
-        return frequencies / scaling.factor
-    wavelength = 2 * np.pi / frequencies
-    periods = scaling.original_max_positions / wavelength
-    low, high = scaling.low_freq_factor, scaling.high_freq_factor
-    keep = np.clip((periods - low) / (high - low), 0.0, 1.0)
+        keep = np.zeros_like(i)
+    elif scaling.kind == "llama3":
+        periods = scaling.original_max_positions * frequencies / (2 * np.pi)
+        low, high = scaling.low_freq_factor, scaling.high_freq_factor
+        keep = np.clip((periods - low) / (high - low), 0.0, 1.0)
+    else:
+        # The component, not a whole number, that turns that many times in the trained context.
+        turning = lambda times: (
+            dim * math.log(scaling.original_max_positions / (2 * math.pi * times), base) / 2
+        )
+        first = max(math.floor(turning(scaling.beta_fast)), 0)
+        last = min(math.ceil(turning(scaling.beta_slow)), dim - 1)
+        keep = 1 - np.clip((i * dim / 2 - first) / max(last - first, 1e-3), 0.0, 1.0)
     return frequencies * (keep + (1 - keep) / scaling.factor)
 
 
 def rotary_kinds(
     config: ModelConfig,
-) -> tuple[Float[np.ndarray, "kinds half"], Int[np.ndarray, " L"]]:
-    """The frequencies that the model's layers have, and which of them each layer has.
+) -> tuple[Float[np.ndarray, "kinds columns"], Int[np.ndarray, " L"]]:
+    """The model's kinds of rotary positions, and which of them each layer has.
 
-    Layers with a window may have a base of their own, which is not scaled; a layer without rotary
-    positions has frequencies of zero, at which nothing turns.
+    A kind is an amplitude and the frequencies. Layers with a window may have a base of their own,
+    which is not scaled; a layer without rotary positions has frequencies of zero, at which nothing
+    turns.
     """
-    c = config
-    whole = rotary_frequencies(c.rotary_dim, c.rotary_base, c.rotary_scaling)
-    near = whole
+    c, scaling = config, config.rotary_scaling
+    amplitude = scaling.amplitude if scaling else 1.0
+    whole = np.r_[amplitude, rotary_frequencies(c.rotary_dim, c.rotary_base, scaling)]
+    near, none = whole, np.r_[1.0, np.zeros(c.rotary_dim // 2)]
     if c.window_rotary_base is not None:
-        near = rotary_frequencies(c.rotary_dim, c.window_rotary_base)
+        near = np.r_[1.0, rotary_frequencies(c.rotary_dim, c.window_rotary_base)]
     rows = [
-        (near if windowed else whole) * rotated
+        (near if windowed else whole) if rotated else none
         for windowed, rotated in zip(c.windowed_by_layer, c.rotated_by_layer, strict=True)
     ]
     kinds, of_layer = np.unique(np.stack(rows), axis=0, return_inverse=True)
@@ -45,13 +58,16 @@ def rotary_kinds(
 
 
 def rotary_tables(
-    frequencies: Float[np.ndarray, "kinds half"], positions: Int[Array, "B T"], dtype
+    kinds: Float[np.ndarray, "kinds columns"], positions: Int[Array, "B T"], dtype
 ) -> tuple[Float[Array, "kinds B T 1 half"], Float[Array, "kinds B T 1 half"]]:
     """Cosines and sines of position times frequency, computed in float32 or better."""
     wide = jnp.promote_types(dtype, jnp.float32)
-    turning = jnp.asarray(frequencies, wide)[:, None, None, None, :]
-    angles = positions.astype(wide)[None, :, :, None, None] * turning
-    return jnp.cos(angles).astype(dtype), jnp.sin(angles).astype(dtype)
+    amplitudes, frequencies = kinds[:, None, None, None, :1], kinds[:, None, None, None, 1:]
+    angles = positions.astype(wide)[None, :, :, None, None] * jnp.asarray(frequencies, wide)
+    cos, sin = jnp.cos(angles), jnp.sin(angles)
+    if (amplitudes != 1).any():
+        cos, sin = (jnp.asarray(amplitudes, wide) * x for x in (cos, sin))
+    return cos.astype(dtype), sin.astype(dtype)
 
 
 def rotate(

@@ -65,7 +65,7 @@ CHANGES = [
     ("norm_placement", "after"),
     ("norm", "zero_centered_rms"),
     ("scaled_embedding", True),
-    ("attention_scalar", 7.0),
+    ("attention_scalar", 7),
     ("rotated", (True, False)),
 ]
 

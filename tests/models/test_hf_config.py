@@ -179,6 +179,10 @@ def test_transformers_reads_the_same_rotary_settings(name):
         pytest.skip("learned positions")
     data = config_to_hf(config)
     theirs = transformers.AutoConfig.for_model(data.pop("model_type"), **data).rope_parameters
+    if config.window_rotary_base is not None:
+        near = theirs["sliding_attention"]
+        assert near == {"rope_type": "default", "rope_theta": config.window_rotary_base}
+        theirs = theirs["full_attention"]
     assert theirs["rope_theta"] == config.rotary_base
     assert theirs.get("partial_rotary_factor", 1.0) == config.rotary_fraction
     kind = config.rotary_scaling.kind if config.rotary_scaling else "default"

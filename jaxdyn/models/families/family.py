@@ -103,18 +103,39 @@ GATED_FIELDS = (
     Field("tie_word_embeddings", "tied", flag, False),
 )
 GATED = {"norm": "rms", "gated_mlp": True, "parallel_residual": False}
-GATED_MODULES = {
+GATED_MATRICES = {
     "backbone/embed": "model.embed_tokens",
-    "backbone/layers/attention_norm": "model.layers.{}.input_layernorm",
     "backbone/layers/attention/query": "model.layers.{}.self_attn.q_proj",
     "backbone/layers/attention/key": "model.layers.{}.self_attn.k_proj",
     "backbone/layers/attention/value": "model.layers.{}.self_attn.v_proj",
     "backbone/layers/attention/out": "model.layers.{}.self_attn.o_proj",
-    "backbone/layers/mlp_norm": "model.layers.{}.post_attention_layernorm",
     "backbone/layers/mlp/gate": "model.layers.{}.mlp.gate_proj",
     "backbone/layers/mlp/up": "model.layers.{}.mlp.up_proj",
     "backbone/layers/mlp/down": "model.layers.{}.mlp.down_proj",
     "backbone/norm": "model.norm",
     "classifier": "lm_head",
 }
+NORMS_BEFORE = {
+    "backbone/layers/attention_norm": "model.layers.{}.input_layernorm",
+    "backbone/layers/mlp_norm": "model.layers.{}.post_attention_layernorm",
+}
+NORMS_AFTER = {
+    "backbone/layers/attention_post_norm": "model.layers.{}.post_attention_layernorm",
+    "backbone/layers/mlp_post_norm": "model.layers.{}.post_feedforward_layernorm",
+}
+QUERY_KEY_NORMS = {
+    "backbone/layers/attention/query_norm": "model.layers.{}.self_attn.q_norm",
+    "backbone/layers/attention/key_norm": "model.layers.{}.self_attn.k_norm",
+}
+GATED_MODULES = GATED_MATRICES | NORMS_BEFORE
 """Grouped queries, RMS norms and a gated MLP, in the names that most families took over."""
+ATTENTION_BIAS = (
+    Field("attention_bias", "qkv_bias", flag, False),
+    Field("attention_bias", "attention_out_bias", flag, False),
+)
+
+
+def but(fields: tuple[Field, ...], *others: Field) -> tuple[Field, ...]:
+    """The fields, with others in the place of those that mean the same of ours."""
+    meant = {field.ours for field in others}
+    return (*(field for field in fields if field.ours not in meant), *others)
