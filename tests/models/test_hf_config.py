@@ -206,7 +206,24 @@ REFUSED = [
     (LLAMA, {"rope_theta": float("nan")}, "rope_theta = nan", "a number above 0"),
     (LLAMA, {"attention_bias": "yes"}, "attention_bias = 'yes'", "true or false"),
     (LLAMA, {"hidden_act": "quick_gelu"}, "hidden_act = 'quick_gelu'", "gelu"),
-    (LLAMA, {"rope_scaling": {"type": "yarn"}}, "rope_scaling.type = 'yarn'", "linear, llama3"),
+    (
+        LLAMA,
+        {"rope_scaling": {"type": "longrope"}},
+        "rope_scaling.type = 'longrope'",
+        "llama3, yarn",
+    ),
+    (
+        LLAMA,
+        {"rope_scaling": {"rope_type": "yarn", "factor": 4.0, "mscale": 1.0}},
+        "rope_scaling.mscale = 1.0",
+        "none",
+    ),
+    (
+        LLAMA,
+        {"rope_scaling": {"rope_type": "yarn", "factor": 4.0, "truncate": False}},
+        "rope_scaling.truncate = False",
+        "true",
+    ),
     (LLAMA, {"rope_scaling": {"rope_type": "linear"}}, "no rope_scaling.factor", ""),
     (LLAMA, {"rope_scaling": "linear"}, "rope_scaling = 'linear'", "one set of parameters"),
     (

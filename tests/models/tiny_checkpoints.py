@@ -139,7 +139,7 @@ CONFIGS = {
         "layer_types": ["full_attention", *["sliding_attention"] * 3],
         "rope_parameters": {
             "full_attention": {**_YARN, "rope_theta": 1000.0},
-            "sliding_attention": {"rope_type": "default", "rope_theta": 100.0},
+            "sliding_attention": {"rope_type": "default", "rope_theta": 1000.0},
         },
     },
     "smollm3": {**_SMOLLM3, "attention_bias": True, "mlp_bias": True, "no_rope_layers": [1, 0] * 2},

@@ -1,4 +1,4 @@
-"""SmolLM3: a Llama of whose layers every fourth has no rotary positions."""
+"""SmolLM3: grouped queries, and no rotary positions in every fourth layer."""
 
 from typing import Any
 
