@@ -18,7 +18,7 @@ def window_from_hf(
     """
     kinds = data.get("layer_types")
     if kinds is None:
-        windowed = tuple(window is not None and silent(number) for number in range(layers))
+        windowed = tuple(silent(number) for number in range(layers))
     else:
         if (
             not isinstance(kinds, list)
@@ -29,6 +29,8 @@ def window_from_hf(
         windowed = tuple(kind == WINDOWED for kind in kinds)
     if not any(windowed):
         return {"window": None, "windowed": ()}
+    if window is None and kinds is None:
+        refuse("sliding_window", window, "a whole number from 1")
     if window is None:
         refuse("layer_types", kinds, f"{WHOLE} in every layer where there is no sliding_window")
     return {"window": window, "windowed": windowed}
@@ -44,7 +46,7 @@ def optional_window_from_hf(data: dict[str, Any], layers: int) -> dict[str, Any]
     """Where layers from `max_window_layers` on have the window, if `use_sliding_window` is set."""
     window = window_size(data, 4096) if flag(data, "use_sliding_window", False) else None
     first = size(data, "max_window_layers", 28)
-    return window_from_hf(data, layers, window, lambda number: number >= first)
+    return window_from_hf(data, layers, window, lambda number: bool(window) and number >= first)
 
 
 def window_to_hf(config: ModelConfig) -> dict[str, Any]:

@@ -140,9 +140,10 @@ class LanguageModel:
         """φ, the input of every layer that has parameters, and the way back to their outputs.
 
         The two trees have one leaf where `backbone` has a layer's parameters, and a leading axis L
-        below "layers". Inputs are x of a dense layer x K + b, x̂ of a normalisation x̂ s + b, and
-        the ids of an embedding. The function takes φ's cotangent to the cotangents of the
-        layers' outputs, so that a parameter's gradient is a sum over slots of products of the two.
+        below "layers". Inputs are x of a dense layer x K + b, x̂ of a normalisation x̂ s + b or
+        x̂ (1 + s), and the ids of an embedding, whose outputs are the table's rows. The function
+        takes φ's cotangent to the cotangents of the layers' outputs, so that a parameter's gradient
+        is a sum over slots of products of the two.
         Where each head is normalised by itself, every head of a slot counts as a slot.
         """
         inputs = (tokens, positions_of(mask), self._visible(mask))

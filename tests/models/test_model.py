@@ -268,6 +268,13 @@ def test_init_has_the_checkpoints_shapes_and_small_residual_writes(name):
         ({"width": 32, "num_heads": 4, "rotary_fraction": 1.5}, "from 0 to 1, got 1.5"),
         ({"width": 32, "num_heads": 0}, "num_heads (0)"),
         ({"width": 32, "num_heads": 4, "num_layers": 0}, "num_layers must be at least 1, got 0"),
+        ({"width": 32, "num_heads": 4, "window": 0}, "window must be at least 1, got 0"),
+        ({"width": 32, "num_heads": 4, "window": 3}, "window must be given if any"),
+        ({"width": 32, "num_heads": 4, "windowed": (True,)}, "window must be given if any"),
+        (
+            {"width": 32, "num_heads": 4, "rotated": (True, False)},
+            "each of 1 layers or none, got 2",
+        ),
     ],
 )
 def test_impossible_shapes_are_refused(options, message):

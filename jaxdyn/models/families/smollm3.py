@@ -27,7 +27,7 @@ def _layers(data: dict[str, Any], count: int) -> dict[str, Any]:
     window = window_size(data, None) if flag(data, "use_sliding_window", False) else None
     return {
         "rotated": () if all(rotated) else rotated,
-        **window_from_hf(data, count, window, lambda number: not rotated[number]),
+        **window_from_hf(data, count, window, lambda n: bool(window) and not rotated[n]),
     }
 
 
