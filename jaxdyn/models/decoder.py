@@ -131,7 +131,7 @@ def _norm(config: ModelConfig, dtype, name: str):
 
 
 class Layer(NamedTuple):
-    """Which layer it is, and of which kind its rotary positions and its mask are."""
+    """Which layer it is, and of which kind its rotary positions and its mask are, if of several."""
 
     number: Any
     rotary: Any
@@ -139,17 +139,24 @@ class Layer(NamedTuple):
 
 
 def _layers(config: ModelConfig) -> tuple[Layer, Any]:
-    """Every layer, in arrays to scan along, and the frequencies of the kinds of positions."""
-    frequencies, rotary = rotary_kinds(config) if config.rotary_dim else (None, 0)
+    """Every layer, in arrays to scan along, and the kinds of rotary positions."""
+    kinds, rotary = rotary_kinds(config) if config.rotary_dim else ((), None)
     mask = np.array(config.windowed_by_layer)
-    ids = lambda x: np.broadcast_to(np.asarray(x, np.int32), config.num_layers)
-    return Layer(ids(np.arange(config.num_layers)), ids(rotary), ids(mask)), frequencies
+    ids = lambda x: np.asarray(x, np.int32)
+    of_several = lambda x, several: ids(x) if several else None
+    numbers = ids(np.arange(config.num_layers))
+    layers = Layer(numbers, of_several(rotary, len(kinds) > 1), of_several(mask, mask.any()))
+    return layers, kinds
+
+
+def _the_one(arrays):
+    """Where there is one kind, its array; a slice inside the layers would be copied by each."""
+    return arrays[0] if len(arrays) == 1 else arrays
 
 
 def _of_kind(arrays, kind):
-    """The one of that kind, of several of the first axis; where there is one kind, no choice."""
-    one = len(arrays) == 1
-    return arrays[0] if one else jax.lax.dynamic_index_in_dim(arrays, kind, keepdims=False)
+    """The one of that kind, of several along the first axis."""
+    return arrays if kind is None else jax.lax.dynamic_index_in_dim(arrays, kind, keepdims=False)
 
 
 class Attention(nn.Module):
@@ -273,9 +280,9 @@ class Backbone(nn.Module):
         x = embed(c.vocab_size, "embed")(tokens)
         if c.scaled_embedding:
             x = x * c.width**0.5
-        layers, frequencies = _layers(c)
+        layers, kinds = _layers(c)
         if c.rotary_dim:
-            tables = rotary_tables(frequencies, positions, x.dtype)
+            tables = tuple(map(_the_one, rotary_tables(kinds, positions, x.dtype)))
         else:
             tables = None
             x = x + embed(c.max_positions, "position")(positions)
@@ -283,7 +290,7 @@ class Backbone(nn.Module):
         if self.remat != "none":
             block = nn.remat(Block, prevent_cse=False, policy=_REMAT_POLICIES[self.remat])
         layer = lambda kind, name: kind(c, self.dtype, self.keep_cache, name=name)
-        carry, still = (x, cache), (tables, masks, prompt, slot)
+        carry, still = (x, cache), (tables, _the_one(masks), prompt, slot)
         if self.stacked:
             scanned = nn.scan(
                 block,
