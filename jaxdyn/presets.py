@@ -6,7 +6,7 @@ from jaxdyn.config import RunConfig, SFTConfig
 from jaxdyn.data import DataConfig
 from jaxdyn.dynamics import ProbeConfig
 from jaxdyn.grammar import nearest
-from jaxdyn.models import RotaryScaling, gpt_neox, llama
+from jaxdyn.models import RotaryScaling, gemma3_text, gpt_neox, llama, qwen3
 from jaxdyn.optim import OptimConfig
 from jaxdyn.rewards import RewardConfig
 from jaxdyn.rl import LossConfig
@@ -74,6 +74,31 @@ SHAPES = {
         norm_eps=1e-5,
         rotary_base=500000.0,
         rotary_scaling=RotaryScaling("llama3", 8.0, 1.0, 4.0, 8192),
+    ),
+    # Qwen/Qwen3-0.6B.
+    "qwen3-0.6b": qwen3(
+        vocab_size=151936,
+        width=1024,
+        num_layers=28,
+        num_heads=16,
+        mlp_width=3072,
+        max_positions=40960,
+        num_kv_heads=8,
+        head_dim=128,
+        rotary_base=1000000.0,
+        tied=True,
+    ),
+    # google/gemma-3-1b-it.
+    "gemma-3-1b": gemma3_text(
+        vocab_size=262144,
+        width=1152,
+        num_layers=26,
+        num_heads=4,
+        mlp_width=6912,
+        max_positions=32768,
+        num_kv_heads=1,
+        head_dim=256,
+        window=512,
     ),
     "tiny": gpt_neox(vocab_size=512, width=64, num_layers=2, num_heads=4, max_positions=512),
 }

@@ -10,7 +10,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxdyn.models import LanguageModel, LoraConfig, add_adapters, gpt2, gpt_neox, llama, qwen2
+from jaxdyn.models import (
+    LanguageModel,
+    LoraConfig,
+    add_adapters,
+    gemma3_text,
+    gpt2,
+    gpt_neox,
+    llama,
+    olmo2,
+    qwen2,
+)
 from jaxdyn.types import Sites
 
 VOCAB = 11
@@ -24,13 +34,19 @@ CONFIGS = {
     for config in (NEOX, LLAMA, QWEN2, GPT2)
     for tied in (False, True)
 }
-# What later families have: norms of each head or of whole projections, norms of what is written.
-HEADS = dataclasses.replace(LLAMA, query_key_norm="head", norm_placement="both")
-NORMED = {
-    "heads-untied": HEADS,
-    "heads-tied": dataclasses.replace(HEADS, tied=True),
-    "projections-untied": llama(**SIZES, query_key_norm="projection", norm_placement="after"),
-}
+# Norms of heads or of whole projections, before and after sublayers; (1 + s) norms, embeddings
+# times √width, scores by another root, a window and a rotary base of its own in a layer of two.
+GEMMA3 = gemma3_text(
+    **SIZES,
+    num_kv_heads=1,
+    norm_eps=1e-5,
+    attention_scalar=3,
+    rotary_base=100.0,
+    window_rotary_base=10.0,
+    window=2,
+    windowed=(True, False),
+)
+NORMED = {"gemma3_text-tied": GEMMA3, "olmo2-untied": olmo2(**SIZES, num_kv_heads=1)}
 
 
 @functools.cache
@@ -44,8 +60,9 @@ def tiny_model(name, dtype=jnp.float64):
     model = LanguageModel({**CONFIGS, **NORMED}[name], dtype)
     shapes = shapes_of(model.config)
     rng = np.random.default_rng(0)
+    gain = 0.0 if model.config.norm == "zero_centered_rms" else 1.0
     draw = lambda path, x: jnp.asarray(
-        (1.0 if "scale" in str(path) else 0.0) + 0.3 * rng.standard_normal(x.shape), dtype
+        (gain if "scale" in str(path) else 0.0) + 0.3 * rng.standard_normal(x.shape), dtype
     )
     return model, jax.tree_util.tree_map_with_path(draw, shapes)
 

@@ -187,10 +187,12 @@ CASES = [(door, "llama-tied") for door in DOORS] + [
     pytest.param(door, name, marks=pytest.mark.slow)
     for door, name in (
         ("dynamics.measure_update", "gpt_neox-tied"),
-        ("kernels.log_prob_kernel", "qwen2-tied"),
+        ("kernels.log_prob_kernel", "gemma3_text-tied"),
         ("models.merge_adapters", "gpt_neox-tied"),
         ("models.save_pretrained", "gpt2-tied"),
+        ("models.save_pretrained", "gemma3_text-tied"),
         ("rollout.generate", "gpt2-tied"),
+        ("rollout.generate", "gemma3_text-tied"),
         ("train.fresh_state", "qwen2-tied"),
     )
 ]

@@ -14,7 +14,7 @@ class PlanOptions:
     """Compile a run's programs for a TPU slice or this machine: memory, time and limits per chip.
 
     Attributes:
-      preset: the model's shape: pythia-2.8b, llama-8b or tiny.
+      preset: the model's shape: pythia-2.8b, llama-8b, qwen3-0.6b, gemma-3-1b or tiny.
       topology: a slice as v5p:4x4x4 or v5e-64, or `here`.
       mesh: how its chips divide the work; when not given, several ways are tried.
       meshes: how many, each by three compilations.

@@ -1,50 +1,11 @@
-"""Rotary positions and grouped-query attention."""
+"""Grouped-query attention."""
 
 import functools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, Int
-
-from jaxdyn.models.config import ModelConfig
-
-
-def rotary_frequencies(config: ModelConfig) -> np.ndarray:
-    """Angular frequencies base^(-2i / rotary_dim), scaled as the config says, [rotary_dim / 2]."""
-    exponent = np.arange(0, config.rotary_dim, 2, dtype=np.float64) / config.rotary_dim
-    frequencies = config.rotary_base**-exponent
-    scaling = config.rotary_scaling
-    if scaling is None:
-        return frequencies
-    if scaling.kind == "linear":
-        return frequencies / scaling.factor
-    wavelength = 2 * np.pi / frequencies
-    periods = scaling.original_max_positions / wavelength
-    low, high = scaling.low_freq_factor, scaling.high_freq_factor
-    keep = np.clip((periods - low) / (high - low), 0.0, 1.0)
-    return frequencies * (keep + (1 - keep) / scaling.factor)
-
-
-def rotary_tables(
-    config: ModelConfig, positions: Int[Array, "B T"], dtype
-) -> tuple[Float[Array, "B T 1 half"], Float[Array, "B T 1 half"]]:
-    """Cosines and sines of position times frequency, computed in float32 or better."""
-    wide = jnp.promote_types(dtype, jnp.float32)
-    frequencies = jnp.asarray(rotary_frequencies(config), wide)
-    angles = positions.astype(wide)[:, :, None, None] * frequencies[None, None, None, :]
-    return jnp.cos(angles).astype(dtype), jnp.sin(angles).astype(dtype)
-
-
-def rotate(
-    x: Float[Array, "B T heads width"],
-    cos: Float[Array, "B T 1 half"],
-    sin: Float[Array, "B T 1 half"],
-) -> Float[Array, "B T heads width"]:
-    """Rotate the first 2 * half components of every head; leave the rest."""
-    half = cos.shape[-1]
-    a, b, rest = x[..., :half], x[..., half : 2 * half], x[..., 2 * half :]
-    return jnp.concatenate([a * cos - b * sin, b * cos + a * sin, rest], axis=-1)
+from jaxtyping import Array, Bool, Float
 
 
 def plain_attention(

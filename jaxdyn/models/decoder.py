@@ -5,15 +5,17 @@ Every layer that has parameters can be opened: it sows its input as "intermediat
 output's cotangent (`LanguageModel.opened`). Without these collections nothing is recorded or added.
 """
 
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import linen as nn
 from jaxtyping import Array, Bool, Float, Int
 
-from jaxdyn.models.attention import attention, cached_attention, rotary_tables, rotate
+from jaxdyn.models.attention import attention, cached_attention
 from jaxdyn.models.config import ModelConfig
+from jaxdyn.models.rotary import rotary_kinds, rotary_tables, rotate
 from jaxdyn.types import KVCache
 
 _ACTIVATIONS = {
@@ -84,6 +86,14 @@ class RMSNorm(nn.RMSNorm):
         return self.perturb("output", super().__call__(x, **options))
 
 
+class ZeroCenteredRMSNorm(RMSNorm):
+    """y = x̂ (1 + s), open at x̂ and y."""
+
+    @nn.nowrap
+    def param(self, *arguments, **options):
+        return 1 + super().param(*arguments, **options)
+
+
 def matrix_product(x, kernel, dimension_numbers, **options):
     """x K for `nn.Dense`, with x's leading axes as one.
 
@@ -112,7 +122,41 @@ def _dense(config: ModelConfig, features: int, bias: bool, dtype, name: str, res
 def _norm(config: ModelConfig, dtype, name: str):
     if config.norm == "rms":
         return RMSNorm(epsilon=config.norm_eps, dtype=dtype, name=name)
+    if config.norm == "zero_centered_rms":
+        still = nn.initializers.zeros
+        return ZeroCenteredRMSNorm(
+            epsilon=config.norm_eps, dtype=dtype, scale_init=still, name=name
+        )
     return LayerNorm(epsilon=config.norm_eps, dtype=dtype, use_fast_variance=False, name=name)
+
+
+class Layer(NamedTuple):
+    """Which layer it is, and of which kind its rotary positions and its mask are, if of several."""
+
+    number: Any
+    rotary: Any
+    mask: Any
+
+
+def _layers(config: ModelConfig) -> tuple[Layer, Any]:
+    """Every layer, in arrays to scan along, and the kinds of rotary positions."""
+    kinds, rotary = rotary_kinds(config) if config.rotary_dim else ((), None)
+    mask = np.array(config.windowed_by_layer)
+    ids = lambda x: np.asarray(x, np.int32)
+    of_several = lambda x, several: ids(x) if several else None
+    numbers = ids(np.arange(config.num_layers))
+    layers = Layer(numbers, of_several(rotary, len(kinds) > 1), of_several(mask, mask.any()))
+    return layers, kinds
+
+
+def _the_one(arrays):
+    """Where there is one kind, its array; a slice inside the layers would be copied by each."""
+    return arrays[0] if len(arrays) == 1 else arrays
+
+
+def _of_kind(arrays, kind):
+    """The one of that kind, of several along the first axis."""
+    return arrays if kind is None else jax.lax.dynamic_index_in_dim(arrays, kind, keepdims=False)
 
 
 class Attention(nn.Module):
@@ -120,7 +164,7 @@ class Attention(nn.Module):
     dtype: Any
 
     @nn.compact
-    def __call__(self, x, tables, mask, prompt, cache, slot, layer):
+    def __call__(self, x, tables, masks, prompt, cache, slot, layer):
         c = self.config
 
         def project(name: str, heads: int, normed: str = c.query_key_norm):
@@ -131,16 +175,20 @@ class Attention(nn.Module):
         query, key = project("query", c.num_heads), project("key", c.num_kv_heads)
         value = project("value", c.num_kv_heads, "none")
         if tables is not None:
-            query, key = rotate(query, *tables), rotate(key, *tables)
+            cos, sin = (_of_kind(table, layer.rotary) for table in tables)
+            query, key = rotate(query, cos, sin), rotate(key, cos, sin)
+        if c.attention_scalar is not None:
+            query = query * (c.head_dim / c.attention_scalar) ** 0.5
+        mask = _of_kind(masks, layer.mask)
         written = (key, value)
         if cache is None:
             mixed = attention(query, key, value, mask)
         else:
             zero = jnp.int32(0)  # of the others' type, in float64 runs too
-            start = (layer, zero, zero, slot, zero)
+            start = (layer.number, zero, zero, slot, zero)
             update = jax.lax.dynamic_update_slice
             write = lambda old, new: update(old, new.swapaxes(1, 2)[None], start)
-            read = lambda x: jax.lax.dynamic_index_in_dim(x, layer, 0, keepdims=False)
+            read = lambda x: jax.lax.dynamic_index_in_dim(x, layer.number, keepdims=False)
             cache = KVCache(write(cache.keys, key), write(cache.values, value))
             held = prompt.keys, prompt.values, cache.keys, cache.values
             old_keys, old_values, keys, values = map(read, held)
@@ -168,20 +216,20 @@ class Mlp(nn.Module):
 
 
 class Block(nn.Module):
-    """One layer, shaped for `nn.scan`: the carry is (x, cache), `layer` its index."""
+    """One layer, shaped for `nn.scan`: the carry is (x, cache), `layer` says which one."""
 
     config: ModelConfig
     dtype: Any
     keep_cache: bool
 
     @nn.compact
-    def __call__(self, carry, layer, tables, mask, prompt, slot):
+    def __call__(self, carry, layer, tables, masks, prompt, slot):
         x, cache = carry
         c = self.config
         norm = lambda name, there: _norm(c, self.dtype, name) if there else lambda x: x
         before, after = c.norm_placement != "after", c.norm_placement != "before"
         mixed, cache, written = Attention(c, self.dtype, name="attention")(
-            norm("attention_norm", before)(x), tables, mask, prompt, cache, slot, layer
+            norm("attention_norm", before)(x), tables, masks, prompt, cache, slot, layer
         )
         mixed = norm("attention_post_norm", after)(mixed)
         mlp_norm, mlp_post_norm = norm("mlp_norm", before), norm("mlp_post_norm", after)
@@ -199,7 +247,8 @@ class Backbone(nn.Module):
 
     Three uses of one module: a full pass; a full pass that also returns each layer's keys and
     values (`keep_cache`); and one step on the caches of `prompt` and completion, writing to the
-    latter's `slot`.
+    latter's `slot`. `masks` are that of whole layers and, if the model has some, that of those with
+    a window.
 
     `remat` says what a full pass keeps for its backward pass, which computes the rest again:
     each layer's input and dense outputs ("dots"), its input alone ("full"), or all but the
@@ -220,7 +269,7 @@ class Backbone(nn.Module):
         self,
         tokens: Int[Array, "B T"],
         positions: Int[Array, "B T"],
-        mask: Bool[Array, "B 1 T K"],
+        masks: Bool[Array, "kinds B 1 T K"],
         prompt: KVCache | None = None,
         cache: KVCache | None = None,
         slot: Any = 0,
@@ -229,8 +278,11 @@ class Backbone(nn.Module):
         init = nn.initializers.normal(0.02)
         embed = lambda n, name: Embed(n, c.width, dtype=self.dtype, embedding_init=init, name=name)
         x = embed(c.vocab_size, "embed")(tokens)
+        if c.scaled_embedding:
+            x = x * c.width**0.5
+        layers, kinds = _layers(c)
         if c.rotary_dim:
-            tables = rotary_tables(c, positions, x.dtype)
+            tables = tuple(map(_the_one, rotary_tables(kinds, positions, x.dtype)))
         else:
             tables = None
             x = x + embed(c.max_positions, "position")(positions)
@@ -238,7 +290,7 @@ class Backbone(nn.Module):
         if self.remat != "none":
             block = nn.remat(Block, prevent_cse=False, policy=_REMAT_POLICIES[self.remat])
         layer = lambda kind, name: kind(c, self.dtype, self.keep_cache, name=name)
-        carry, still = (x, cache), (tables, mask, prompt, slot)
+        carry, still = (x, cache), (tables, _the_one(masks), prompt, slot)
         if self.stacked:
             scanned = nn.scan(
                 block,
@@ -247,12 +299,12 @@ class Backbone(nn.Module):
                 in_axes=(0, nn.broadcast, nn.broadcast, nn.broadcast, nn.broadcast),
                 length=c.num_layers,
             )
-            numbers = jnp.arange(c.num_layers, dtype=jnp.int32)
-            carry, written = layer(scanned, "layers")(carry, numbers, *still)
+            carry, written = layer(scanned, "layers")(carry, layers, *still)
         else:
             each = []
             for i in range(c.num_layers):
-                carry, kept = layer(block, f"layer_{i}")(carry, jnp.int32(i), *still)
+                this = jax.tree.map(lambda x, i=i: x[i], layers)
+                carry, kept = layer(block, f"layer_{i}")(carry, this, *still)
                 each.append(kept)
             written = jax.tree.map(lambda *x: jnp.stack(x), *each)
         x, cache = carry

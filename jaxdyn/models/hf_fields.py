@@ -77,3 +77,4 @@ class Field:
     ours: str
     read: Callable[[dict[str, Any], str, Any], Any] = size
     default: Any = REQUIRED
+    write: Callable[[Any], Any] = lambda value: value

@@ -60,8 +60,8 @@ class LanguageModel:
         c = self.config
         body_key, head_key = jax.random.split(key)
         tokens = jnp.zeros((1, 1), jnp.int32)
-        mask = jnp.ones((1, 1, 1, 1), bool)
-        backbone = Backbone(c, self.dtype).init(body_key, tokens, tokens, mask)
+        masks = self._visible(jnp.ones((1, 1), bool))
+        backbone = Backbone(c, self.dtype).init(body_key, tokens, tokens, masks)
         classifier = {}
         if not c.tied:
             shape = (c.vocab_size, c.width)
@@ -140,9 +140,10 @@ class LanguageModel:
         """φ, the input of every layer that has parameters, and the way back to their outputs.
 
         The two trees have one leaf where `backbone` has a layer's parameters, and a leading axis L
-        below "layers". Inputs are x of a dense layer x K + b, x̂ of a normalisation x̂ s + b, and
-        the ids of an embedding. The function takes φ's cotangent to the cotangents of the
-        layers' outputs, so that a parameter's gradient is a sum over slots of products of the two.
+        below "layers". Inputs are x of a dense layer x K + b, x̂ of a normalisation x̂ s + b or
+        x̂ (1 + s), and the ids of an embedding, whose outputs are the table's rows. The function
+        takes φ's cotangent to the cotangents of the layers' outputs, so that a parameter's gradient
+        is a sum over slots of products of the two.
         Where each head is normalised by itself, every head of a slot counts as a slot.
         """
         inputs = (tokens, positions_of(mask), self._visible(mask))
@@ -192,7 +193,8 @@ class LanguageModel:
         the B = P G completions. `mask` says which of these S + C a row attends to, `slot` included.
         """
         module: Any = Backbone(self.config, self.dtype, stacked=self.stacked)
-        inputs = token[:, None], position[:, None], mask[:, None, None, :]
+        masks = self._by_kind(mask[:, None, None, :], position[:, None], positions_of(mask))
+        inputs = token[:, None], position[:, None], masks
         features, cache = module.apply({"params": backbone}, *inputs, prompt, cache, slot)
         return features[:, 0], cache
 
@@ -200,8 +202,19 @@ class LanguageModel:
         module = Backbone(self.config, self.dtype, keep_cache, self.remat, self.stacked)
         return module.apply({"params": backbone}, tokens, positions_of(mask), self._visible(mask))
 
-    def _visible(self, mask) -> Bool[Array, "B 1 T T"]:
+    def _visible(self, mask) -> Bool[Array, "kinds B 1 T T"]:
         """Which slots (last axis) a slot attends to: the tokens up to itself."""
         slots = jnp.arange(mask.shape[1])
         causal = slots[:, None] >= slots[None, :]
-        return causal[None, None] & mask[:, None, None, :]
+        positions = positions_of(mask)
+        return self._by_kind(causal[None, None] & mask[:, None, None, :], positions, positions)
+
+    def _by_kind(self, visible, query, key) -> Bool[Array, "kinds B 1 T K"]:
+        """The mask of whole layers and, if there are some, that of layers with a window.
+
+        A window counts tokens, by the positions [B, T] of queries and [B, K] of keys.
+        """
+        if self.config.window is None:
+            return visible[None]
+        near = query[:, :, None] - key[:, None, :] < self.config.window
+        return jnp.stack([visible, visible & near[:, None]])

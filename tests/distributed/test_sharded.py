@@ -29,16 +29,23 @@ NEOX = gpt_neox(vocab_size=64, width=32, num_layers=2, num_heads=8, rotary_fract
 CONFIGS = {
     "untied": NEOX,
     "tied": dataclasses.replace(NEOX, tied=True),
-    # Sizes that the axes do not divide: 61 tokens; shared keys, gated, no biases, more norms.
+    # Sizes that the axes do not divide: 61 tokens; shared keys, gated, no biases, more norms, and
+    # what later families have: layers of two kinds, embeddings and scores scaled.
     "odd": dataclasses.replace(
         NEOX,
         vocab_size=61,
         gated_mlp=True,
-        norm="rms",
+        norm="zero_centered_rms",
         parallel_residual=False,
         qkv_bias=False,
         query_key_norm="head",
         norm_placement="both",
+        scaled_embedding=True,
+        attention_scalar=3,
+        window=4,
+        windowed=(True, False),
+        window_rotary_base=100.0,
+        rotated=(True, False),
     ),
 }
 OPTIM = OptimConfig(learning_rate=1e-2, weight_decay=0.01)

@@ -24,7 +24,7 @@ ALL = ("log_prob", "entropy", "confidence", "margin", "kl")
 NAMES = [
     "llama-tied",
     "gpt_neox-untied",
-    *(pytest.param(n, marks=pytest.mark.slow) for n in ("gpt2-tied", "qwen2-untied", "heads-tied")),
+    *(pytest.param(n, marks=pytest.mark.slow) for n in ("gpt2-tied", *oracles.NORMED)),
     "biased",
     "adapted",
     pytest.param("adapted-tied", marks=pytest.mark.slow),

@@ -124,24 +124,34 @@ QUANTITIES = {
     "probed trace": Quantity(probed, lambda name, **p: traces(name, A, B, **p), plain=False),
 }
 # The product with given cotangents and the trace together meet every architecture tied and untied;
-# the others, made of the same factors, a tied model and one or two more.
+# the others, made of the same factors, a tied model and one or two more. What later families add
+# to the decoder is all in two of them.
+LATER = ("gemma3_text-tied", "olmo2-untied")
 FOUR = ("gpt_neox-untied", "llama-tied", "qwen2-untied", "gpt2-tied")
 TWO = ("gpt2-tied", BIASED)
 MODELS = {
     "log_prob": ("gpt2-tied", "gpt_neox-untied", BIASED),
-    "log_prob by part": ("gpt2-tied", "qwen2-tied"),
-    "update": (*FOUR, BIASED),
+    "log_prob by part": ("gpt2-tied", *LATER),
+    "update": (*FOUR, *LATER, BIASED),
     "update by part": ("gpt2-tied", "llama-untied", BIASED),
-    "tokens": ("gpt2-tied", "llama-untied", BIASED),
-    "sequences": ("gpt2-tied", "qwen2-untied", BIASED),
-    "policy": ("gpt2-tied", "llama-untied", BIASED),
-    "policy by token": ("gpt2-tied", "qwen2-untied"),
-    "trace": ("gpt2-tied", "gpt_neox-tied", "llama-untied", "qwen2-tied", "gpt2-untied", BIASED),
+    "tokens": ("gpt2-tied", "gemma3_text-tied", BIASED),
+    "sequences": ("gpt2-tied", "gemma3_text-tied", BIASED),
+    "policy": ("gpt2-tied", "gemma3_text-tied", BIASED),
+    "policy by token": ("gpt2-tied", "olmo2-untied"),
+    "trace": (
+        *LATER,
+        "gpt2-tied",
+        "gpt_neox-tied",
+        "llama-untied",
+        "qwen2-tied",
+        "gpt2-untied",
+        BIASED,
+    ),
     "mean trace": ("gpt2-tied", "llama-tied"),
-    "probed trace": ("gpt2-tied", "gpt_neox-untied", BIASED),
+    "probed trace": ("gpt2-tied", "gemma3_text-tied", BIASED),
 }
 METRIC = {q: TWO[n % 2 :][:1] for n, q in enumerate(QUANTITIES)}
-METRIC |= dict.fromkeys(("update", "trace"), (*TWO, *FOUR[1:3]))
+METRIC |= dict.fromkeys(("update", "trace"), (*TWO, *FOUR[1:3], LATER[0]))
 
 
 def cases(names, quick, quantities=QUANTITIES):
@@ -181,7 +191,7 @@ def assert_close(result, expected, tolerance):
 
 
 @pytest.mark.usefixtures("x64", "exact_probes")
-@pytest.mark.parametrize(("quantity", "name"), cases(MODELS, FOUR))
+@pytest.mark.parametrize(("quantity", "name"), cases(MODELS, (*FOUR, LATER[0])))
 def test_gram(quantity, name):
     found, model_and_params = QUANTITIES[quantity], tiny_model(name)
     result = found.call(*model_and_params, method="gram")
@@ -191,6 +201,7 @@ def test_gram(quantity, name):
 
 
 PLAIN = cases(TWO, TWO[:1], [k for k, q in QUANTITIES.items() if q.plain])
+PLAIN += cases(LATER[:1], (), ("log_prob by part",))
 
 
 def assert_plain(quantity, name, preconditioned):

@@ -43,7 +43,7 @@ def test_logits_equal_the_committed_references(name, tmp_path):
     assert largest_difference(our_logits(tmp_path), references()[name]) < TOLERANCE
 
 
-@pytest.mark.parametrize("name", ["gpt_neox_tied", "llama_tied_linear_scaling", "gpt2_tied"])
+@pytest.mark.parametrize("name", ["gpt_neox_tied", "gemma3_tied", "gpt2_tied"])
 def test_logits_of_an_untied_load_are_the_same(name, tmp_path):
     tiny_checkpoints.write(tmp_path, tiny_checkpoints.CONFIGS[name])
     model, params = load_pretrained(tmp_path, untie=True)
@@ -61,6 +61,14 @@ def test_logits_of_an_untied_load_are_the_same(name, tmp_path):
         ("llama_llama3_scaling", {"rope_parameters": {"rope_theta": 10000.0}}),
         ("llama_tied_linear_scaling", {"rope_scaling": None}),
         ("gpt2_tied", {"activation_function": "gelu"}),
+        ("qwen3_tied_window", {"sliding_window": 4}),
+        ("olmo3_yarn", {"rope_scaling": None}),
+        ("olmo3_yarn", {"sliding_window": 4}),
+        ("smollm3", {"no_rope_layers": [0, 1] * 2}),
+        ("smollm3_tied_window", {"use_sliding_window": False}),
+        ("gemma3", {"query_pre_attn_scalar": 10}),
+        ("gemma3_tied", {"rope_local_base_freq": 1000}),
+        ("gemma3_tied", {"sliding_window_pattern": 3}),
     ],
 )
 def test_the_references_tell_a_wrong_config_apart(name, change, tmp_path):

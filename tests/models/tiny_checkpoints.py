@@ -37,6 +37,22 @@ _LLAMA = {
     "tie_word_embeddings": False,
 }
 _QWEN2 = {**_LLAMA, "model_type": "qwen2", "rms_norm_eps": 1e-6, "use_sliding_window": False}
+_QWEN3 = {**_LLAMA, "model_type": "qwen3", "rms_norm_eps": 1e-6, "head_dim": 10}
+_OLMO2 = {**_LLAMA, "model_type": "olmo2"}
+_OLMO3 = {**_LLAMA, "model_type": "olmo3", "num_hidden_layers": 4, "sliding_window": 3}
+_SMOLLM3 = {**_LLAMA, "model_type": "smollm3", "num_hidden_layers": 4, "pad_token_id": None}
+_GEMMA3 = {
+    **{name: value for name, value in _LLAMA.items() if name != "hidden_act"},
+    "model_type": "gemma3_text",
+    "num_hidden_layers": 3,
+    "head_dim": 10,
+    "rms_norm_eps": 1e-6,
+    "hidden_activation": "gelu_pytorch_tanh",
+    "query_pre_attn_scalar": 14,
+    "attn_logit_softcapping": None,
+    "final_logit_softcapping": None,
+    "sliding_window": 3,
+}
 _GPT2 = {
     "model_type": "gpt2",
     "vocab_size": 41,
@@ -54,6 +70,14 @@ _LLAMA3 = {
     "low_freq_factor": 1.0,
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 64,
+}
+# Of a head of 6 with base 500000, wavelengths of 6, 500 and 4e4: kept, blended, divided.
+_YARN = {
+    "rope_type": "yarn",
+    "factor": 4.0,
+    "original_max_position_embeddings": 64,
+    "beta_fast": 4,
+    "beta_slow": 1,
 }
 
 CONFIGS = {
@@ -91,6 +115,59 @@ CONFIGS = {
         "tie_word_embeddings": True,
         "rope_parameters": {"rope_type": "default", "rope_theta": 1000000.0},
     },
+    "qwen3": {**_QWEN3, "attention_bias": True, "rope_theta": 1000000.0},
+    "qwen3_tied_window": {
+        **_QWEN3,
+        "tie_word_embeddings": True,
+        "use_sliding_window": True,
+        "sliding_window": 3,
+        "max_window_layers": 1,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 1000000.0},
+    },
+    "olmo2": {**_OLMO2, "rope_theta": 500000.0},
+    "olmo2_tied": {
+        **_OLMO2,
+        "num_key_value_heads": 4,
+        "attention_bias": True,
+        "tie_word_embeddings": True,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 1000.0},
+    },
+    "olmo3_yarn": {**_OLMO3, "rope_theta": 500000.0, "rope_scaling": _YARN},
+    "olmo3_tied": {
+        **_OLMO3,
+        "tie_word_embeddings": True,
+        "layer_types": ["full_attention", *["sliding_attention"] * 3],
+        "rope_parameters": {
+            "full_attention": {**_YARN, "rope_theta": 1000.0},
+            "sliding_attention": {"rope_type": "default", "rope_theta": 1000.0},
+        },
+    },
+    "smollm3": {**_SMOLLM3, "attention_bias": True, "mlp_bias": True, "no_rope_layers": [1, 0] * 2},
+    "smollm3_tied_window": {
+        **_SMOLLM3,
+        "tie_word_embeddings": True,
+        "use_sliding_window": True,
+        "sliding_window": 4,
+        "no_rope_layer_interval": 2,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 5000.0},
+    },
+    "gemma3": {
+        **_GEMMA3,
+        "attention_bias": True,
+        "rope_parameters": {
+            "full_attention": {"rope_type": "linear", "factor": 4.0, "rope_theta": 1000.0},
+            "sliding_attention": {"rope_type": "default", "rope_theta": 10.0},
+        },
+        "layer_types": ["full_attention", "sliding_attention", "full_attention"],
+    },
+    "gemma3_tied": {
+        **_GEMMA3,
+        "tie_word_embeddings": True,
+        "sliding_window_pattern": 2,
+        "rope_local_base_freq": 10000,
+        "rope_theta": 1000000,
+        "rope_scaling": None,
+    },
     "gpt2_tied": _GPT2,
     "gpt2_untied": {**_GPT2, "n_inner": 40, "tie_word_embeddings": False},
 }
@@ -111,7 +188,7 @@ def weights(config, seed=0):
         if name.endswith(".bias"):
             tensor = 0.1 * noise
         elif len(shape) == 1:
-            tensor = 1 + 0.1 * noise
+            tensor = ("gemma" not in config["model_type"]) + 0.1 * noise
         else:
             inner = shape[0] if config["model_type"] == "gpt2" and ".c_" in name else shape[1]
             tensor = noise / inner**0.5
@@ -165,13 +242,23 @@ def _neox_shapes(c):
 def _llama_shapes(c):
     width, inner, heads = c["hidden_size"], c["intermediate_size"], c["num_attention_heads"]
     head, kv_heads = c.get("head_dim", width // heads), c["num_key_value_heads"]
-    qwen2 = c["model_type"] == "qwen2"
+    kind = c["model_type"]
+    qwen2 = kind == "qwen2"
+    of_heads = {"q_norm": head, "k_norm": head}
+    of_projections = {"q_norm": heads * head, "k_norm": kv_heads * head}
+    inner_norms = {"qwen3": of_heads, "gemma3_text": of_heads}.get(
+        kind, of_projections if "olmo" in kind else {}
+    )
+    norms = ["post_attention_layernorm"]
+    norms += ["post_feedforward_layernorm"] if "olmo" in kind else ["input_layernorm"]
+    if "gemma" in kind:
+        norms += ["pre_feedforward_layernorm", "post_feedforward_layernorm"]
     bias, mlp_bias = c.get("attention_bias", False), c.get("mlp_bias", False)
     found = {"model.embed_tokens.weight": (c["vocab_size"], width)}
     for i in range(c["num_hidden_layers"]):
         layer = f"model.layers.{i}"
-        found[f"{layer}.input_layernorm.weight"] = (width,)
-        found[f"{layer}.post_attention_layernorm.weight"] = (width,)
+        found |= {f"{layer}.{norm}.weight": (width,) for norm in norms}
+        found |= {f"{layer}.self_attn.{n}.weight": (size,) for n, size in inner_norms.items()}
         found |= _linear(f"{layer}.self_attn.q_proj", heads * head, width, bias or qwen2)
         found |= _linear(f"{layer}.self_attn.k_proj", kv_heads * head, width, bias or qwen2)
         found |= _linear(f"{layer}.self_attn.v_proj", kv_heads * head, width, bias or qwen2)

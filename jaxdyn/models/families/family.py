@@ -24,8 +24,13 @@ class Family:
       fused_by_head: whether a fused matrix holds query, key and value head by head.
       rotary_fraction: the share of a head that is rotated where `config.json` is silent; 1 allows
         no other, 0 means learned positions.
+      rotary_base: the rotary base where `config.json` is silent.
       rotary_names: how transformers up to 4 spells the rotary base and fraction.
-      check: refuses what else its `config.json` may ask for; takes that and our fields so far.
+      window_rotary: how it spells the base of layers with a window, and that of a silent
+        `config.json`, where they have positions of their own.
+      layers: what tells layers apart, fields of `ModelConfig`, by `config.json` and the number of
+        layers.
+      layers_to_hf: its inverse.
     """
 
     model_type: str
@@ -36,8 +41,11 @@ class Family:
     transposed: bool = True
     fused_by_head: bool = False
     rotary_fraction: float = 1.0
+    rotary_base: float = 10000.0
     rotary_names: tuple[str, str] = ("rope_theta", "partial_rotary_factor")
-    check: Callable[[dict[str, Any], dict[str, Any]], None] = lambda data, ours: None
+    window_rotary: tuple[str, float] | None = None
+    layers: Callable[[dict[str, Any], int], dict[str, Any]] = lambda data, count: {}
+    layers_to_hf: Callable[[ModelConfig], dict[str, Any]] = lambda config: {}
 
     def config(
         self,
@@ -67,9 +75,11 @@ class Family:
                 raise JaxdynError(f"width ({width}) must be a multiple of num_heads ({num_heads})")
             head_dim = width // num_heads
         silent = {f.ours: f.default for f in self.fields if f.default not in (REQUIRED, None)}
-        positions = {"rotary_fraction": self.rotary_fraction, "rotary_base": 10000.0}
+        positions = {"rotary_fraction": self.rotary_fraction, "rotary_base": self.rotary_base}
+        if self.window_rotary is not None:
+            positions["window_rotary_base"] = self.window_rotary[1]
         rest: dict[str, Any] = {**positions, "rotary_scaling": None, "classifier_bias": False}
-        rest |= self.constant | silent | others
+        rest |= self.constant | silent | self.layers({}, num_layers) | others
         sizes = (vocab_size, width, num_layers, num_heads, num_kv_heads or num_heads, head_dim)
         return ModelConfig(self.model_type, *sizes, mlp_width or 4 * width, max_positions, **rest)
 
@@ -93,18 +103,39 @@ GATED_FIELDS = (
     Field("tie_word_embeddings", "tied", flag, False),
 )
 GATED = {"norm": "rms", "gated_mlp": True, "parallel_residual": False}
-GATED_MODULES = {
+GATED_MATRICES = {
     "backbone/embed": "model.embed_tokens",
-    "backbone/layers/attention_norm": "model.layers.{}.input_layernorm",
     "backbone/layers/attention/query": "model.layers.{}.self_attn.q_proj",
     "backbone/layers/attention/key": "model.layers.{}.self_attn.k_proj",
     "backbone/layers/attention/value": "model.layers.{}.self_attn.v_proj",
     "backbone/layers/attention/out": "model.layers.{}.self_attn.o_proj",
-    "backbone/layers/mlp_norm": "model.layers.{}.post_attention_layernorm",
     "backbone/layers/mlp/gate": "model.layers.{}.mlp.gate_proj",
     "backbone/layers/mlp/up": "model.layers.{}.mlp.up_proj",
     "backbone/layers/mlp/down": "model.layers.{}.mlp.down_proj",
     "backbone/norm": "model.norm",
     "classifier": "lm_head",
 }
+NORMS_BEFORE = {
+    "backbone/layers/attention_norm": "model.layers.{}.input_layernorm",
+    "backbone/layers/mlp_norm": "model.layers.{}.post_attention_layernorm",
+}
+NORMS_AFTER = {
+    "backbone/layers/attention_post_norm": "model.layers.{}.post_attention_layernorm",
+    "backbone/layers/mlp_post_norm": "model.layers.{}.post_feedforward_layernorm",
+}
+QUERY_KEY_NORMS = {
+    "backbone/layers/attention/query_norm": "model.layers.{}.self_attn.q_norm",
+    "backbone/layers/attention/key_norm": "model.layers.{}.self_attn.k_norm",
+}
+GATED_MODULES = GATED_MATRICES | NORMS_BEFORE
 """Grouped queries, RMS norms and a gated MLP, in the names that most families took over."""
+ATTENTION_BIAS = (
+    Field("attention_bias", "qkv_bias", flag, False),
+    Field("attention_bias", "attention_out_bias", flag, False),
+)
+
+
+def but(fields: tuple[Field, ...], *others: Field) -> tuple[Field, ...]:
+    """The fields, with others in the place of those that mean the same of ours."""
+    meant = {field.ours for field in others}
+    return (*(field for field in fields if field.ours not in meant), *others)
