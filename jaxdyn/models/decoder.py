@@ -12,7 +12,13 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array, Bool, Float, Int
 
-from jaxdyn.models.attention import attention, cached_attention, rotary_tables, rotate
+from jaxdyn.models.attention import (
+    AttentionKind,
+    attention,
+    cached_attention,
+    rotary_tables,
+    rotate,
+)
 from jaxdyn.models.config import ModelConfig
 from jaxdyn.types import KVCache
 
@@ -118,6 +124,10 @@ def _norm(config: ModelConfig, dtype, name: str):
 class Attention(nn.Module):
     config: ModelConfig
     dtype: Any
+    kind: AttentionKind
+
+    def attend(self, query, key, value, mask):
+        return attention(query, key, value, mask, self.kind)
 
     @nn.compact
     def __call__(self, x, tables, mask, prompt, cache, slot, layer):
@@ -134,7 +144,7 @@ class Attention(nn.Module):
             query, key = rotate(query, *tables), rotate(key, *tables)
         written = (key, value)
         if cache is None:
-            mixed = attention(query, key, value, mask)
+            mixed = self.attend(query, key, value, mask)
         else:
             zero = jnp.int32(0)  # of the others' type, in float64 runs too
             start = (layer, zero, zero, slot, zero)
@@ -173,6 +183,7 @@ class Block(nn.Module):
     config: ModelConfig
     dtype: Any
     keep_cache: bool
+    attention: AttentionKind
 
     @nn.compact
     def __call__(self, carry, layer, tables, mask, prompt, slot):
@@ -180,7 +191,7 @@ class Block(nn.Module):
         c = self.config
         norm = lambda name, there: _norm(c, self.dtype, name) if there else lambda x: x
         before, after = c.norm_placement != "after", c.norm_placement != "before"
-        mixed, cache, written = Attention(c, self.dtype, name="attention")(
+        mixed, cache, written = Attention(c, self.dtype, self.attention, name="attention")(
             norm("attention_norm", before)(x), tables, mask, prompt, cache, slot, layer
         )
         mixed = norm("attention_post_norm", after)(mixed)
@@ -207,6 +218,7 @@ class Backbone(nn.Module):
     dearer to write to the layers' stack and read back.
 
     Unless `stacked`, each layer has parameters of its own, "layer_0" and so on, and no scan.
+    `attention` is a full pass's.
     """
 
     config: ModelConfig
@@ -214,6 +226,7 @@ class Backbone(nn.Module):
     keep_cache: bool = False
     remat: Remat = "none"
     stacked: bool = True
+    attention: AttentionKind = "plain"
 
     @nn.compact
     def __call__(
@@ -237,7 +250,7 @@ class Backbone(nn.Module):
         block = Block
         if self.remat != "none":
             block = nn.remat(Block, prevent_cse=False, policy=_REMAT_POLICIES[self.remat])
-        layer = lambda kind, name: kind(c, self.dtype, self.keep_cache, name=name)
+        layer = lambda kind, name: kind(c, self.dtype, self.keep_cache, self.attention, name=name)
         carry, still = (x, cache), (tables, mask, prompt, slot)
         if self.stacked:
             scanned = nn.scan(

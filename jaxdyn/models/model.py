@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
+from jaxdyn.models.attention import FUSED, AttentionKind
 from jaxdyn.models.config import ModelConfig
 from jaxdyn.models.decoder import Backbone, Remat
 from jaxdyn.types import KVCache, Params, View
@@ -32,7 +33,8 @@ class LanguageModel:
     """Pure functions over `{"backbone", "classifier"}`; hashable, so it can be a static argument.
 
     `dtype` is the compute dtype (float32 or bfloat16; float64 in oracles); parameters keep their
-    own. `remat` trades time for memory wherever `features` is differentiated (`Backbone`). With
+    own. `remat` trades time for memory wherever `features` is differentiated (`Backbone`).
+    `attention` is plain unless the model was told where it runs (`on`, `shard_model`). With
     tied embeddings the stored `params["classifier"]` holds no weight: `view` puts the shared matrix
     there, every function below takes that view, and `fold` adds a view's gradient back onto the
     shared matrix.
@@ -47,6 +49,22 @@ class LanguageModel:
     dtype: Any = jnp.float32
     remat: Remat = "dots"
     stacked: bool = True
+    attention: AttentionKind = "plain"
+
+    def on(self, platform: str) -> "LanguageModel":
+        """The same with the attention of a platform: on a "gpu" cuDNN's, elsewhere the plain one.
+
+        `features` of a fused kernel have a gradient and no other derivative: see `unfused`.
+        """
+        return dataclasses.replace(self, attention=FUSED.get(platform, "plain"))
+
+    @property
+    def unfused(self) -> "LanguageModel":
+        """The same with plain attention, which has every derivative and any number of cotangents.
+
+        What needs forward mode, or `vmap` of a pullback, takes this one; `opened` does by itself.
+        """
+        return dataclasses.replace(self, attention="plain")
 
     @property
     def shards(self) -> int:
@@ -142,7 +160,8 @@ class LanguageModel:
         The two trees have one leaf where `backbone` has a layer's parameters, and a leading axis L
         below "layers". Inputs are x of a dense layer x K + b, x̂ of a normalisation x̂ s + b, and
         the ids of an embedding. The function takes φ's cotangent to the cotangents of the
-        layers' outputs, so that a parameter's gradient is a sum over slots of products of the two.
+        layers' outputs, so that a parameter's gradient is a sum over slots of products of the two;
+        it may be mapped over cotangents, since attention here is always the plain one.
         Where each head is normalised by itself, every head of a slot counts as a slot.
         """
         inputs = (tokens, positions_of(mask), self._visible(mask))
@@ -197,7 +216,9 @@ class LanguageModel:
         return features[:, 0], cache
 
     def _full_pass(self, backbone, tokens, mask, keep_cache: bool):
-        module = Backbone(self.config, self.dtype, keep_cache, self.remat, self.stacked)
+        module = Backbone(
+            self.config, self.dtype, keep_cache, self.remat, self.stacked, self.attention
+        )
         return module.apply({"params": backbone}, tokens, positions_of(mask), self._visible(mask))
 
     def _visible(self, mask) -> Bool[Array, "B 1 T T"]:

@@ -5,7 +5,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jaxdyn.distributed import make_mesh, shard_model
+from jaxdyn.models import LanguageModel
+from jaxdyn.models import attention as module
 from jaxdyn.models.attention import attention, cudnn_can, plain_attention
+from jaxdyn.presets import SHAPES
+from jaxdyn.sections import MeshConfig
 
 B, HEADS, WIDTH = 3, 4, 8
 
@@ -35,12 +40,14 @@ def seen(mask):
     return np.asarray(mask).any(-1)[:, 0, :, None, None]
 
 
-# One block of queries, two uneven ones, and four.
-@pytest.mark.parametrize("slots", [6, 131, 256])
+# One part of the queries, two uneven ones, and four; two of which each goes in five blocks.
+@pytest.mark.parametrize("slots, block", [(6, 256), (131, 256), (256, 256), (131, 16)])
 @pytest.mark.parametrize("kv_heads", [1, 2, 4])
-def test_attention_is_exact_in_float64(slots, kv_heads, x64):
+def test_attention_is_exact_in_float64(slots, block, kv_heads, x64, monkeypatch):
     """Values against numpy, gradients against those of one block that keeps its weights."""
+    monkeypatch.setattr(module, "BLOCK", block)
     inputs, mask = draw(slots, kv_heads, jnp.float64)
+    attention = lambda *given: module.attention(*given)  # of one block size, traced alone
     got = jax.jit(attention)(*inputs, mask)
     assert got.dtype == jnp.float64
     expected = in_numpy(*map(np.asarray, inputs), np.asarray(mask))
@@ -69,6 +76,37 @@ def test_attention_rounds_no_more_than_its_dtype_must(dtype):
     u = 2.0**-8 if dtype == jnp.bfloat16 else 2.0**-24
     bound = 2 * u * 5 if dtype == jnp.bfloat16 else 5 * (2 * 4 * 10 * u)
     assert u / 4 < error.max() < bound
+
+
+def test_gradients_of_keys_are_summed_in_float32(monkeypatch):
+    """Of 64 blocks, each one's part rounded to bfloat16, as the whole is that of one block."""
+    inputs, mask = draw(256, 1, jnp.bfloat16)
+    cotangent = np.random.default_rng(1).standard_normal(inputs[0].shape)
+
+    def pulled(function, inputs, mask):
+        loss = lambda key: jnp.sum(function(inputs[0], key, inputs[2], mask) * cotangent)
+        return jax.jit(jax.grad(loss))(inputs[1])
+
+    exact = np.asarray(pulled(plain_attention, [x.astype(jnp.float32) for x in inputs], mask))
+
+    def error(block):
+        monkeypatch.setattr(module, "BLOCK", block)
+        found = pulled(lambda *given: module.attention(*given), inputs, mask)
+        return np.linalg.norm(np.asarray(found, np.float32) - exact) / np.linalg.norm(exact)
+
+    assert error(4) < 1.1 * error(256) < 2.0**-7
+
+
+def test_forward_mode_at_long_contexts_is_in_blocks():
+    """By the compiler's account: of T x T weights the blocks of each quarter, four arrays each."""
+    heads, slots = 2, 4096
+    shape = jax.ShapeDtypeStruct((1, slots, heads, 8), jnp.float32)
+    mask = jax.ShapeDtypeStruct((1, 1, slots, slots), bool)
+    along = lambda *x, mask: jax.jvp(lambda *x: attention(*x, mask), x, x)
+    compiled = jax.jit(along).lower(shape, shape, shape, mask=mask).compile()
+    needed = compiled.memory_analysis().temp_size_in_bytes
+    quarters = (1 + 2 + 3 + 4) / 4
+    assert needed < 4 * 4 * heads * slots * module.BLOCK * quarters < 4 * heads * slots**2
 
 
 @pytest.mark.parametrize("slots", [6, 131])
@@ -110,19 +148,29 @@ def test_the_weights_are_not_kept_for_the_backward_pass():
         (jnp.bfloat16, (2, 64, 4, 256), False),
     ],
 )
-def test_cudnn_takes_half_precision_on_a_gpu(dtype, shape, fits, monkeypatch):
+def test_cudnn_takes_half_precision(dtype, shape, fits, monkeypatch):
     """Lowered for CUDA without a card: the program calls cuDNN's kernels, both ways, or none."""
     assert cudnn_can(dtype, shape) == fits
     cudnn = pytest.importorskip("jax._src.cudnn.fused_attention_stablehlo")
-    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
     # What jax asks of the machine that traces.
     monkeypatch.setattr(cudnn, "check_cudnn_version", lambda: 91000)
     monkeypatch.setattr(cudnn, "check_compute_capability", lambda _: False, raising=False)
     monkeypatch.setattr(cudnn, "is_cuda_compute_capability_equal", lambda _: False, raising=False)
     x = jax.ShapeDtypeStruct(shape, dtype)
     mask = jax.ShapeDtypeStruct((shape[0], 1, shape[1], shape[1]), bool)
-    loss = lambda q, k, v, mask: jnp.sum(attention(q, k, v, mask).astype(jnp.float32))
+    loss = lambda q, k, v, mask: jnp.sum(attention(q, k, v, mask, "cudnn").astype(jnp.float32))
     traced = jax.jit(jax.value_and_grad(loss)).trace(x, x, x, mask)
     text = traced.lower(lowering_platforms=("cuda",)).as_text()
     assert ("__cudnn$fmhaScaleBiasSoftmax" in text) == fits
     assert ("__cudnn$fmhaScaleBiasSoftmaxBackward" in text) == fits
+
+
+def test_a_model_is_told_its_attention_once():
+    model = LanguageModel(SHAPES["tiny"], jnp.bfloat16, "full")
+    assert model.attention == model.on("cpu").attention == "plain"
+    assert model.on("gpu").attention == "cudnn"
+    assert model.on("gpu").unfused == model
+    mesh = make_mesh(MeshConfig(1, 2, 1), jax.devices()[:2])
+    sharded = shard_model(model.on("gpu"), mesh)  # of the mesh's devices, whatever it was before
+    assert sharded == shard_model(model, mesh) and sharded.attention == "plain"
+    assert sharded.on("gpu").unfused == sharded
