@@ -1,7 +1,6 @@
 """Rotary positions and grouped-query attention."""
 
 import functools
-from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -9,13 +8,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxdyn.models.config import ModelConfig
-
-AttentionKind = Literal["plain", "cudnn"]
-"""The full pass's attention: `plain_attention`, or a fused kernel with one derivative, reverse
-mode's, and of one cotangent at a time."""
-
-FUSED: dict[str, AttentionKind] = {"gpu": "cudnn", "cuda": "cudnn"}
-"""The fused kernel of a platform, as its devices name it."""
+from jaxdyn.models.fused import AttentionKind, cudnn, cudnn_can, splash, splash_can
 
 BLOCK = 256
 """Queries whose weights are there at once."""
@@ -102,7 +95,9 @@ def attention(
     `mask` must hide every slot after the query's own.
     """
     if kind == "cudnn" and cudnn_can(query.dtype, query.shape):
-        return jax.nn.dot_product_attention(query, key, value, mask=mask, implementation="cudnn")
+        return cudnn(query, key, value, mask=mask)
+    if kind == "splash" and splash_can(query.dtype, query.shape):
+        return splash(query, key, value, mask)
     wide = jnp.promote_types(query.dtype, jnp.float32)
     key, value = key.astype(wide), value.astype(wide)
     slots = query.shape[1]
@@ -138,16 +133,6 @@ def _by_blocks(query, key, value, mask):
     along = lambda x: x.swapaxes(0, 1)
     mixed = jax.lax.map(lambda given: block(*given), (along(queries), along(masks)))
     return along(mixed).reshape(batch, count * each, heads, width)[:, :slots]
-
-
-def cudnn_can(dtype, shape: tuple[int, ...]) -> bool:
-    """Whether cuDNN has an attention of queries [B, T, heads, width] with a mask and a gradient.
-
-    It takes half precision, heads of a multiple of 8 up to 128, and an even number of slots.
-    """
-    _, slots, _, width = shape
-    half = dtype in (jnp.bfloat16, jnp.float16)
-    return half and width % 8 == 0 and width <= 128 and slots % 2 == 0
 
 
 def cached_attention(

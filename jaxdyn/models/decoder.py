@@ -12,14 +12,9 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array, Bool, Float, Int
 
-from jaxdyn.models.attention import (
-    AttentionKind,
-    attention,
-    cached_attention,
-    rotary_tables,
-    rotate,
-)
+from jaxdyn.models.attention import attention, cached_attention, rotary_tables, rotate
 from jaxdyn.models.config import ModelConfig
+from jaxdyn.models.fused import AttentionKind
 from jaxdyn.types import KVCache
 
 _ACTIVATIONS = {

@@ -9,9 +9,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
-from jaxdyn.models.attention import FUSED, AttentionKind
 from jaxdyn.models.config import ModelConfig
 from jaxdyn.models.decoder import Backbone, Remat
+from jaxdyn.models.fused import FUSED, AttentionKind
 from jaxdyn.types import KVCache, Params, View
 
 
@@ -52,7 +52,7 @@ class LanguageModel:
     attention: AttentionKind = "plain"
 
     def on(self, platform: str) -> "LanguageModel":
-        """The same with the attention of a platform: on a "gpu" cuDNN's, elsewhere the plain one.
+        """The same with the attention of a platform: of a "gpu" cuDNN's, of a "tpu" JAX's splash.
 
         `features` of a fused kernel have a gradient and no other derivative: see `unfused`.
         """

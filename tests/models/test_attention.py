@@ -1,14 +1,18 @@
 """The full pass's attention: exact, finite, half computed, and not kept."""
 
+import dataclasses
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from jaxdyn.distributed import make_mesh, shard_model
-from jaxdyn.models import LanguageModel
+from jaxdyn.models import LanguageModel, fused
 from jaxdyn.models import attention as module
-from jaxdyn.models.attention import attention, cudnn_can, plain_attention
+from jaxdyn.models.attention import attention, plain_attention
+from jaxdyn.models.fused import cudnn_can, splash, splash_can
 from jaxdyn.presets import SHAPES
 from jaxdyn.sections import MeshConfig
 
@@ -165,10 +169,73 @@ def test_cudnn_takes_half_precision(dtype, shape, fits, monkeypatch):
     assert ("__cudnn$fmhaScaleBiasSoftmaxBackward" in text) == fits
 
 
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32])
+def test_the_splash_kernel_rounds_as_the_plain_one(dtype):
+    """Run by Pallas's interpreter on padded slots, both ways: its error is that of the dtype."""
+    inputs, mask = draw(140, 2, dtype)
+    tokens = np.diagonal(mask[:, 0], axis1=1, axis2=2)[:, :, None, None]
+    cotangent = np.random.default_rng(1).standard_normal(inputs[0].shape)
+
+    def both(function, inputs):
+        def loss(inputs):
+            mixed = function(*inputs, mask)
+            return jnp.sum(jnp.where(tokens, mixed, 0) * cotangent), mixed
+
+        gradient, mixed = jax.jit(jax.grad(loss, has_aux=True))(inputs)
+        return [np.asarray(x, np.float32) for x in (jnp.where(tokens, mixed, 0), *gradient)]
+
+    exact = both(plain_attention, tuple(x.astype(jnp.float32) for x in inputs))
+    found = both(lambda *given: splash(*given, interpret=True), inputs)
+    norm = np.linalg.norm
+    errors = [norm(x - y) / norm(y) for x, y in zip(found, exact, strict=True)]
+    u = 2.0**-8 if dtype == jnp.bfloat16 else 2.0**-24
+    assert u / 4 < max(errors) < (2 * u if dtype == jnp.bfloat16 else 64 * u)
+
+
+def test_the_splash_kernel_is_taken_at_long_contexts():
+    """Forward, and backward two, lowered for a TPU; of fewer slots the plain one."""
+    loss = lambda q, k, v, mask: jnp.sum(attention(q, k, v, mask, "splash").astype(jnp.float32))
+
+    def kernels(slots, dtype):
+        x = jax.ShapeDtypeStruct((1, slots, 2, 64), dtype)
+        mask = jax.ShapeDtypeStruct((1, 1, slots, slots), bool)
+        traced = jax.jit(jax.grad(loss, argnums=(0, 1, 2))).trace(x, x, x, mask)
+        return traced.lower(lowering_platforms=("tpu",)).as_text().count("tpu_custom_call")
+
+    assert kernels(1024, jnp.bfloat16) == 3 and kernels(1023, jnp.bfloat16) == 0
+    assert splash_can(jnp.float32, (1, 1500, 2, 80))
+    assert not splash_can(jnp.float64, (1, 2048, 2, 64))
+    assert not splash_can(jnp.float32, (1, 2048, 2, 20))
+
+
+def test_a_mesh_calls_a_fused_kernel_by_rows_and_heads(monkeypatch):
+    """The splash kernel, interpreted, under a mesh: features and gradient are the plain ones'."""
+    monkeypatch.setattr(fused, "SPLASH_SLOTS", 1)
+    monkeypatch.setattr(module, "splash", functools.partial(splash, interpret=True))
+    config = dataclasses.replace(
+        SHAPES["tiny"], num_layers=1, width=32, head_dim=8, num_kv_heads=2, mlp_width=32
+    )
+    mesh = make_mesh(MeshConfig(1, 2, 2), jax.devices()[:4])
+    plain = shard_model(LanguageModel(config, remat="none"), mesh)
+    params = jax.jit(plain.init)(jax.random.key(0))["backbone"]
+    tokens = jax.random.randint(jax.random.key(1), (2, 24), 0, config.vocab_size)
+    mask = jnp.ones((2, 24), bool).at[0, :9].set(False)
+
+    def both(model):
+        where = mask[:, :, None]
+        loss = lambda b: jnp.sum(jnp.tanh(model.features(b, tokens, mask)), where=where)
+        return jax.jit(jax.value_and_grad(loss))(params)
+
+    (value, gradient), (same, other) = both(plain), both(plain.on("tpu"))
+    np.testing.assert_allclose(same, value, rtol=1e-5)
+    close = lambda x, y: np.testing.assert_allclose(x, y, atol=1e-4 * np.abs(y).max() + 1e-6)
+    jax.tree.map(close, other, gradient)
+
+
 def test_a_model_is_told_its_attention_once():
     model = LanguageModel(SHAPES["tiny"], jnp.bfloat16, "full")
     assert model.attention == model.on("cpu").attention == "plain"
-    assert model.on("gpu").attention == "cudnn"
+    assert model.on("gpu").attention == "cudnn" and model.on("tpu").attention == "splash"
     assert model.on("gpu").unfused == model
     mesh = make_mesh(MeshConfig(1, 2, 1), jax.devices()[:2])
     sharded = shard_model(model.on("gpu"), mesh)  # of the mesh's devices, whatever it was before
