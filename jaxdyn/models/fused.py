@@ -5,17 +5,10 @@ no other derivative: for those see `LanguageModel.unfused`.
 """
 
 import functools
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
-from jax.experimental.pallas.ops.tpu.splash_attention import (
-    BlockSizes,
-    CausalMask,
-    MultiHeadMask,
-    SegmentIds,
-    make_splash_mha,
-)
 from jaxtyping import Array, Bool, Float
 
 AttentionKind = Literal["plain", "cudnn", "splash"]
@@ -63,18 +56,25 @@ def splash(
 ) -> Float[Array, "B T heads width"]:
     """Softmax in float32; the causal blocks alone are computed, and no weights are kept.
 
-    The mask must hide the later slots and those without a token, and nothing else: the latter are
-    read off its diagonal, and see each other here, which nobody reads.
+    The mask must hide the later slots and those without a token, and nothing else: these are read
+    off its diagonal. What they see is each other, unlike in the plain one, and nobody reads it.
     """
+    # Pallas takes a while to import, and few have a use for it.
+    from jax.experimental.pallas.ops.tpu import splash_attention as kernels
+
     slots, heads, width = query.shape[1:]
     whole = -(-slots // LANES) * LANES
     block = next(size for size in (4 * LANES, 2 * LANES, LANES) if whole % size == 0)
     names = ("q", "kv", "kv_compute", "q_dkv", "kv_dkv", "kv_dkv_compute", "q_dq", "kv_dq")
-    sizes = BlockSizes(**{f"block_{name}": block for name in names})
-    causal = MultiHeadMask([CausalMask((whole, whole))] * heads)
+    sizes: Any = {f"block_{name}": block for name in names}
+    causal = kernels.MultiHeadMask([kernels.CausalMask((whole, whole))] * heads)
     with jax.ensure_compile_time_eval():
-        kernel = make_splash_mha(
-            causal, block_sizes=sizes, head_shards=1, q_seq_shards=1, interpret=interpret
+        kernel = kernels.make_splash_mha(
+            causal,
+            block_sizes=kernels.BlockSizes(**sizes),
+            head_shards=1,
+            q_seq_shards=1,
+            interpret=interpret,
         )
 
     def heads_first(x):
@@ -83,7 +83,6 @@ def splash(
     tokens = jnp.diagonal(mask[:, 0], axis1=1, axis2=2).astype(jnp.int32)
     tokens = jnp.pad(tokens, [(0, 0), (0, whole - slots)])
     scaled = query * jnp.asarray(width**-0.5, query.dtype)
-    mixed = jax.vmap(kernel)(
-        heads_first(scaled), heads_first(key), heads_first(value), SegmentIds(tokens, tokens)
-    )
+    segments = kernels.SegmentIds(tokens, tokens)
+    mixed = jax.vmap(kernel)(heads_first(scaled), heads_first(key), heads_first(value), segments)
     return mixed.swapaxes(1, 2)[:, :slots]
