@@ -77,6 +77,10 @@ class Model(Protocol):
     def shards(self) -> int:
         """Between how many devices the logits are divided."""
 
+    @property
+    def unfused(self) -> "Model":
+        """The same functions with every derivative: forward mode, and many cotangents at once."""
+
     def init(self, key: PRNGKeyArray) -> Params:
         """Random float32 parameters, as stored."""
 

@@ -12,6 +12,7 @@ step has one slot a row, and there the activations travel and the weights stay.
 """
 
 import dataclasses
+import functools
 from typing import Any
 
 import jax
@@ -23,7 +24,7 @@ from jax.sharding import PartitionSpec as P
 from jaxdyn.distributed.mesh import ROWS
 from jaxdyn.distributed.rules import fitting
 from jaxdyn.models import LanguageModel
-from jaxdyn.models.decoder import Dense, Embed, LayerNorm, RMSNorm
+from jaxdyn.models.decoder import Attention, Dense, Embed, LayerNorm, RMSNorm
 
 SLOTS = P(ROWS)
 LAYERS = (Dense, Embed, LayerNorm, RMSNorm)
@@ -73,6 +74,8 @@ class ShardedModel(LanguageModel):
 
         def place(call, args, options, context):
             layer = context.module
+            if isinstance(layer, Attention) and context.method_name == "attend":
+                return call(*args) if layer.kind == "plain" else self._apart(call, *args)
             if isinstance(layer, Embed) and context.method_name == "look_up":
                 parts = self._look_up(layer.variables["params"]["embedding"], *args)
                 # One axis after another; in the other order XLA copies everything everywhere.
@@ -84,6 +87,14 @@ class ShardedModel(LanguageModel):
             return self._constrain(output, P(*rows, None, "tensor") if divided else stream)
 
         return nn.intercept_methods(place)
+
+    def _apart(self, attend, query, key, value, mask):
+        """A fused kernel, which XLA cannot divide: each device calls it for its rows and heads."""
+        heads = fitting(P(ROWS, None, "tensor"), key.shape, self.mesh)
+        of_arguments = (heads, heads, heads, fitting(P(ROWS), mask.shape, self.mesh))
+        # What the kernel says of the axes along which its results differ is not complete.
+        over = functools.partial(jax.shard_map, mesh=self.mesh, check_vma=False)
+        return over(attend, in_specs=of_arguments, out_specs=heads)(query, key, value, mask)
 
     def _look_up(self, table, ids):
         """Rows [B, T, D] of a table: each device looks up its part of them."""
@@ -108,6 +119,7 @@ class ShardedModel(LanguageModel):
 
 
 def shard_model(model: LanguageModel, mesh: Mesh) -> ShardedModel:
-    """The same model on a mesh."""
+    """The same model on a mesh, with the attention of its devices."""
+    model = model.on(mesh.devices.flat[0].platform)
     fields = {f.name: getattr(model, f.name) for f in dataclasses.fields(LanguageModel)}
     return ShardedModel(**fields, mesh=mesh)

@@ -110,7 +110,8 @@ def site_layer_parts(
     One forward-mode product a place; they add up to the gradient component.
     """
     backbone, count = view["backbone"], model.config.num_layers
-    phi, along = jax.linearize(lambda psi: site_features(model, psi, sites), backbone)
+    body = lambda psi: site_features(model.unfused, psi, sites)
+    phi, along = jax.linearize(body, backbone)
     head = view["classifier"]
     of_logits = logit_cotangents(at, model.logits(head, phi), quantities)
     cotangents = feature_cotangents(model, head, phi, of_logits)

@@ -121,7 +121,7 @@ def _look(model, view, head, sites, token_ids, start):
 def node(model, request: Request, view, change, head, sites, token_ids, start, real):
     """ḣ at a point of the straight line in parameters, along its change; arrays by name."""
     at, sites = _at(model, head, sites, token_ids, start), Sites(**sites)
-    body = lambda psi: site_features(model, psi, sites)
+    body = lambda psi: site_features(model.unfused, psi, sites)
     phi, d_phi = jax.jvp(body, (view["backbone"],), (change["backbone"],))
     parts = observed_parts(model, at, view["classifier"], change["classifier"], phi, d_phi)
     found = _named(parts)

@@ -31,13 +31,15 @@ class Tiling(NamedTuple):
     workspace: int
 
 
-def tiling(rows: Rows, columns: Rows | None, held: int, working: int, budget: int) -> Tiling:
+def tiling(
+    rows: Rows, columns: Rows | None, held: int, working: int, budget: int, platform: str
+) -> Tiling:
     """The largest tiles within `budget` bytes, of rows that each take what `tile_size` says.
 
     Raises:
       JaxdynError: if not even one row and one column fit.
     """
-    workspace, spare = workspace_of(budget)
+    workspace, spare = workspace_of(budget, platform)
     counts = (len(rows.tokens), len((columns or rows).tokens))
     size = tile_size(counts, columns is None, held, working, budget - spare)
     sets = 1 if columns is None and size == counts[0] else 2

@@ -22,7 +22,13 @@ import numpy as np
 
 from jaxdyn.hosts import fetch
 from jaxdyn.kernels.blocks import assemble, tiling
-from jaxdyn.kernels.execution import Execution, budget_of, method_of, require_options
+from jaxdyn.kernels.execution import (
+    Execution,
+    budget_of,
+    method_of,
+    platform_of,
+    require_options,
+)
 from jaxdyn.kernels.gram import contract, factorize
 from jaxdyn.kernels.memory import attention_bytes, nbytes
 from jaxdyn.kernels.parts import require_merged
@@ -272,7 +278,7 @@ def _kernels(
     require_merged(params)
     sizes = [(r.tokens.shape[1], r.positions.shape[1], r.outputs) for r in both]
     held, working = (max(x) for x in zip(*(row_bytes(model, *size) for size in sizes), strict=True))
-    tiles = tiling(rows, columns, held, working, budget)
+    tiles = tiling(rows, columns, held, working, budget, platform_of(execution, view))
     return assemble(
         f"{kind} {model!r}",
         tiles,
@@ -304,8 +310,7 @@ def row_bytes(model: Model, slots: int, counted: int, outputs: int) -> tuple[int
     row = Rows(ids(slots), ids(slots) == 0, ids(counted), ids(counted), ids(counted))
     row = row._replace(chosen=ids(outputs) if outputs > 1 else None)
     held = nbytes(jax.eval_shape(functools.partial(factorize, model), view, None, row))
-    kept, passing = attention_bytes(model, slots)
-    return held, 2 * held + kept + outputs * passing
+    return held, 2 * held + outputs * attention_bytes(model, slots)
 
 
 def gradient_of(kernels: dict) -> Any:

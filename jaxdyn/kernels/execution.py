@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TypedDict
+from typing import Any, TypedDict
 
 import jax
 
@@ -54,6 +54,12 @@ def require_options(execution: Execution, *used: str) -> None:
 def budget_of(execution: Execution) -> int:
     """The caller's memory budget, or the default."""
     return execution.get("memory_budget", DEFAULT_BUDGET)
+
+
+def platform_of(execution: Execution, operands: Any) -> str:
+    """That of the caller's devices, or of those that hold the operands."""
+    held = (x.devices() for x in jax.tree.leaves(operands) if isinstance(x, jax.Array))
+    return next(iter(execution.get("devices") or next(held, jax.devices()))).platform
 
 
 def method_of(execution: Execution) -> str:

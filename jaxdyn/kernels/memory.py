@@ -15,22 +15,22 @@ def nbytes(tree: Any) -> int:
     return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree))
 
 
-def attention_bytes(model: Model, slots: int) -> tuple[int, int]:
-    """What attention keeps of a row's forward pass, and what one backward pass needs beside it.
+def attention_bytes(model: Model, slots: int) -> int:
+    """What a row's attention needs in one backward pass; it keeps nothing of the forward pass.
 
-    In units of a layer's weights [heads, T, T], which are float32 or better: 2 a layer, and 4.
-    XLA's own account of the passes (CPU, T = 512, 2 and 6 layers) is 2.0 a layer, and 3.4.
+    Four arrays of the weights that one layer has at once: [heads, T, T], float32 or better, and of
+    more than 640 slots [heads, 640, T], in blocks of 256 queries of each quarter. XLA's own account
+    of all that a pass needs (CPU, 2 layers, T = 512, 1024, 2048, 4096) is 2.9, 2.5, 0.9 and 0.6
+    times [heads, T, T], and this 4, 2.5, 1.25 and 0.6.
     """
-    config, wide = model.config, jnp.promote_types(model.dtype, jnp.float32)
-    weights = config.num_heads * slots**2 * wide.itemsize
-    return 2 * config.num_layers * weights, 4 * weights
+    wide = jnp.promote_types(model.dtype, jnp.float32)
+    return 4 * model.config.num_heads * slots * min(slots, 640) * wide.itemsize
 
 
 def opened_bytes(model: Model, slots: int) -> tuple[int, int]:
     """What an opened row of T slots holds, and what one of its backward passes needs."""
     kept, pulled = _opened_slot(model)
-    of_forward, of_backward = attention_bytes(model, slots)
-    return 3 * slots * kept + of_forward, 3 * slots * pulled + of_backward
+    return 3 * slots * kept, 3 * slots * pulled + attention_bytes(model, slots)
 
 
 @functools.lru_cache
@@ -46,12 +46,12 @@ def _opened_slot(model: Model) -> tuple[int, int]:
     return nbytes(kept), nbytes(pulled)
 
 
-def workspace_of(budget: int) -> tuple[int, int]:
+def workspace_of(budget: int, platform: str) -> tuple[int, int]:
     """Bytes of a block of products, and what to leave for blocks and their copies.
 
     On a CPU a block should stay near the caches; an accelerator wants large products.
     """
-    workspace = min(budget // (8 * SPARE), 2**22 if jax.default_backend() == "cpu" else 2**27)
+    workspace = min(budget // (8 * SPARE), 2**22 if platform == "cpu" else 2**27)
     return workspace, 4 * SPARE * workspace
 
 

@@ -49,7 +49,7 @@ class ApplyFn:
 
     def __call__(self, params: Params, x: Int[Array, "N T"]) -> Float[Array, "N V"]:
         view, mask = self.model.view(params), x >= 0
-        features = self.model.features(view["backbone"], jnp.where(mask, x, 0), mask)
+        features = self.model.unfused.features(view["backbone"], jnp.where(mask, x, 0), mask)
         at_sites = features[jnp.arange(x.shape[0]), _last(mask)]
         return self.model.logits(view["classifier"], at_sites)
 

@@ -60,7 +60,8 @@ def pushforward(
     Of a tied matrix `change` has either the parts that came by each path, or not `by_path` the
     whole in both of its roles, which needs no cross component.
     """
-    phi, along = jax.linearize(lambda psi: site_features(model, psi, sites), view["backbone"])
+    body = lambda psi: site_features(model.unfused, psi, sites)
+    phi, along = jax.linearize(body, view["backbone"])
     head = view["classifier"]
     derivative = lambda f, at, tangent: jax.jvp(f, (at,), (tangent,))[1]
     through_head = lambda d_head: derivative(lambda w: model.logits(w, phi), head, d_head)

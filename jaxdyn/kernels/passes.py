@@ -14,7 +14,7 @@ import numpy as np
 
 from jaxdyn.kernels.blocks import assemble, tiling
 from jaxdyn.kernels.contractions import gradient_of
-from jaxdyn.kernels.execution import Execution, budget_of
+from jaxdyn.kernels.execution import Execution, budget_of, platform_of
 from jaxdyn.kernels.gram import Factors, body_kernels, factors_of, rows_first, stacked
 from jaxdyn.kernels.memory import opened_bytes
 from jaxdyn.kernels.rows import Rows
@@ -126,7 +126,8 @@ def over_passes(
     model, view, roots, rows, columns = given
     longest = max((r for r in (rows, columns) if r is not None), key=lambda r: r.tokens.shape[1])
     held, each = opened_bytes(model, longest.tokens.shape[1])
-    tiles = tiling(rows, columns, held + each, 0, budget_of(execution))
+    platform = platform_of(execution, view)
+    tiles = tiling(rows, columns, held + each, 0, budget_of(execution), platform)
     room = max(1, (tiles.each - held) // each)
     kernels: dict[str, np.ndarray] = {}
     count = len(jax.tree.leaves(passes)[0])

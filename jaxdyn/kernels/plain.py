@@ -16,7 +16,7 @@ def gradients(model, view: View, roots: Params | None, rows: Rows) -> Params:
 
     def one(row):
         def logits(view):
-            phi = model.features(view["backbone"], row.tokens[None], row.mask[None])[0]
+            phi = model.unfused.features(view["backbone"], row.tokens[None], row.mask[None])[0]
             return model.logits(view["classifier"], phi[row.positions])
 
         f, pull = jax.vjp(logits, view)

@@ -7,6 +7,11 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float
 
+from jaxdyn.models.fused import AttentionKind, cudnn, cudnn_can, splash, splash_can
+
+BLOCK = 256
+"""Queries whose weights are there at once."""
+
 
 def plain_attention(
     query: Float[Array, "B T heads width"],
@@ -37,37 +42,59 @@ def attention(
     key: Float[Array, "B T kv_heads width"],
     value: Float[Array, "B T kv_heads width"],
     mask: Bool[Array, "B 1 T T"],
+    kind: AttentionKind = "plain",
 ) -> Float[Array, "B T heads width"]:
     """`plain_attention` of each slot on those up to itself; the T x T weights are never kept.
 
-    On a GPU it is cuDNN's fused one, where that applies. Elsewhere the backward pass computes the
-    weights again, which halves an update's memory at T = 224 with 8 heads of 8 and takes no longer
-    than to write and read them. There the queries also go in up to four blocks of 64 or more, each
-    with the keys up to its last query, so that most of what the mask hides is never computed.
+    Of another `kind` it is the fused kernel, where that takes such arrays, and else the plain one:
+    its backward pass computes the weights again, which halves an update's memory at T = 224 with
+    8 heads of 8 and takes no longer than to write and read them. Its queries go in up to four parts
+    of 64 or more, each with the keys up to its last query, so that most of what the mask hides is
+    never computed; and a part's by `BLOCK`s one after another, so that no more than BLOCK x T
+    weights of a head are there at once, in forward mode too. Sums over parts and blocks, which make
+    the gradients of keys and values, are in float32 or better.
+
     `mask` must hide every slot after the query's own.
     """
-    if jax.default_backend() == "gpu" and cudnn_can(query.dtype, query.shape):
-        fused = functools.partial(jax.nn.dot_product_attention, implementation="cudnn")
-        return fused(query, key, value, mask=mask)
-    # A scan over the layers leaves nothing that could undo the checkpoint: no barrier is needed.
-    recomputed = jax.checkpoint(plain_attention, prevent_cse=False)
-    size = -(-query.shape[1] // max(1, min(4, query.shape[1] // 64)))
-    blocks = []
-    for start in range(0, query.shape[1], size):
+    if kind == "cudnn" and cudnn_can(query.dtype, query.shape):
+        return cudnn(query, key, value, mask=mask)
+    if kind == "splash" and splash_can(query.dtype, query.shape):
+        return splash(query, key, value, mask)
+    wide = jnp.promote_types(query.dtype, jnp.float32)
+    key, value = key.astype(wide), value.astype(wide)
+    slots = query.shape[1]
+    size = -(-slots // max(1, min(4, slots // 64)))
+    parts = []
+    for start in range(0, slots, size):
         rows, seen = slice(start, start + size), slice(start + size)
-        part = mask[:, :, rows, seen]
-        blocks.append(recomputed(query[:, rows], key[:, seen], value[:, seen], part))
-    return jnp.concatenate(blocks, axis=1)
+        parts.append(
+            _by_blocks(query[:, rows], key[:, seen], value[:, seen], mask[:, :, rows, seen])
+        )
+    return jnp.concatenate(parts, axis=1)
 
 
-def cudnn_can(dtype, shape: tuple[int, ...]) -> bool:
-    """Whether cuDNN has an attention of queries [B, T, heads, width] with a mask and a gradient.
+def _by_blocks(query, key, value, mask):
+    """Attention of T queries on wide keys and values, no more than `BLOCK` queries at a time."""
 
-    It takes half precision, heads of a multiple of 8 up to 128, and an even number of slots.
-    """
-    _, slots, _, width = shape
-    half = dtype in (jnp.bfloat16, jnp.float16)
-    return half and width % 8 == 0 and width <= 128 and slots % 2 == 0
+    # A scan over the layers leaves nothing that could undo the checkpoint: no barrier is needed.
+    @functools.partial(jax.checkpoint, prevent_cse=False)
+    def of_block(query, key, value, mask):
+        return plain_attention(query, key, value, mask)
+
+    def block(query, mask):
+        return of_block(query, key.astype(query.dtype), value.astype(query.dtype), mask)
+
+    batch, slots, heads, width = query.shape
+    count = -(-slots // BLOCK)
+    if count == 1:
+        return block(query, mask)
+    each = -(-slots // count)
+    fill = [(0, 0), (0, count * each - slots)]
+    queries = jnp.pad(query, [*fill, (0, 0), (0, 0)]).reshape(batch, count, each, heads, width)
+    masks = jnp.pad(mask[:, 0], [*fill, (0, 0)]).reshape(batch, count, 1, each, -1)
+    along = lambda x: x.swapaxes(0, 1)
+    mixed = jax.lax.map(lambda given: block(*given), (along(queries), along(masks)))
+    return along(mixed).reshape(batch, count * each, heads, width)[:, :slots]
 
 
 def cached_attention(

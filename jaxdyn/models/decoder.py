@@ -15,6 +15,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from jaxdyn.models.attention import attention, cached_attention
 from jaxdyn.models.config import ModelConfig
+from jaxdyn.models.fused import AttentionKind
 from jaxdyn.models.rotary import rotary_kinds, rotary_tables, rotate
 from jaxdyn.types import KVCache
 
@@ -162,6 +163,10 @@ def _of_kind(arrays, kind):
 class Attention(nn.Module):
     config: ModelConfig
     dtype: Any
+    kind: AttentionKind
+
+    def attend(self, query, key, value, mask):
+        return attention(query, key, value, mask, self.kind)
 
     @nn.compact
     def __call__(self, x, tables, masks, prompt, cache, slot, layer):
@@ -182,7 +187,7 @@ class Attention(nn.Module):
         mask = _of_kind(masks, layer.mask)
         written = (key, value)
         if cache is None:
-            mixed = attention(query, key, value, mask)
+            mixed = self.attend(query, key, value, mask)
         else:
             zero = jnp.int32(0)  # of the others' type, in float64 runs too
             start = (layer.number, zero, zero, slot, zero)
@@ -221,6 +226,7 @@ class Block(nn.Module):
     config: ModelConfig
     dtype: Any
     keep_cache: bool
+    attention: AttentionKind
 
     @nn.compact
     def __call__(self, carry, layer, tables, masks, prompt, slot):
@@ -228,7 +234,7 @@ class Block(nn.Module):
         c = self.config
         norm = lambda name, there: _norm(c, self.dtype, name) if there else lambda x: x
         before, after = c.norm_placement != "after", c.norm_placement != "before"
-        mixed, cache, written = Attention(c, self.dtype, name="attention")(
+        mixed, cache, written = Attention(c, self.dtype, self.attention, name="attention")(
             norm("attention_norm", before)(x), tables, masks, prompt, cache, slot, layer
         )
         mixed = norm("attention_post_norm", after)(mixed)
@@ -256,6 +262,7 @@ class Backbone(nn.Module):
     dearer to write to the layers' stack and read back.
 
     Unless `stacked`, each layer has parameters of its own, "layer_0" and so on, and no scan.
+    `attention` is a full pass's.
     """
 
     config: ModelConfig
@@ -263,6 +270,7 @@ class Backbone(nn.Module):
     keep_cache: bool = False
     remat: Remat = "none"
     stacked: bool = True
+    attention: AttentionKind = "plain"
 
     @nn.compact
     def __call__(
@@ -289,7 +297,7 @@ class Backbone(nn.Module):
         block = Block
         if self.remat != "none":
             block = nn.remat(Block, prevent_cse=False, policy=_REMAT_POLICIES[self.remat])
-        layer = lambda kind, name: kind(c, self.dtype, self.keep_cache, name=name)
+        layer = lambda kind, name: kind(c, self.dtype, self.keep_cache, self.attention, name=name)
         carry, still = (x, cache), (tables, _the_one(masks), prompt, slot)
         if self.stacked:
             scanned = nn.scan(

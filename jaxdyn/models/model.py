@@ -11,6 +11,7 @@ from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from jaxdyn.models.config import ModelConfig
 from jaxdyn.models.decoder import Backbone, Remat
+from jaxdyn.models.fused import FUSED, AttentionKind
 from jaxdyn.types import KVCache, Params, View
 
 
@@ -20,11 +21,10 @@ def positions_of(mask: Bool[Array, "B T"]) -> Int[Array, "B T"]:
 
 
 @functools.lru_cache
-def _output_shapes(module: Backbone) -> Params:
-    """What every opened layer gives for one slot of one sequence."""
-    one = jnp.zeros((1, 1), jnp.int32)
-    started = jax.eval_shape(module.init, jax.random.key(0), one, one, one[None, None] == 0)
-    return started["perturbations"]
+def _output_shapes(module: Backbone, kinds: int) -> Params:
+    """What every opened layer gives for one slot of one sequence, with so many kinds of masks."""
+    one, masks = jnp.zeros((1, 1), jnp.int32), jnp.ones((kinds, 1, 1, 1, 1), bool)
+    return jax.eval_shape(module.init, jax.random.key(0), one, one, masks)["perturbations"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,7 +32,8 @@ class LanguageModel:
     """Pure functions over `{"backbone", "classifier"}`; hashable, so it can be a static argument.
 
     `dtype` is the compute dtype (float32 or bfloat16; float64 in oracles); parameters keep their
-    own. `remat` trades time for memory wherever `features` is differentiated (`Backbone`). With
+    own. `remat` trades time for memory wherever `features` is differentiated (`Backbone`).
+    `attention` is plain unless the model was told where it runs (`on`, `shard_model`). With
     tied embeddings the stored `params["classifier"]` holds no weight: `view` puts the shared matrix
     there, every function below takes that view, and `fold` adds a view's gradient back onto the
     shared matrix.
@@ -47,6 +48,25 @@ class LanguageModel:
     dtype: Any = jnp.float32
     remat: Remat = "dots"
     stacked: bool = True
+    attention: AttentionKind = "plain"
+
+    def on(self, platform: str) -> "LanguageModel":
+        """The same with the attention of a platform: of a "gpu" cuDNN's, of a "tpu" JAX's splash.
+
+        `features` of a fused kernel have a gradient and no other derivative: see `unfused`. A model
+        whose layers have a window keeps the plain one on a TPU, whose kernel here knows none.
+        """
+        kind = FUSED.get(platform, "plain")
+        plain = kind == "splash" and self.config.window is not None
+        return dataclasses.replace(self, attention="plain" if plain else kind)
+
+    @property
+    def unfused(self) -> "LanguageModel":
+        """The same with plain attention, which has every derivative and any number of cotangents.
+
+        What needs forward mode, or `vmap` of a pullback, takes this one; `opened` does by itself.
+        """
+        return dataclasses.replace(self, attention="plain")
 
     @property
     def shards(self) -> int:
@@ -143,7 +163,8 @@ class LanguageModel:
         below "layers". Inputs are x of a dense layer x K + b, x̂ of a normalisation x̂ s + b or
         x̂ (1 + s), and the ids of an embedding, whose outputs are the table's rows. The function
         takes φ's cotangent to the cotangents of the layers' outputs, so that a parameter's gradient
-        is a sum over slots of products of the two.
+        is a sum over slots of products of the two; it may be mapped over cotangents, since
+        attention here is always the plain one.
         Where each head is normalised by itself, every head of a slot counts as a slot.
         """
         inputs = (tokens, positions_of(mask), self._visible(mask))
@@ -154,7 +175,7 @@ class LanguageModel:
             shape = (*one.shape[:axis], *tokens.shape, *one.shape[axis + 2 :])
             return jnp.zeros(shape, one.dtype)
 
-        still = jax.tree_util.tree_map_with_path(zeros, _output_shapes(module))
+        still = jax.tree_util.tree_map_with_path(zeros, _output_shapes(module, len(inputs[-1])))
 
         def run(shifts):
             variables = {"params": backbone, "perturbations": shifts}
@@ -199,7 +220,9 @@ class LanguageModel:
         return features[:, 0], cache
 
     def _full_pass(self, backbone, tokens, mask, keep_cache: bool):
-        module = Backbone(self.config, self.dtype, keep_cache, self.remat, self.stacked)
+        module = Backbone(
+            self.config, self.dtype, keep_cache, self.remat, self.stacked, self.attention
+        )
         return module.apply({"params": backbone}, tokens, positions_of(mask), self._visible(mask))
 
     def _visible(self, mask) -> Bool[Array, "kinds B 1 T T"]:

@@ -65,7 +65,7 @@ def pmap_update(
     devices = tuple(layout.mesh.devices.flat)
     leaves, structure = jax.tree.flatten((batch, features))
     rows = [x.reshape(len(devices), -1, *x.shape[1:]) for x in leaves]
-    alone = LanguageModel(model.config, model.dtype, model.remat)
+    alone = LanguageModel(model.config, model.dtype, model.remat, attention=model.attention)
     static |= {"model": alone, "axis": "data"}
     program = _program(devices, structure, tuple(sorted(static.items())))
     state, metrics = program(state, frozen, rows, learning_rate, temperature)

@@ -132,8 +132,8 @@ def load_model(config: Config) -> LoadedModel:
     with host_memory() if layout.mesh.size > 1 else contextlib.nullcontext():
         model, params, tokenizer = open_model(config.model)
         model, params = with_adapters(model, params, config)
-    if layout.mesh.size > 1:
-        model = shard_model(model, layout.mesh)
+    platform = layout.mesh.devices.flat[0].platform
+    model = shard_model(model, layout.mesh) if layout.mesh.size > 1 else model.on(platform)
     placed = layout.place(params)
     return LoadedModel(model=model, params=placed, tokenizer=tokenizer, layout=layout)
 

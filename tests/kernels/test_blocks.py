@@ -305,7 +305,7 @@ def test_tiles_stay_within_the_budget_and_fill_it(name, slots, counted, outputs,
     )
     model = LanguageModel(config)
     view = jax.eval_shape(lambda key: model.view(model.init(key)), jax.random.key(0))
-    workspace, spare = memory.workspace_of(budget)
+    workspace, spare = memory.workspace_of(budget, "cpu")
     need = contractions.row_bytes(model, slots, counted, outputs)
     size = memory.tile_size((1000, 1000), True, *need, budget - spare)
     rows = shaped_rows(size, slots, counted, outputs)

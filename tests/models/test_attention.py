@@ -1,11 +1,20 @@
 """The full pass's attention: exact, finite, half computed, and not kept."""
 
+import dataclasses
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxdyn.models.attention import attention, cudnn_can, plain_attention
+from jaxdyn.distributed import make_mesh, shard_model
+from jaxdyn.models import LanguageModel, fused
+from jaxdyn.models import attention as module
+from jaxdyn.models.attention import attention, plain_attention
+from jaxdyn.models.fused import cudnn_can, splash, splash_can
+from jaxdyn.presets import SHAPES
+from jaxdyn.sections import MeshConfig
 
 B, HEADS, WIDTH = 3, 4, 8
 
@@ -35,12 +44,14 @@ def seen(mask):
     return np.asarray(mask).any(-1)[:, 0, :, None, None]
 
 
-# One block of queries, two uneven ones, and four.
-@pytest.mark.parametrize("slots", [6, 131, 256])
+# One part of the queries, two uneven ones, and four; two of which each goes in five blocks.
+@pytest.mark.parametrize("slots, block", [(6, 256), (131, 256), (256, 256), (131, 16)])
 @pytest.mark.parametrize("kv_heads", [1, 2, 4])
-def test_attention_is_exact_in_float64(slots, kv_heads, x64):
+def test_attention_is_exact_in_float64(slots, block, kv_heads, x64, monkeypatch):
     """Values against numpy, gradients against those of one block that keeps its weights."""
+    monkeypatch.setattr(module, "BLOCK", block)
     inputs, mask = draw(slots, kv_heads, jnp.float64)
+    attention = lambda *given: module.attention(*given)  # of one block size, traced alone
     got = jax.jit(attention)(*inputs, mask)
     assert got.dtype == jnp.float64
     expected = in_numpy(*map(np.asarray, inputs), np.asarray(mask))
@@ -69,6 +80,37 @@ def test_attention_rounds_no_more_than_its_dtype_must(dtype):
     u = 2.0**-8 if dtype == jnp.bfloat16 else 2.0**-24
     bound = 2 * u * 5 if dtype == jnp.bfloat16 else 5 * (2 * 4 * 10 * u)
     assert u / 4 < error.max() < bound
+
+
+def test_gradients_of_keys_are_summed_in_float32(monkeypatch):
+    """Of 64 blocks, each one's part rounded to bfloat16, as the whole is that of one block."""
+    inputs, mask = draw(256, 1, jnp.bfloat16)
+    cotangent = np.random.default_rng(1).standard_normal(inputs[0].shape)
+
+    def pulled(function, inputs, mask):
+        loss = lambda key: jnp.sum(function(inputs[0], key, inputs[2], mask) * cotangent)
+        return jax.jit(jax.grad(loss))(inputs[1])
+
+    exact = np.asarray(pulled(plain_attention, [x.astype(jnp.float32) for x in inputs], mask))
+
+    def error(block):
+        monkeypatch.setattr(module, "BLOCK", block)
+        found = pulled(lambda *given: module.attention(*given), inputs, mask)
+        return np.linalg.norm(np.asarray(found, np.float32) - exact) / np.linalg.norm(exact)
+
+    assert error(4) < 1.1 * error(256) < 2.0**-7
+
+
+def test_forward_mode_at_long_contexts_is_in_blocks():
+    """By the compiler's account: of T x T weights the blocks of each quarter, four arrays each."""
+    heads, slots = 2, 4096
+    shape = jax.ShapeDtypeStruct((1, slots, heads, 8), jnp.float32)
+    mask = jax.ShapeDtypeStruct((1, 1, slots, slots), bool)
+    along = lambda *x, mask: jax.jvp(lambda *x: attention(*x, mask), x, x)
+    compiled = jax.jit(along).lower(shape, shape, shape, mask=mask).compile()
+    needed = compiled.memory_analysis().temp_size_in_bytes
+    quarters = (1 + 2 + 3 + 4) / 4
+    assert needed < 4 * 4 * heads * slots * module.BLOCK * quarters < 4 * heads * slots**2
 
 
 @pytest.mark.parametrize("slots", [6, 131])
@@ -110,19 +152,92 @@ def test_the_weights_are_not_kept_for_the_backward_pass():
         (jnp.bfloat16, (2, 64, 4, 256), False),
     ],
 )
-def test_cudnn_takes_half_precision_on_a_gpu(dtype, shape, fits, monkeypatch):
+def test_cudnn_takes_half_precision(dtype, shape, fits, monkeypatch):
     """Lowered for CUDA without a card: the program calls cuDNN's kernels, both ways, or none."""
     assert cudnn_can(dtype, shape) == fits
     cudnn = pytest.importorskip("jax._src.cudnn.fused_attention_stablehlo")
-    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
     # What jax asks of the machine that traces.
     monkeypatch.setattr(cudnn, "check_cudnn_version", lambda: 91000)
     monkeypatch.setattr(cudnn, "check_compute_capability", lambda _: False, raising=False)
     monkeypatch.setattr(cudnn, "is_cuda_compute_capability_equal", lambda _: False, raising=False)
     x = jax.ShapeDtypeStruct(shape, dtype)
     mask = jax.ShapeDtypeStruct((shape[0], 1, shape[1], shape[1]), bool)
-    loss = lambda q, k, v, mask: jnp.sum(attention(q, k, v, mask).astype(jnp.float32))
+    loss = lambda q, k, v, mask: jnp.sum(attention(q, k, v, mask, "cudnn").astype(jnp.float32))
     traced = jax.jit(jax.value_and_grad(loss)).trace(x, x, x, mask)
     text = traced.lower(lowering_platforms=("cuda",)).as_text()
     assert ("__cudnn$fmhaScaleBiasSoftmax" in text) == fits
     assert ("__cudnn$fmhaScaleBiasSoftmaxBackward" in text) == fits
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32])
+def test_the_splash_kernel_rounds_as_the_plain_one(dtype):
+    """Run by Pallas's interpreter on padded slots, both ways: its error is that of the dtype."""
+    inputs, mask = draw(140, 2, dtype)
+    tokens = np.diagonal(mask[:, 0], axis1=1, axis2=2)[:, :, None, None]
+    cotangent = np.random.default_rng(1).standard_normal(inputs[0].shape)
+
+    def both(function, inputs):
+        def loss(inputs):
+            mixed = function(*inputs, mask)
+            return jnp.sum(jnp.where(tokens, mixed, 0) * cotangent), mixed
+
+        gradient, mixed = jax.jit(jax.grad(loss, has_aux=True))(inputs)
+        return [np.asarray(x, np.float32) for x in (jnp.where(tokens, mixed, 0), *gradient)]
+
+    exact = both(plain_attention, tuple(x.astype(jnp.float32) for x in inputs))
+    found = both(lambda *given: splash(*given, interpret=True), inputs)
+    norm = np.linalg.norm
+    errors = [norm(x - y) / norm(y) for x, y in zip(found, exact, strict=True)]
+    u = 2.0**-8 if dtype == jnp.bfloat16 else 2.0**-24
+    assert u / 4 < max(errors) < (2 * u if dtype == jnp.bfloat16 else 64 * u)
+
+
+def test_the_splash_kernel_is_taken_at_long_contexts():
+    """Forward, and backward two, lowered for a TPU; of fewer slots the plain one."""
+    loss = lambda q, k, v, mask: jnp.sum(attention(q, k, v, mask, "splash").astype(jnp.float32))
+
+    def kernels(slots, dtype):
+        x = jax.ShapeDtypeStruct((1, slots, 2, 64), dtype)
+        mask = jax.ShapeDtypeStruct((1, 1, slots, slots), bool)
+        traced = jax.jit(jax.grad(loss, argnums=(0, 1, 2))).trace(x, x, x, mask)
+        return traced.lower(lowering_platforms=("tpu",)).as_text().count("tpu_custom_call")
+
+    assert kernels(1024, jnp.bfloat16) == 3 and kernels(1023, jnp.bfloat16) == 0
+    assert splash_can(jnp.float32, (1, 1500, 2, 80))
+    assert not splash_can(jnp.float64, (1, 2048, 2, 64))
+    assert not splash_can(jnp.float32, (1, 2048, 2, 20))
+
+
+def test_a_mesh_calls_a_fused_kernel_by_rows_and_heads(monkeypatch):
+    """The splash kernel, interpreted, under a mesh: features and gradient are the plain ones'."""
+    monkeypatch.setattr(fused, "SPLASH_SLOTS", 1)
+    monkeypatch.setattr(module, "splash", functools.partial(splash, interpret=True))
+    config = dataclasses.replace(
+        SHAPES["tiny"], num_layers=1, width=32, head_dim=8, num_kv_heads=2, mlp_width=32
+    )
+    mesh = make_mesh(MeshConfig(1, 2, 2), jax.devices()[:4])
+    plain = shard_model(LanguageModel(config, remat="none"), mesh)
+    params = jax.jit(plain.init)(jax.random.key(0))["backbone"]
+    tokens = jax.random.randint(jax.random.key(1), (2, 24), 0, config.vocab_size)
+    mask = jnp.ones((2, 24), bool).at[0, :9].set(False)
+
+    def both(model):
+        where = mask[:, :, None]
+        loss = lambda b: jnp.sum(jnp.tanh(model.features(b, tokens, mask)), where=where)
+        return jax.jit(jax.value_and_grad(loss))(params)
+
+    (value, gradient), (same, other) = both(plain), both(plain.on("tpu"))
+    np.testing.assert_allclose(same, value, rtol=1e-5)
+    close = lambda x, y: np.testing.assert_allclose(x, y, atol=1e-4 * np.abs(y).max() + 1e-6)
+    jax.tree.map(close, other, gradient)
+
+
+def test_a_model_is_told_its_attention_once():
+    model = LanguageModel(SHAPES["tiny"], jnp.bfloat16, "full")
+    assert model.attention == model.on("cpu").attention == "plain"
+    assert model.on("gpu").attention == "cudnn" and model.on("tpu").attention == "splash"
+    assert model.on("gpu").unfused == model
+    mesh = make_mesh(MeshConfig(1, 2, 1), jax.devices()[:2])
+    sharded = shard_model(model.on("gpu"), mesh)  # of the mesh's devices, whatever it was before
+    assert sharded == shard_model(model, mesh) and sharded.attention == "plain"
+    assert sharded.on("gpu").unfused == sharded
