@@ -86,7 +86,11 @@ class ShardedModel(LanguageModel):
         return nn.intercept_methods(place)
 
     def _look_up(self, table, ids):
-        """Rows [B, T, D] of a table: each device looks up its part of them."""
+        """Rows [B, T, D] of a table: each device looks up its part of them.
+
+        In float32 or better, so that the rows' cotangents are added up in it.
+        """
+        table = table.astype(jnp.promote_types(table.dtype, jnp.float32))
         of_table = fitting(P(None, ("tensor", "fsdp")), table.shape, self.mesh)
         of_ids = fitting(P("data"), ids.shape, self.mesh)
         of_parts = P(*of_ids or (None,), None, *of_table[1:])
