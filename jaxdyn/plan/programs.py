@@ -24,6 +24,7 @@ from jaxdyn.distributed import Layout, shard_model
 from jaxdyn.distributed.mesh import ROWS
 from jaxdyn.distributed.rules import fitting
 from jaxdyn.dynamics import propagate, site_state
+from jaxdyn.dynamics.precision import in_float32
 from jaxdyn.kernels.gram import contract, factorize
 from jaxdyn.kernels.rows import Rows
 from jaxdyn.models import LanguageModel, ModelConfig
@@ -258,7 +259,7 @@ class Setting:
             places, delta = Sites(**sites), jax.tree.map(jnp.subtract, after, before)
             share = delta["classifier"]["weight"] if self.config.tied else None
             state = site_state(self.model, after, places)
-            return state, propagate(self.model, before, delta, places, share)
+            return state, propagate(in_float32(self.model), before, delta, places, share)
 
         lower = lambda: measure.lower(self.view, self.view, sites)
         return Program("propagation", lower, {"parameters": (self.view, self.view)}, self.beside)
