@@ -124,9 +124,7 @@ def account_of_step(
                 beside["itself"] = own_tokens(model, update.before, sites, **own)
             if places is not None:
                 given = {**common, "places": places, **how}
-                beside["by_token"] = contributions(
-                    model, update.before, sites, rollout, **given
-                )
+                beside["by_token"] = contributions(model, update.before, sites, rollout, **given)
             found.append(
                 {name: stacked(x) for name, x in {**account.others, **beside}.items()}
                 | {"completions": stacked(account.completions)}

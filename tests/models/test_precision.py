@@ -82,9 +82,9 @@ def test_gradients_are_the_sums_of_the_factors_that_the_pass_had():
         *layer, kind = path
         (a,) = (x for p, x in seen.items() if list(p[:-1]) == layer)
         (d,) = (x for p, x in outputs.items() if list(p[:-1]) == layer)
-        flat = lambda x: np.asarray(x, np.float64).reshape(*_layers(path, x), -1, x.shape[-1])
+        stacked = path[0] == "layers"
         kinds.add(kind)
-        d = flat(d)
+        d = _flat(d, stacked)
         if kind == "embedding":
             ids, want, size = np.asarray(a).reshape(-1), np.zeros(got.shape), np.zeros(got.shape)
             np.add.at(want, ids, d)
@@ -93,10 +93,10 @@ def test_gradients_are_the_sums_of_the_factors_that_the_pass_had():
         elif kind == "bias":
             want, bound = d.sum(-2), 4096 * 2.0**-24 * np.abs(d).sum(-2)
         elif kind == "scale":
-            x = flat(a)
+            x = _flat(a, stacked)
             want, bound = (x * d).sum(-2), 2 * U * np.abs(x * d).sum(-2)
         else:
-            x, roundings = flat(a), 1
+            x, roundings = _flat(a, stacked), 1
             if kind != "kernel":
                 down, up = (
                     np.asarray(stored[(*layer, n)].astype(jnp.bfloat16), np.float64)
@@ -118,8 +118,9 @@ def test_gradients_are_the_sums_of_the_factors_that_the_pass_had():
     assert kinds == {"embedding", "kernel", "bias", "scale", "lora_a", "lora_b"}
 
 
-def _layers(path, x):
-    return x.shape[:1] if path[0] == "layers" else ()
+def _flat(x, stacked):
+    """[..., O] in float64 with all slots along one axis, and layers before it."""
+    return np.asarray(x, np.float64).reshape(*x.shape[:stacked], -1, x.shape[-1])
 
 
 def test_products_with_the_classifier_take_bfloat16_and_add_up_in_float32():
