@@ -77,6 +77,10 @@ class Model(Protocol):
     def shards(self) -> int:
         """Between how many devices the logits are divided."""
 
+    @property
+    def row_shards(self) -> int:
+        """Between how many devices the rows of a batch are divided, if their number allows it."""
+
     def init(self, key: PRNGKeyArray) -> Params:
         """Random float32 parameters, as stored."""
 

@@ -12,6 +12,7 @@ step has one slot a row, and there the activations travel and the weights stay.
 """
 
 import dataclasses
+import math
 from typing import Any
 
 import jax
@@ -40,6 +41,10 @@ class ShardedModel(LanguageModel):
     @property
     def shards(self) -> int:
         return self.mesh.size
+
+    @property
+    def row_shards(self) -> int:
+        return math.prod(self.mesh.shape[axis] for axis in ROWS)
 
     def features(self, backbone, tokens, mask):
         with self._placed():

@@ -272,7 +272,7 @@ def _kernels(
     require_merged(params)
     sizes = [(r.tokens.shape[1], r.positions.shape[1], r.outputs) for r in both]
     held, working = (max(x) for x in zip(*(row_bytes(model, *size) for size in sizes), strict=True))
-    tiles = tiling(rows, columns, held, working, budget)
+    tiles = tiling(rows, columns, held, working, budget, model.row_shards)
     return assemble(
         f"{kind} {model!r}",
         tiles,

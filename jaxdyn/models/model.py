@@ -85,6 +85,11 @@ class LanguageModel:
         """Between how many devices the logits are divided."""
         return 1
 
+    @property
+    def row_shards(self) -> int:
+        """Between how many devices the rows of a batch are divided, if their number allows it."""
+        return 1
+
     # -- parameters ---------------------------------------------------------------------------
 
     def init(self, key: PRNGKeyArray) -> Params:
