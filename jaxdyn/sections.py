@@ -22,6 +22,9 @@ class ModelSource:
       path: a Hugging Face directory, or a hub name.
       untie: give a tied model a classifier of its own (a copy of the embedding).
       dtype: compute dtype; parameters are float32.
+      frozen_dtype: of the matrices that never move: the reference policy's, a frozen half's, those
+        beside adapters, the body's under classifier_only. bfloat16 halves them; it changes no
+        number of a run whose dtype is bfloat16, and rounds the weights of one in float32.
       remat: what an update keeps of the forward pass: each layer's input and dense outputs (dots),
         its input alone (full, the least memory), or all but attention's weights (none); the
         backward pass computes the rest again. Numbers stay the same.
@@ -30,6 +33,7 @@ class ModelSource:
     path: str = ""
     untie: bool = False
     dtype: Literal["float32", "bfloat16"] = "float32"
+    frozen_dtype: Literal["float32", "bfloat16"] = "float32"
     remat: Literal["none", "dots", "full"] = "dots"
 
 

@@ -81,6 +81,10 @@ class Model(Protocol):
     def unfused(self) -> "Model":
         """The same functions with every derivative: forward mode, and many cotangents at once."""
 
+    @property
+    def row_shards(self) -> int:
+        """Between how many devices the rows of a batch are divided, if their number allows it."""
+
     def init(self, key: PRNGKeyArray) -> Params:
         """Random float32 parameters, as stored."""
 

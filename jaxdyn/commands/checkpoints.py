@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 
 from jaxdyn.data import Tokenizer
 from jaxdyn.models import (
@@ -97,8 +96,8 @@ def open_checkpoints(names: tuple[str, ...], dtype: Any) -> Iterator[Checkpoints
                 model, params = merge_adapters(model, params)
             if untie and model.config.tied:
                 model, params = model.untie(params)
-            if jnp.dtype(dtype) == jnp.float64:
-                params = jax.tree.map(lambda x: x.astype(dtype), params)
+            # A run's frozen matrices may be narrower.
+            params = jax.tree.map(lambda x: x.astype(dtype), params)
             return dataclasses.replace(model, dtype=dtype), params
 
         yield Checkpoints(

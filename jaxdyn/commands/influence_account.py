@@ -27,6 +27,7 @@ from jaxdyn.dynamics import (
     own_tokens,
     rollout_from_texts,
 )
+from jaxdyn.dynamics.precision import in_float32
 from jaxdyn.hosts import fetch
 from jaxdyn.rl import LossConfig, logit_cotangents, normalizer_of
 from jaxdyn.sections import ModelSource
@@ -80,6 +81,7 @@ def account_of_step(
 ) -> Account:
     """The account of a run's step: of all its inner epochs together."""
     task = saved.task
+    model = in_float32(task.model)  # what is measured is less than bfloat16 resolves
     stage, state = saved.begin(step)
     prepared = prepare_step(task, state, stage, step)
     rollout, of_batch = batch_rollout(prepared), options.look_at == "batch"
@@ -105,7 +107,7 @@ def account_of_step(
                 "metric": update.metric,
             }
             account = influence(
-                task.model,
+                model,
                 update.before,
                 update.after,
                 sites,
@@ -119,12 +121,10 @@ def account_of_step(
             beside: dict[str, Components] = {}
             if of_batch:
                 own = {**common, "weights": own_weights(update.weights, related)}
-                beside["itself"] = own_tokens(task.model, update.before, sites, **own)
+                beside["itself"] = own_tokens(model, update.before, sites, **own)
             if places is not None:
                 given = {**common, "places": places, **how}
-                beside["by_token"] = contributions(
-                    task.model, update.before, sites, rollout, **given
-                )
+                beside["by_token"] = contributions(model, update.before, sites, rollout, **given)
             found.append(
                 {name: stacked(x) for name, x in {**account.others, **beside}.items()}
                 | {"completions": stacked(account.completions)}
@@ -132,7 +132,7 @@ def account_of_step(
             )
             weights.append(update.weights)
             clips.append(update.clip)
-    seen = step_ledger(task.model, before or {}, after or {}, sites, how["memory_budget"])
+    seen = step_ledger(model, before or {}, after or {}, sites, how["memory_budget"])
     arrays: dict[str, Any] = {name: sum(one[name] for one in found) for name in found[0]}
     columns = arrays.pop("completions")
     arrays["places"] = places

@@ -20,6 +20,7 @@ from jaxdyn.plan.meshes import Way, candidates, largest_batch
 from jaxdyn.plan.programs import Setting
 from jaxdyn.plan.tables import show
 from jaxdyn.presets import SHAPES, preset
+from jaxdyn.rl import LossConfig
 from jaxdyn.rollout import SamplingConfig
 from jaxdyn.sections import ModelSource, TrainConfig
 from jaxdyn.train import Progress
@@ -68,8 +69,9 @@ def run(options: PlanOptions) -> dict[str, Any]:
 
 
 def planned_run(options: PlanOptions) -> RunConfig:
-    """The run that is planned: of the options' batch, computing in bfloat16."""
+    """The run that is planned: of the options' batch, computing in bfloat16, with a reference."""
     return RunConfig(
+        loss=LossConfig(beta=0.04),
         model=ModelSource(dtype="bfloat16", remat=options.remat),
         sampling=SamplingConfig(max_completion_length=options.max_completion_length),
         train=TrainConfig(

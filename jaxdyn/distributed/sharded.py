@@ -13,6 +13,7 @@ step has one slot a row, and there the activations travel and the weights stay.
 
 import dataclasses
 import functools
+import math
 from typing import Any
 
 import jax
@@ -41,6 +42,10 @@ class ShardedModel(LanguageModel):
     @property
     def shards(self) -> int:
         return self.mesh.size
+
+    @property
+    def row_shards(self) -> int:
+        return math.prod(self.mesh.shape[axis] for axis in ROWS)
 
     def features(self, backbone, tokens, mask):
         with self._placed():
@@ -97,7 +102,11 @@ class ShardedModel(LanguageModel):
         return over(attend, in_specs=of_arguments, out_specs=heads)(query, key, value, mask)
 
     def _look_up(self, table, ids):
-        """Rows [B, T, D] of a table: each device looks up its part of them."""
+        """Rows [B, T, D] of a table: each device looks up its part of them.
+
+        In float32 or better, so that the rows' cotangents are added up in it.
+        """
+        table = table.astype(jnp.promote_types(table.dtype, jnp.float32))
         of_table = fitting(P(None, ("tensor", "fsdp")), table.shape, self.mesh)
         of_ids = fitting(P("data"), ids.shape, self.mesh)
         of_parts = P(*of_ids or (None,), None, *of_table[1:])

@@ -28,6 +28,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import struct
 
+from jaxdyn.dynamics.precision import exact_products
 from jaxdyn.dynamics.propagation import by_path
 from jaxdyn.kernels import Execution, policy_kernel
 from jaxdyn.kernels.operator import Batches, batches_of, pullback, pushforward, site_features
@@ -225,6 +226,7 @@ def statistics_along(
 
 
 @functools.partial(jax.jit, static_argnums=0)
+@exact_products
 def statistics_at(model: Model, view: View, batches: Batches) -> jax.Array:
     """log π of the targets and H, [2, N]."""
 

@@ -23,6 +23,7 @@ from jaxdyn.dynamics.observables import (
     observe,
     observed_parts,
 )
+from jaxdyn.dynamics.precision import exact_products
 from jaxdyn.hosts import fetch
 from jaxdyn.kernels.execution import Execution
 from jaxdyn.kernels.memory import opened_bytes
@@ -111,6 +112,7 @@ def look(model: Model, view: View, head: Params, batch: Batch) -> Seen:
 
 
 @functools.partial(jax.jit, static_argnums=0)
+@exact_products
 def _look(model, view, head, sites, token_ids, start):
     phi = site_features(model, view["backbone"], Sites(**sites))
     at = _at(model, head, sites, token_ids, phi if start is None else start)
@@ -118,6 +120,7 @@ def _look(model, view, head, sites, token_ids, start):
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
+@exact_products
 def node(model, request: Request, view, change, head, sites, token_ids, start, real):
     """ḣ at a point of the straight line in parameters, along its change; arrays by name."""
     at, sites = _at(model, head, sites, token_ids, start), Sites(**sites)
@@ -136,6 +139,7 @@ def node(model, request: Request, view, change, head, sites, token_ids, start, r
 
 
 @functools.partial(jax.jit, static_argnums=0)
+@exact_products
 def feature_node(model, start, change, t, head, sites, token_ids, first, phi, end):
     """The same at a point of the straight line in W and φ, without layers."""
     along = lambda x, d: x + t.astype(x.dtype) * d
@@ -150,6 +154,7 @@ def _named(parts: dict[str, Observed]) -> dict[str, jax.Array]:
 
 
 @functools.partial(jax.jit, static_argnums=0)
+@exact_products
 def feature_account(
     model: Model,
     before: tuple[Params, jax.Array],

@@ -2,7 +2,8 @@
 
 Every figure is a mean over the probe sites of one kind (prompt or completion) unless it says
 otherwise; log-probs and entropies are in nats. Sites and their contexts are fixed before training,
-so that a change is the policy's and not that of the states it visits.
+so that a change is the policy's and not that of the states it visits. Everything is in float32 or
+better, whatever the model computes in (`jaxdyn.dynamics.precision`).
 """
 
 import functools
@@ -13,6 +14,7 @@ import numpy as np
 from flax import struct
 from jaxtyping import Array, Float
 
+from jaxdyn.dynamics.precision import exact_products, in_float32
 from jaxdyn.dynamics.propagation import delta_logits, site_features, to_log_probs
 from jaxdyn.hosts import fetch
 from jaxdyn.kernels import debiased_cka, effective_rank, participation_ratio, spectrum
@@ -72,8 +74,10 @@ class UpdateMeasures:
 
 
 @functools.partial(jax.jit, static_argnames="model")
+@exact_products
 def site_state(model: Model, params: Params, sites: Sites) -> SiteState:
-    """Features and log-probs at the sites."""
+    """Features and log-probs at the sites, of a float32 pass or better."""
+    model = in_float32(model)
     view = model.view(params)
     classifier = view["classifier"]
     phi = site_features(model, view["backbone"], sites)
@@ -90,6 +94,7 @@ def _wide(x: jax.Array) -> jax.Array:
 
 
 @jax.jit
+@exact_products
 def _state_arrays(state, sites, start, reference):
     """Per-site figures, matrices over pairs of sites [N, N], and the classifier's figures."""
     log_probs, phi, before = state.log_probs, _wide(state.features), _wide(start.features)
@@ -100,7 +105,7 @@ def _state_arrays(state, sites, start, reference):
     pick = lambda x: jnp.take_along_axis(x, sites.targets[:, None], axis=1)[:, 0]
     # Only features' differences enter a CKA, so what all have in common need not blur them.
     centred = lambda x: x - jnp.mean(x, axis=0, keepdims=True)
-    gram = lambda x: jnp.matmul(centred(x), centred(x).T, precision="highest")
+    gram = lambda x: jnp.matmul(centred(x), centred(x).T)
     per_site = {
         "entropy": -jnp.sum(probs * log_probs, axis=1),
         "confidence": jnp.max(probs, axis=1),
@@ -139,8 +144,10 @@ def _feature_figures(inner, gram, start_gram):
 
 
 @functools.partial(jax.jit, static_argnames="model")
+@exact_products
 def _update_arrays(model, before, after, sites, head_share, state):
     """First-order and actual Δ log π of the targets [N], and sums over the vocabulary."""
+    model = in_float32(model)
     delta = jax.tree.map(jnp.subtract, after, before)
     phi, parts = delta_logits(model, before, delta, sites, head_share)
     logits = model.logits(model.view(before)["classifier"], phi)

@@ -20,8 +20,8 @@ from jaxdyn.kernels.store import Store, digest
 class Tiling(NamedTuple):
     """Rows against columns (None: the rows), in square tiles of a size that the budget allows.
 
-    `each` are the bytes that a row of a tile may take, and `workspace` those of a block of
-    products.
+    `each` are the bytes that a row of a tile may take, `workspace` those of a block of products,
+    and `shards` the devices between which a tile's rows are divided.
     """
 
     rows: Rows
@@ -29,21 +29,31 @@ class Tiling(NamedTuple):
     size: int
     each: int
     workspace: int
+    shards: int = 1
 
 
 def tiling(
-    rows: Rows, columns: Rows | None, held: int, working: int, budget: int, platform: str
+    rows: Rows,
+    columns: Rows | None,
+    held: int,
+    working: int,
+    budget: int,
+    platform: str,
+    shards: int = 1,
 ) -> Tiling:
     """The largest tiles within `budget` bytes, of rows that each take what `tile_size` says.
+
+    Rows that are divided between `shards` devices take those bytes on one of them.
 
     Raises:
       JaxdynError: if not even one row and one column fit.
     """
     workspace, spare = workspace_of(budget, platform)
     counts = (len(rows.tokens), len((columns or rows).tokens))
-    size = tile_size(counts, columns is None, held, working, budget - spare)
-    sets = 1 if columns is None and size == counts[0] else 2
-    return Tiling(rows, columns, size, (budget - spare) // size // sets, workspace)
+    size = tile_size(counts, columns is None, held, working, budget - spare, shards)
+    sets = 1 if columns is None and size >= counts[0] else 2
+    each = (budget - spare) // (size // shards) // sets
+    return Tiling(rows, columns, size, each, workspace, shards)
 
 
 class Tile(NamedTuple):
@@ -130,8 +140,9 @@ def assemble(
     devices = list(execution.get("devices") or [None])
     apart = all(map(is_local, jax.tree.leaves(operands)))
     lanes = len(devices) * (jax.process_count() if apart else 1)
-    size = min(given.size, -(-max(n, m) // lanes))  # a strip for every device
-    high, wide = min(size, n), min(size, m)
+    divisible = lambda count: -(-count // given.shards) * given.shards
+    size = min(given.size, divisible(-(-max(n, m) // lanes)))  # a strip for every device
+    high, wide = min(size, divisible(n)), min(size, divisible(m))
     work = strips(-(-n // high), -(-m // wide), square, lanes)
     total, done = sum(map(len, work)), 0
     whole: dict[str, np.ndarray] = {}

@@ -278,7 +278,8 @@ def _kernels(
     require_merged(params)
     sizes = [(r.tokens.shape[1], r.positions.shape[1], r.outputs) for r in both]
     held, working = (max(x) for x in zip(*(row_bytes(model, *size) for size in sizes), strict=True))
-    tiles = tiling(rows, columns, held, working, budget, platform_of(execution, view))
+    where = platform_of(execution, view), model.row_shards
+    tiles = tiling(rows, columns, held, working, budget, *where)
     return assemble(
         f"{kind} {model!r}",
         tiles,

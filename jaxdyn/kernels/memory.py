@@ -60,8 +60,13 @@ def evenly(count: int, most: int) -> int:
     return -(-count // -(-count // most))
 
 
-def rows_at_once(what: str, count: int, each: int, beside: int, budget: int) -> int:
+def rows_at_once(
+    what: str, count: int, each: int, beside: int, budget: int, shards: int = 1
+) -> int:
     """How many of `count` rows fit, each of so many bytes and all `beside` others, evened out.
+
+    Of rows that are divided between `shards` devices, each of which has the budget: a multiple of
+    `shards`, which may exceed the count, since other numbers of rows cannot be divided.
 
     Raises:
       JaxdynError: if not even one fits.
@@ -72,10 +77,12 @@ def rows_at_once(what: str, count: int, each: int, beside: int, budget: int) -> 
             f"memory_budget is too small for one {what}: it needs about {beside + each} bytes, "
             f"got {budget}"
         )
-    return evenly(count, fitting)
+    return shards * evenly(-(-count // shards), fitting)
 
 
-def tile_size(counts: tuple[int, int], square: bool, held: int, working: int, budget: int) -> int:
+def tile_size(
+    counts: tuple[int, int], square: bool, held: int, working: int, budget: int, shards: int = 1
+) -> int:
     """Rows and columns of a tile: all, or as many as fit when two sets are held at once.
 
     Args:
@@ -83,21 +90,22 @@ def tile_size(counts: tuple[int, int], square: bool, held: int, working: int, bu
       square: whether the columns are the rows, so that a single tile holds one set.
       held: bytes that one prepared row holds.
       working: bytes that one row needs while it is prepared, beside those it will hold.
-      budget: bytes for the rows.
+      budget: bytes for the rows, on each device.
+      shards: the devices between which a tile's rows are divided.
 
     Returns:
-      A size by which the longer side is divided evenly.
+      A size by which the longer side is divided evenly, a multiple of `shards`.
 
     Raises:
       JaxdynError: if not even one row and one column fit.
     """
-    longest = max(counts)
+    longest = -(-max(counts) // shards)
     if square and longest * (held + working) <= budget:
-        return longest
+        return shards * longest
     fitting = budget // (2 * held + working)
     if fitting < 1:
         raise JaxdynError(
             f"memory_budget is too small for one site: a pair needs about {2 * held + working} "
             f"bytes beside the workspace, got {budget}"
         )
-    return evenly(longest, fitting)
+    return shards * evenly(longest, fitting)

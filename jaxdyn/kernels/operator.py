@@ -158,7 +158,7 @@ def batches_of(
     used, row = np.unique(np.asarray(sites.rows), return_inverse=True)
     bytes_each = sequence_bytes if bytes_each is None else bytes_each
     each = bytes_each(model, sites.tokens.shape[1], int(np.bincount(row).max()))
-    size = rows_at_once("sequence", len(used), each, 0, budget_of(execution))
+    size = rows_at_once("sequence", len(used), each, 0, budget_of(execution), model.row_shards)
     count = -(-len(used) // size)
     batch, row = np.divmod(row, size)
 

@@ -242,7 +242,7 @@ def _rows_at_once(model, rows: Rows, replicates: int, side: int, budget: int) ->
     signs = 3 * SIGN_ROWS * replicates * side * itemsize
     projected = (4 * max(slots, counted) + 3 * side) * replicates * side * itemsize
     each = sum(row_bytes(model, slots, counted, 1)) + projected
-    return rows_at_once("row", count, each, signs, budget)
+    return rows_at_once("row", count, each, signs, budget, model.row_shards)
 
 
 def _check_comparable(a: Sketch, b: Sketch) -> None:

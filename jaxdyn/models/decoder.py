@@ -39,14 +39,24 @@ def _sow_input(layer: nn.Module, x: Any) -> None:
     layer.sow("intermediates", "input", x, reduce_fn=lambda _, new: new, init_fn=lambda: None)
 
 
-class Dense(nn.Dense):
-    """y = x K + b, with an adapter + s (x A) B, open at x and y."""
+def _wide(x: Any) -> Any:
+    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
 
+
+class Dense(nn.Dense):
+    """y = x K, + b if `biased`, with an adapter + s (x A) B, open at x and y."""
+
+    biased: bool = False
     lora_scale: float = 1.0
 
+    @nn.compact
     def __call__(self, inputs):
         _sow_input(self, inputs)
         output = super().__call__(inputs)
+        if self.biased:
+            bias: Any = self.param("bias", self.bias_init, (self.features,), self.param_dtype)
+            # Cast where it is already at every slot: its gradient, their sum, is then in float32.
+            output += jnp.broadcast_to(_wide(bias), output.shape).astype(output.dtype)
         if self.has_variable("params", "lora_a"):
             own: Any = self.variables["params"]
             x, a, b = nn.dtypes.promote_dtype(
@@ -57,14 +67,17 @@ class Dense(nn.Dense):
 
 
 class Embed(nn.Embed):
-    """Rows of a table by id, open at the ids and the rows."""
+    """Rows of a table by id, open at the ids and the rows.
+
+    Rows are cast and not the table, whose gradient is then a sum over slots in float32 or better.
+    """
 
     def __call__(self, inputs):
         _sow_input(self, inputs)
         return self.perturb("output", self.look_up(inputs))
 
     def look_up(self, ids):
-        return super().__call__(ids)
+        return jnp.take(_wide(self.embedding), ids, axis=0).astype(self.dtype)
 
 
 class LayerNorm(nn.LayerNorm):
@@ -111,7 +124,8 @@ def _dense(config: ModelConfig, features: int, bias: bool, dtype, name: str, res
     std = 0.02 / (2 * config.num_layers) ** 0.5 if residual else 0.02
     return Dense(
         features,
-        use_bias=bias,
+        use_bias=False,
+        biased=bias,
         dtype=dtype,
         kernel_init=nn.initializers.normal(std),
         dot_general=matrix_product,

@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.custom_derivatives import SymbolicZero
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from jaxdyn.models.config import ModelConfig
@@ -25,6 +26,37 @@ def _output_shapes(module: Backbone, kinds: int) -> Params:
     """What every opened layer gives for one slot of one sequence, with so many kinds of masks."""
     one, masks = jnp.zeros((1, 1), jnp.int32), jnp.ones((kinds, 1, 1, 1, 1), bool)
     return jax.eval_shape(module.init, jax.random.key(0), one, one, masks)["perturbations"]
+
+
+def rows_product(
+    x: Float[Array, "N D"], weight: Float[Array, "V D"], dtype: Any
+) -> Float[Array, "N V"]:
+    """x Wᵀ of operands in `dtype`, accumulated and returned in float32 or better.
+
+    Below float32 its derivatives' products take operands in `dtype` too, and round to it once:
+    by JAX's own rule a float32 cotangent would meet bfloat16 weights, a product that no matrix
+    unit has.
+    """
+    wide = jnp.promote_types(dtype, jnp.float32)
+    x, weight = x.astype(dtype), weight.astype(dtype)
+    product = functools.partial(jnp.einsum, "nd,vd->nv", preferred_element_type=wide)
+    return product(x, weight) if jnp.dtype(dtype) == wide else _narrow_product(x, weight)
+
+
+@jax.custom_jvp
+def _narrow_product(x, weight):
+    return jnp.einsum("nd,vd->nv", x, weight, preferred_element_type=jnp.float32)
+
+
+def _narrow_product_jvp(primals, tangents):
+    (x, weight), (dx, d_weight) = primals, tangents
+    along = lambda x, w: jnp.einsum("nd,vd->nv", x, w).astype(jnp.float32)
+    terms = [] if isinstance(dx, SymbolicZero) else [along(dx, weight)]
+    terms += [] if isinstance(d_weight, SymbolicZero) else [along(x, d_weight)]
+    return _narrow_product(x, weight), sum(terms)
+
+
+_narrow_product.defjvp(_narrow_product_jvp, symbolic_zeros=True)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,6 +103,11 @@ class LanguageModel:
     @property
     def shards(self) -> int:
         """Between how many devices the logits are divided."""
+        return 1
+
+    @property
+    def row_shards(self) -> int:
+        """Between how many devices the rows of a batch are divided, if their number allows it."""
         return 1
 
     # -- parameters ---------------------------------------------------------------------------
@@ -140,10 +177,7 @@ class LanguageModel:
         With an adapter W is W + s b a, and f has s b (aφ) more.
         """
         wide = jnp.promote_types(self.dtype, jnp.float32)
-        cast = lambda x: x.astype(self.dtype)
-        product = lambda x, w: jnp.einsum(
-            "nd,vd->nv", cast(x), cast(w), preferred_element_type=wide
-        )
+        product = functools.partial(rows_product, dtype=self.dtype)
         *leading, width = features.shape
         features = features.reshape(-1, width)  # one axis of rows, as `matrix_product`
         logits = product(features, classifier["weight"])

@@ -24,6 +24,7 @@ from jaxdyn.distributed import Layout, shard_model
 from jaxdyn.distributed.mesh import ROWS
 from jaxdyn.distributed.rules import fitting
 from jaxdyn.dynamics import propagate, site_state
+from jaxdyn.dynamics.precision import in_float32
 from jaxdyn.kernels.gram import contract, factorize
 from jaxdyn.kernels.rows import Rows
 from jaxdyn.models import LanguageModel, ModelConfig
@@ -32,6 +33,7 @@ from jaxdyn.plan.demand import Program
 from jaxdyn.rollout import generate
 from jaxdyn.rollout.generate import cache_sizes
 from jaxdyn.rollout.sampling import sample_token
+from jaxdyn.train.frozen import held
 from jaxdyn.train.policy import UpdateBatch, policy_logps
 from jaxdyn.train.state import TrainState
 from jaxdyn.train.update import update
@@ -141,7 +143,15 @@ class Setting:
     @property
     def beside(self) -> dict[str, Any]:
         """What a run keeps on its devices beside the policy: moments, and the reference policy."""
-        return {"optimizer": self.moments, "reference": self.view}
+        return {"optimizer": self.moments, "reference": self.kept}
+
+    @functools.cached_property
+    def kept(self) -> Any:
+        """The reference policy, if the run has one."""
+        if not self.run.loss.beta:
+            return {}
+        dtype = self.run.model.frozen_dtype
+        return self.place(jax.eval_shape(lambda view: held(view, dtype), self.view))
 
     # -- the programs ---------------------------------------------------------------------------
 
@@ -198,18 +208,18 @@ class Setting:
                 self.model, view, UpdateBatch(**batch), temperature
             )
         )
-        lower = lambda: measure.lower(self.view, self.batch, self.number)
-        held = {"parameters": self.view, "optimizer": self.moments}
-        return Program("reference", lower, {"reference": self.view}, held)
+        lower = lambda: measure.lower(self.kept, self.batch, self.number)
+        beside = {"parameters": self.view, "optimizer": self.moments}
+        return Program("reference", lower, {"reference": self.kept}, beside)
 
     def update(self, stage: str) -> Program:
         """The update of the "classifier" stage or of the "joint" one."""
         run = self.run
         moving, frozen = trainable(run.optim, stage, self.params)  # type: ignore[arg-type]
         opt_state, features = self.optimizer(moving), None
-        held = {"reference": self.view}
+        beside = {"reference": self.kept}
         if stage == "classifier":
-            held["parameters"] = frozen["backbone"]
+            beside["parameters"] = frozen["backbone"]
             frozen = {part: tree for part, tree in frozen.items() if part != "backbone"}
             shape = (self.rows, self.slots[1], self.config.width)
             features = self.by_rows(*shape, dtype=self.model.dtype)
@@ -241,7 +251,7 @@ class Setting:
             "parameters": (moving, frozen),
             "optimizer": (opt_state, state.head_moment, state.head_share),
         }
-        return Program(name, lower, roles, held)
+        return Program(name, lower, roles, beside)
 
     def propagation(self) -> Program:
         probe = self.run.probe
@@ -258,7 +268,7 @@ class Setting:
             places, delta = Sites(**sites), jax.tree.map(jnp.subtract, after, before)
             share = delta["classifier"]["weight"] if self.config.tied else None
             state = site_state(self.model, after, places)
-            return state, propagate(self.model, before, delta, places, share)
+            return state, propagate(in_float32(self.model), before, delta, places, share)
 
         lower = lambda: measure.lower(self.view, self.view, sites)
         return Program("propagation", lower, {"parameters": (self.view, self.view)}, self.beside)
@@ -289,7 +299,7 @@ class Setting:
             self.rollout(),
             self.prefill(),
             self.decode(),
-            self.reference(),
+            *([self.reference()] if self.run.loss.beta else []),
             self.update("classifier"),
             self.update("joint"),
             self.propagation(),

@@ -6,9 +6,10 @@ apart): the state comes from the newest checkpoint, everything else from the ste
 preempted run's ledger has a segment more, since it is saved at a step of its own.
 """
 
+import dataclasses
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 
@@ -19,6 +20,7 @@ from jaxdyn.optim import Stage, stage_at, stages
 from jaxdyn.paths import AnyPath, open_path, require_writable
 from jaxdyn.train.checkpoint import Checkpoints, require_finite
 from jaxdyn.train.evaluate import evaluate, sweep_temperatures
+from jaxdyn.train.frozen import reference_of
 from jaxdyn.train.preemption import Preemption
 from jaxdyn.train.probe import Probe, RunLedger, remember
 from jaxdyn.train.progress import Progress
@@ -65,29 +67,47 @@ def run(
     ):
         progress = progress or Progress()
         say_about_data(task, progress)
-        state = train(task, plan, directory, checkpoints, progress)
+        begun = begin(task, directory, checkpoints)
+        # From here on the start is wanted as a reference at most: what else it takes is freed.
+        task = dataclasses.replace(task, params=reference_of(task.params, config) or {})
+        state = train(task, plan, begun, directory, checkpoints, progress)
         if at_end is not None:
             at_end(task, state, directory)
     return directory.path
 
 
-def train(
-    task: Task,
-    plan: tuple[Stage, ...],
-    directory: RunDirectory,
-    checkpoints: Checkpoints,
-    progress: Progress,
-) -> TrainState:
-    """The loop, from the newest checkpoint or the start; returns the last state."""
-    config, take = task.config, STEPS[task.config.kind]
-    state, position = begin_or_resume(task, config, checkpoints)
-    probe = Probe(task) if config.probe.every else None
+class Begun(NamedTuple):
+    """Where a run stands as the loop begins, and its probe if it has one."""
+
+    state: TrainState
+    position: dict[str, Any]
+    probe: Probe | None
+
+
+def begin(task: Task, directory: RunDirectory, checkpoints: Checkpoints) -> Begun:
+    """The newest checkpoint, or the start, which is recorded."""
+    state, position = begin_or_resume(task, task.config, checkpoints)
+    probe = Probe(task) if task.config.probe.every else None
     if checkpoints.steps():
         directory.rewind(position["step"])
     else:
         directory.rewind(-1)
         record_start(task, probe, directory)
+    return Begun(state, position, probe)
 
+
+def train(
+    task: Task,
+    plan: tuple[Stage, ...],
+    begun: Begun,
+    directory: RunDirectory,
+    checkpoints: Checkpoints,
+    progress: Progress,
+) -> TrainState:
+    """The loop; returns the last state."""
+    config, take = task.config, STEPS[task.config.kind]
+    state, position, probe = begun
+    del begun  # updates donate the state
     ledger = None
     if probe and config.probe.ledger:
         kept = directory.read("ledger.jsonl")

@@ -1,6 +1,5 @@
 """The probe of a run: its fixed sites, and what is measured there."""
 
-import dataclasses
 from typing import Any
 
 import jax
@@ -16,6 +15,7 @@ from jaxdyn.dynamics import (
 )
 from jaxdyn.dynamics.ledger_path import feature_account
 from jaxdyn.dynamics.observables import QUANTITIES, At
+from jaxdyn.dynamics.precision import in_float32
 from jaxdyn.hosts import fetch
 from jaxdyn.rollout import step_key
 from jaxdyn.train.experience import gather_experience
@@ -82,9 +82,7 @@ class RunLedger:
 
     def __init__(self, probe: Probe, params: Params, step: int, kept: list[dict[str, Any]]):
         self._probe, self.step, self._kept = probe, step, kept
-        # From features on in float32 or better: a bfloat16 product's rounding is no change.
-        self._dtype = jnp.promote_types(probe.model.dtype, jnp.float32)
-        self._model = dataclasses.replace(probe.model, dtype=self._dtype)
+        self._model = in_float32(probe.model)  # as the probe measures
         self._last = self._look(params)
 
     def close(self, params: Params, step: int, state: SiteState | None = None) -> dict[str, Any]:
@@ -136,7 +134,7 @@ class RunLedger:
     def _look(self, params: Params, state: SiteState | None = None) -> tuple[Params, jax.Array]:
         state = self._probe.look(params) if state is None else state
         head = self._probe.model.view(policy_of(params))["classifier"]
-        return jax.tree.map(jnp.copy, head), state.features.astype(self._dtype)
+        return jax.tree.map(jnp.copy, head), state.features
 
 
 def remember(state: TrainState) -> Params:

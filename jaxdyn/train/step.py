@@ -21,6 +21,7 @@ from jaxdyn.optim import Stage, learning_rate, merge, trainable
 from jaxdyn.rl import ScoredBatch, drop_truncated, estimate_advantages
 from jaxdyn.rollout import step_key, trim
 from jaxdyn.train.experience import Experience, experience_metrics, gather_experience
+from jaxdyn.train.frozen import reference_of
 from jaxdyn.train.pmap import pmap_update
 from jaxdyn.train.policy import Policy, UpdateBatch, ValueTargets, batch_features, batch_values
 from jaxdyn.train.state import TrainState
@@ -136,13 +137,15 @@ def make_batch(
     if features is None and loss.critic:
         features = batch_features(model, state.params["backbone"], sequences)
     policy = Policy(model, state.params, features)
-    # In a classifier stage the body is still the reference's, and so are the features.
-    reference = Policy(model, task.params, features if stage.name == "classifier" else None)
 
     values = batch_values(state.params["value"], features) if loss.critic else None
     wants_old = config.train.num_iterations > 1 or loss.kl_placement == "reward"
     old = policy.logps(sequences, temperature) if wants_old else None
-    ref = reference.logps(sequences, temperature) if loss.beta else None
+    ref, reference = None, reference_of(task.params, config)
+    if reference is not None:
+        # In a classifier stage the body is still the reference's, and so are the features.
+        known = features if stage.name == "classifier" else None
+        ref = Policy(model, reference, known).logps(sequences, temperature)
     advantages, returns = estimate_advantages(
         config.advantage,
         loss,

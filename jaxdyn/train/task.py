@@ -22,6 +22,7 @@ from jaxdyn.models import (
 from jaxdyn.rewards import RewardOutput, make_reward
 from jaxdyn.rollout import step_key
 from jaxdyn.sections import ModelSource
+from jaxdyn.train.frozen import with_frozen
 from jaxdyn.train.pmap import require_copies
 from jaxdyn.types import JaxdynError, Params
 
@@ -43,9 +44,10 @@ Told = TypeVar("Told", bound=Config)
 class Task(LoadedModel, Generic[Told]):
     """A configuration and what it names: the model, training and held-out prompts, rewards.
 
-    `params` are where training starts, and the reference of the KL penalty. `overlong` counts the
-    prompts of each split that were too long, and dropped or to be cut (`data.overlong`);
-    `left_out`, the rows of a public data set that are of no use.
+    `params` are where training starts; once it has begun they are the reference of the KL penalty
+    alone, and nothing without one (`jaxdyn.train.frozen`). `overlong` counts the prompts of each
+    split that were too long, and dropped or to be cut (`data.overlong`); `left_out`, the rows of a
+    public data set that are of no use.
     """
 
     config: Told
@@ -132,6 +134,7 @@ def load_model(config: Config) -> LoadedModel:
     with host_memory() if layout.mesh.size > 1 else contextlib.nullcontext():
         model, params, tokenizer = open_model(config.model)
         model, params = with_adapters(model, params, config)
+        params = with_frozen(params, config)
     platform = layout.mesh.devices.flat[0].platform
     model = shard_model(model, layout.mesh) if layout.mesh.size > 1 else model.on(platform)
     placed = layout.place(params)

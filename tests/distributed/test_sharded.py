@@ -13,6 +13,9 @@ import pytest
 from jaxdyn import kernels
 from jaxdyn.distributed import Layout, make_mesh, one_device, shard_model
 from jaxdyn.dynamics import ledger, measure_state, measure_update, site_state
+from jaxdyn.kernels.contractions import row_bytes
+from jaxdyn.kernels.gram import factorize
+from jaxdyn.kernels.rows import site_rows
 from jaxdyn.models import LanguageModel, LoraConfig, add_adapters, gpt_neox
 from jaxdyn.optim import OptimConfig, make_optimizer, trainable
 from jaxdyn.rl import LossConfig
@@ -257,6 +260,39 @@ def test_kernels_on_a_mesh():
         )
     for x, y in zip(*map(jax.tree.leaves, results), strict=True):
         np.testing.assert_allclose(np.asarray(x), np.asarray(y), rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.slow
+def test_a_budget_is_each_devices_and_rows_are_shared():
+    """Where one device makes tiles of two rows, a row on each of four does; so a whole pass is as
+    large as its share says, by the compiler's account."""
+    tiles, kernel = [], []
+    for sizes in (None, (2, 2, 2)):
+        model, _, params = placed("untied", sizes)
+        sites = sites_of(one_device(), 64)
+        slots, rows = sites.tokens.shape[1], model.row_shards
+        held, working = row_bytes(model, slots, 1, 1)
+        done: list[tuple[int, int]] = []
+        found = kernels.log_prob_kernel(
+            model,
+            params,
+            sites,
+            method="gram",
+            memory_budget=2 * (2 * held + working),
+            progress=lambda *at, done=done: done.append(at),
+        )
+        tiles.append(done[-1][1])
+        kernel.append(found)
+    count = len(sites.rows)
+    strips = [count, -(-count // 4)]
+    assert tiles == [n * (n + 1) // 2 for n in strips]
+    for x, y in zip(*map(jax.tree.leaves, kernel), strict=True):
+        np.testing.assert_allclose(np.asarray(x), np.asarray(y), rtol=1e-9, atol=1e-9)
+
+    of_sites = site_rows(model, sites, "sites").take(0, rows)
+    lowered = factorize.lower(model, model.view(params), None, of_sites)
+    account = lowered.compile().memory_analysis()
+    assert account.output_size_in_bytes + account.temp_size_in_bytes <= held + working
 
 
 def test_a_ledger_on_a_mesh():

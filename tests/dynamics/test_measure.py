@@ -1,5 +1,7 @@
 """The probe's figures against plain numpy."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,7 +9,13 @@ import oracles
 import pytest
 
 from jaxdyn import kernels
-from jaxdyn.dynamics import ProbeConfig, measure_state, measure_update, site_state
+from jaxdyn.dynamics import (
+    ProbeConfig,
+    measure_state,
+    measure_update,
+    site_features,
+    site_state,
+)
 from jaxdyn.types import JaxdynError, Sites
 
 
@@ -68,6 +76,45 @@ def test_update_figures_equal_numpy(x64):
     np.testing.assert_allclose(scalars["delta/correlation"], np.corrcoef(predicted, change)[0, 1])
     share = arrays["gradient"] @ predicted / (predicted @ predicted)
     np.testing.assert_allclose(scalars["delta/share/gradient"], share)
+
+
+def test_a_run_in_bfloat16_is_measured_in_float32():
+    """Of steps of 1e-5 a bfloat16 pass sees nothing but its rounding; what is measured is what
+    float32 computing measures, bit for bit."""
+    model, params = oracles.tiny_model("gpt_neox-tied", jnp.float32)
+    narrow = dataclasses.replace(model, dtype=jnp.bfloat16)
+    rng = np.random.default_rng(0)
+    sign = lambda x: jnp.asarray(rng.choice([-1e-5, 1e-5], x.shape), jnp.float32)
+    after = jax.tree.map(lambda x: x + sign(x), params)
+    sites = oracles.tiny_sites()
+    logits = lambda m, p: m.logits(
+        m.view(p)["classifier"], site_features(m, m.view(p)["backbone"], sites)
+    )
+    rough = logits(narrow, after) - logits(narrow, params)
+    exact = logits(model, after) - logits(model, params)
+    assert np.corrcoef(rough.ravel(), exact.ravel())[0, 1] < 0.5
+
+    found = measure_update(narrow, params, after, sites)
+    assert found.scalars["delta/correlation"] > 0.99
+    assert found.scalars["delta/residual/rms"] < 0.05 * found.scalars["delta/predicted/rms"]
+    same = measure_update(model, params, after, sites)
+    for part, x in same.arrays.items():
+        np.testing.assert_array_equal(found.arrays[part], x)
+    states = site_state(narrow, params, sites), site_state(model, params, sites)
+    for got, wanted in zip(*map(jax.tree.leaves, states), strict=True):
+        np.testing.assert_array_equal(got, wanted)
+
+
+def test_what_is_measured_multiplies_in_float32_on_every_device():
+    """A GPU's default are ten bits, a TPU's eight; on the CPU only the program says so."""
+    model, params = oracles.tiny_model("llama-tied", jnp.float32)
+    half = dataclasses.replace(model, dtype=jnp.bfloat16)
+    sites = oracles.tiny_sites()
+    for given in (model, half):
+        measure = jax.jit(lambda params, given=given: site_state(given, params, sites))
+        text = measure.lower(params).as_text()
+        dots = [line for line in text.splitlines() if "dot_general" in line]
+        assert dots and all("precision = [HIGHEST, HIGHEST]" in line for line in dots)
 
 
 def test_an_update_that_moves_nothing_has_no_shares():

@@ -20,6 +20,7 @@ import kernels
 import ledger
 import numpy as np
 import plans
+import precision
 import pytest
 import rl_step
 import rollout
@@ -137,6 +138,17 @@ def test_ledger(run):
     nodes, whole = found["ledger_nodes_toy"], found["ledger_whole_toy"]
     assert len(nodes["medians"]) == 4 and all(x > 0 for x in nodes["medians"].values())
     assert whole["nodes"] >= 3 and whole["residual"]["log_prob"] < 0.01
+
+
+@pytest.mark.slow
+def test_precision(run):
+    """Of a random toy: float32's errors, bfloat16's, and none of weights rounded before or after."""
+    shape = ["--prompts", "1", "--generations", "2", "--length", "6", "--sites", "1"]
+    found = run(precision, "passes", "frozen", *shape)
+    for error in found["precision_passes"]["errors"].values():
+        assert error["float32"] < 1e-5 < 1e-3 < error["bfloat16"] < 0.1
+    frozen = found["precision_frozen"]["errors"]
+    assert all(error["bfloat16"] == 0 != error["float32"] for error in frozen.values())
 
 
 @pytest.mark.slow

@@ -36,6 +36,19 @@ def test_tile_size_fills_the_budget():
         size((10, 10), square=True, budget=169)
 
 
+def test_rows_that_devices_share_count_on_one_of_them():
+    """Of four devices each holds a quarter of a tile, whose size they divide."""
+    size = functools.partial(memory.tile_size, held=70, working=30, shards=4)
+    assert size((10, 10), square=True, budget=300) == 12  # three rows a device, two of them again
+    assert size((10, 10), square=True, budget=299) == 4
+    assert size((10, 30), square=False, budget=4 * 170) == 16
+    with pytest.raises(JaxdynError, match=r"too small for one site.* 170 bytes.* got 169"):
+        size((10, 10), square=True, budget=169)
+    at_once = functools.partial(memory.rows_at_once, "row", each=100, beside=50, shards=4)
+    assert [at_once(n, budget=250) for n in (1, 8, 9, 30)] == [4, 8, 8, 8]
+    assert at_once(30, budget=450) == 16
+
+
 def prepared(tiles, square):
     """How many sets are made when no more than a pair's are held."""
     held, count = set(), 0

@@ -63,5 +63,5 @@ def test_the_largest_batch_of_two_lines(room, prompts):
 
 def test_the_options_have_a_runs_defaults():
     run = planned_run(PlanOptions("tiny"))
-    own = dataclasses.replace(type(run)(), model=run.model)
+    own = dataclasses.replace(type(run)(), model=run.model, loss=run.loss)
     assert run == own and run.model.remat == type(run)().model.remat

@@ -289,6 +289,7 @@ class Chain(Model):
     steps: ClassVar[list[int]] = []
     dtype: ClassVar = jnp.float32
     shards: ClassVar[int] = 1
+    row_shards: ClassVar[int] = 1
 
     def view(self, params):
         return params

@@ -1,0 +1,47 @@
+"""Weights that do not move, held in `model.frozen_dtype`.
+
+They are those that no stage of a run moves (a frozen half, what adapters are beside, the body of a
+schedule with a classifier stage alone), and the reference policy, none of which moves. Of these the
+matrices are rounded; scales and biases, a thousandth of the bytes, stay. A pass in bfloat16 rounds
+its matrices anyway, so that held in bfloat16 they give the same numbers, bit for bit.
+"""
+
+import jax.numpy as jnp
+from flax.traverse_util import flatten_dict, unflatten_dict
+
+from jaxdyn.config import Config, RunConfig
+from jaxdyn.optim import StageName, merge, stages, trainable
+from jaxdyn.types import Params
+
+MATRICES = ("kernel", "embedding", "weight", "lora_a", "lora_b")
+
+
+def held(params: Params, dtype: str) -> Params:
+    """The parameters with their matrices in `dtype`; those that are in it already are not copied.
+
+    Leaves may also be shapes.
+    """
+    leaves = flatten_dict(params, keep_empty_nodes=True)
+    wanted = jnp.dtype(dtype)
+    if wanted == jnp.float32:
+        return params
+    return unflatten_dict(
+        {p: x.astype(wanted) if p[-1] in MATRICES else x for p, x in leaves.items()}
+    )
+
+
+def with_frozen(params: Params, config: Config) -> Params:
+    """The parameters with which a run starts; what no stage of it moves as `model.frozen_dtype`."""
+    optim = config.optim
+    plan = stages(optim.schedule, config.train.steps, optim.classifier_steps)
+    # Joint training moves all that a classifier stage moves.
+    last: StageName = "joint" if any(stage.name == "joint" for stage in plan) else "classifier"
+    moving, frozen = trainable(optim, last, params)
+    return merge(moving, held(frozen, config.model.frozen_dtype))
+
+
+def reference_of(params: Params, config: Config) -> Params | None:
+    """The reference of the KL, of the parameters with which a run starts; None where β is 0."""
+    if not isinstance(config, RunConfig) or not config.loss.beta:
+        return None
+    return held(params, config.model.frozen_dtype)
