@@ -23,7 +23,8 @@ def positions_of(mask: Bool[Array, "B T"]) -> Int[Array, "B T"]:
 def _output_shapes(module: Backbone) -> Params:
     """What every opened layer gives for one slot of one sequence."""
     one = jnp.zeros((1, 1), jnp.int32)
-    started = jax.eval_shape(module.init, jax.random.key(0), one, one, one[None, None] == 0)
+    masks = LanguageModel(module.config)._visible(one == 0)
+    started = jax.eval_shape(module.init, jax.random.key(0), one, one, masks)
     return started["perturbations"]
 
 
