@@ -150,6 +150,7 @@ def _named(parts: dict[str, Observed]) -> dict[str, jax.Array]:
 
 
 @functools.partial(jax.jit, static_argnums=0)
+@jax.named_scope("ledger")
 def feature_account(
     model: Model,
     before: tuple[Params, jax.Array],
