@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import pytest
 import roofline
 from peers.protocol import SHAPES
-from test_benchmarks import stub, untyped  # noqa: F401
+from test_benchmarks import stub
 
 TOY = SHAPES["toy"]
 RATES = roofline.Rates("float32", flops=1e9, bytes=1e8, kernels=1e5)
