@@ -56,6 +56,27 @@ def test_kernels_and_bytes_of_a_loop_are_counted_as_often_as_it_runs():
     assert row["own_bytes"] >= 2 * 16 * 16 * 4 and "measured_peak" not in row
 
 
+FUSED = """HloModule two, entry_computation_layout={(f32[8]{0})->f32[8]{0}}
+
+%both (p: f32[8]) -> f32[8] {
+  %p = f32[8]{0} parameter(0)
+  %sine = f32[8]{0} sine(%p)
+  ROOT %twice = f32[8]{0} add(%sine, %sine)
+}
+
+ENTRY %main (x: f32[8]) -> f32[8] {
+  %x = f32[8]{0} parameter(0)
+  %one = f32[8]{0} fusion(%x), kind=kLoop, calls=%both
+  ROOT %two = f32[8]{0} copy(%one)
+}
+"""
+
+
+def test_a_fusion_is_one_kernel():
+    cost = roofline.Kernels(FUSED, 1, max).cost()
+    assert cost.uncounted[roofline.KERNEL] == 2 and cost.bytes == 4 * 8 * 4
+
+
 def test_a_carried_state_is_donated_and_goes_on():
     add = jax.jit(lambda state, x: (state + x, state), donate_argnums=0)
     row = roofline.program("add", add, (jnp.zeros(8), 1.0), rates=RATES, rounds=2, carried=True)
