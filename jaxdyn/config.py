@@ -27,11 +27,13 @@ class Config:
     Attributes:
       output: the run's directory; the same command goes on with a run that was stopped.
       seed: of the data's order and of every random draw.
+      profile: steps of which a profiler's trace is left in the run's `profile`.
     """
 
     kind: Annotated[str, tyro.conf.Suppress]
     output: str
     seed: int = 0
+    profile: tuple[int, ...] = ()
     model: ModelSource = ModelSource()
     data: DataConfig = DataConfig()
     reward: RewardConfig = RewardConfig()
@@ -44,7 +46,7 @@ class Config:
     mesh: MeshConfig = MeshConfig()
 
     def __post_init__(self):
-        at_least(0, self, "", "seed")
+        at_least(0, self, "", "seed", "profile")
 
     @property
     def title(self) -> str:
@@ -69,6 +71,7 @@ class RunConfig(Config):
     Attributes:
       output: the run's directory; the same command goes on with a run that was stopped.
       seed: of the data's order and of every random draw.
+      profile: steps of which a profiler's trace is left in the run's `profile`.
     """
 
     kind: Annotated[Literal["rl"], tyro.conf.Suppress] = "rl"
@@ -98,6 +101,7 @@ class SFTConfig(Config):
     Attributes:
       output: the run's directory; the trained model is left in its `model`.
       seed: of the data's order and of every random draw.
+      profile: steps of which a profiler's trace is left in the run's `profile`.
     """
 
     kind: Annotated[Literal["sft"], tyro.conf.Suppress] = "sft"

@@ -174,6 +174,21 @@ def cost_of(function: Any, arguments: tuple, static: dict[str, Any]) -> Cost:
 
 def joint_update_cost(shape: Shape, architecture: str, remat: Remat, microbatches: int) -> Cost:
     """The joint update's cost from shapes alone: nothing is allocated or run."""
+    return cost_of(*joint_update(shape, architecture, remat, microbatches))
+
+
+def model_flops(shape: Shape, architecture: str) -> float:
+    """Flops of the products that a joint update needs, nothing of it twice.
+
+    They are counted in float32, in which attention is a few plain products on every platform.
+    """
+    wide = dataclasses.replace(shape, dtype="float32")
+    function, arguments, static = joint_update(wide, architecture, "none", 1)
+    return products(function.trace(*arguments, **static).jaxpr)
+
+
+def joint_update(shape: Shape, architecture: str, remat: Remat, microbatches: int) -> tuple:
+    """The jitted update, its arguments' shapes, its static arguments."""
     model = model_of(shape, architecture, remat)
     config = config_of(shape, microbatches=microbatches)
     params = jax.eval_shape(model.init, jax.random.key(0))
@@ -189,7 +204,7 @@ def joint_update_cost(shape: Shape, architecture: str, remat: Remat, microbatche
         ref_per_token_logps=array("float32", rows, completion),
     )
     scalars = array("float32"), array("float32")
-    return cost_of(update, (state, {}, batch, None, *scalars), static_of(model, config))
+    return update, (state, {}, batch, None, *scalars), static_of(model, config)
 
 
 def products(jaxpr: Any, trips: bool = True) -> float:

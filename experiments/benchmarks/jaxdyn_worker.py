@@ -1,6 +1,6 @@
 """jaxdyn: RL steps, or `generate` alone, on a random model of any shape.
 
-python jaxdyn_worker.py SHAPE step|generate llama|gpt_neox
+python jaxdyn_worker.py SHAPE step|generate llama|gpt_neox [remat]
 """
 
 import sys
@@ -44,7 +44,7 @@ def learn(shape, task):
 
 
 def main():
-    task = engine.task_of(runner.shape, sys.argv[3])
+    task = engine.task_of(runner.shape, *sys.argv[3:])
     runner.ready(
         versions={"jax": jax.__version__},
         device=jax.devices()[0].device_kind,

@@ -155,6 +155,7 @@ def _named(parts: dict[str, Observed]) -> dict[str, jax.Array]:
 
 @functools.partial(jax.jit, static_argnums=0)
 @exact_products
+@jax.named_scope("ledger")
 def feature_account(
     model: Model,
     before: tuple[Params, jax.Array],

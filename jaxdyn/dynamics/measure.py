@@ -75,6 +75,7 @@ class UpdateMeasures:
 
 @functools.partial(jax.jit, static_argnames="model")
 @exact_products
+@jax.named_scope("probe")
 def site_state(model: Model, params: Params, sites: Sites) -> SiteState:
     """Features and log-probs at the sites, of a float32 pass or better."""
     model = in_float32(model)
@@ -95,6 +96,7 @@ def _wide(x: jax.Array) -> jax.Array:
 
 @jax.jit
 @exact_products
+@jax.named_scope("probe")
 def _state_arrays(state, sites, start, reference):
     """Per-site figures, matrices over pairs of sites [N, N], and the classifier's figures."""
     log_probs, phi, before = state.log_probs, _wide(state.features), _wide(start.features)
@@ -131,6 +133,7 @@ def _state_arrays(state, sites, start, reference):
 
 
 @jax.jit
+@jax.named_scope("probe")
 def _feature_figures(inner, gram, start_gram):
     """Of n sites' features, from their matrices [n, n]."""
     values = spectrum(inner)
@@ -145,6 +148,7 @@ def _feature_figures(inner, gram, start_gram):
 
 @functools.partial(jax.jit, static_argnames="model")
 @exact_products
+@jax.named_scope("probe")
 def _update_arrays(model, before, after, sites, head_share, state):
     """First-order and actual Δ log π of the targets [N], and sums over the vocabulary."""
     model = in_float32(model)

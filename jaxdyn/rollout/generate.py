@@ -91,6 +91,7 @@ def generate(
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
+@jax.named_scope("rollout")
 def _generate(model, generations, length, harvest, params, prompts, key, filters, ends):
     view, (stop_ids, pad_id) = model.view(params), ends
     per_generation = lambda x: jnp.repeat(x, generations, axis=0)
@@ -100,9 +101,10 @@ def _generate(model, generations, length, harvest, params, prompts, key, filters
 
     # The prompts' cache is read by all their generations; each has one for its own tokens, which
     # grows with them, since a step reads all of it.
-    prompt_features, prompt_cache = model.prefill(
-        view["backbone"], prompts.prompt_ids, prompts.prompt_mask
-    )
+    with jax.named_scope("prefill"):
+        prompt_features, prompt_cache = model.prefill(
+            view["backbone"], prompts.prompt_ids, prompts.prompt_mask
+        )
     own = lambda x: jnp.zeros((x.shape[0], rows, x.shape[2], 0, x.shape[4]), x.dtype)
 
     def draw(state, features):
@@ -124,6 +126,7 @@ def _generate(model, generations, length, harvest, params, prompts, key, filters
         t, cache, _, alive, *_ = state
         return (t < length) & (t <= cache.keys.shape[3]) & alive.any()
 
+    @jax.named_scope("decode")
     def advance(state):
         """Write token t - 1 to its cache slot, then draw token t from its features."""
         t, cache, token, *rest = state

@@ -4,8 +4,10 @@ The prompts and the key are the same at every evaluation, so that two policies d
 are and not by their luck. Intervals are over prompts (`dynamics.sampling.mean_with_interval`).
 """
 
+import functools
 from typing import Any
 
+import jax
 import numpy as np
 from jaxtyping import Float
 
@@ -34,6 +36,7 @@ Sampled = tuple[Experience, dict[str, float]]
 """Completions of the held-out prompts, and what is measured of them."""
 
 
+@functools.partial(jax.profiler.annotate_function, name="evaluation")
 def evaluate(task: Task, params: Params, directory: RunDirectory, step: int) -> Sampled:
     """Sample the held-out prompts, keep the completions; what is measured of them."""
     experience, measured = sample_held_out(task, params)

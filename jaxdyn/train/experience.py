@@ -1,6 +1,7 @@
 """A batch of experience: completions that the policy sampled, their texts, and their rewards."""
 
 import dataclasses
+import functools
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -55,6 +56,7 @@ class Experience:
         ]
 
 
+@functools.partial(jax.profiler.annotate_function, name="rollout")
 def gather_experience(
     task: Task,
     params: Params,
@@ -100,6 +102,7 @@ def gather_experience(
     )
 
 
+@functools.partial(jax.profiler.annotate_function, name="reward")
 def score(
     reward: Callable[..., RewardOutput],
     prompts: list[str],

@@ -23,6 +23,7 @@ from jaxdyn.train.evaluate import evaluate, sweep_temperatures
 from jaxdyn.train.frozen import reference_of
 from jaxdyn.train.preemption import Preemption
 from jaxdyn.train.probe import Probe, RunLedger, remember
+from jaxdyn.train.profile import profiled, require_steps
 from jaxdyn.train.progress import Progress
 from jaxdyn.train.run_directory import RunDirectory
 from jaxdyn.train.sft import take_supervised_step
@@ -57,6 +58,7 @@ def run(
       Preempted: after SIGTERM, once the step in progress is saved.
     """
     plan = plan_of(config)
+    require_steps(config.profile, plan[-1].end)
     require_writable(open_path(config.output))
     task = open_task(config)
     require_untied(task, plan)
@@ -118,7 +120,7 @@ def train(
         last = first
     title = f"{directory.path.name} · {config.title}"
     with progress.start(title, last, first), Preemption() as preemption:
-        for step in range(first, last):
+        for step in profiled(range(first, last), config.profile, directory.local / "profile"):
             stage = stage_at(plan, step)
             if step == stage.start > 0:
                 state = begin_stage(task.layout, config.optim, stage, state)

@@ -82,6 +82,7 @@ def completion_statistics(
 
 
 @functools.partial(jax.jit, static_argnames="model")
+@jax.named_scope("reference")
 def classifier_logps(
     model: Model, params: Params, features: jax.Array, ids: jax.Array, temperature: ArrayLike
 ) -> Float[Array, "B C"]:
@@ -91,6 +92,7 @@ def classifier_logps(
 
 
 @functools.partial(jax.jit, static_argnames="model")
+@jax.named_scope("reference")
 def policy_logps(
     model: Model, params: Params, batch: Sequences, temperature: ArrayLike
 ) -> Float[Array, "B C"]:

@@ -1,5 +1,6 @@
 """The probe of a run: its fixed sites, and what is measured there."""
 
+import functools
 from typing import Any
 
 import jax
@@ -44,15 +45,18 @@ class Probe:
         """Whether the update of `step` is to be measured."""
         return self.config.every > 0 and (step + 1) % self.config.every == 0
 
+    @functools.partial(jax.profiler.annotate_function, name="probe")
     def measure_state(self, params: Params) -> Measured:
         """The policy at the sites."""
         found = measure_state(self.model, policy_of(params), self.sites, self.start, self.start)
         return found.scalars, found.arrays
 
+    @functools.partial(jax.profiler.annotate_function, name="probe")
     def look(self, params: Params) -> SiteState:
         """Features and log-probs at the sites."""
         return site_state(self.model, policy_of(params), self.sites)
 
+    @functools.partial(jax.profiler.annotate_function, name="probe")
     def measure(
         self, before: Params, state: TrainState, after: SiteState | None = None
     ) -> Measured:
@@ -85,6 +89,7 @@ class RunLedger:
         self._model = in_float32(probe.model)  # as the probe measures
         self._last = self._look(params)
 
+    @functools.partial(jax.profiler.annotate_function, name="ledger")
     def close(self, params: Params, step: int, state: SiteState | None = None) -> dict[str, Any]:
         """The segment up to the parameters with which `step` begins; the next begins there.
 

@@ -61,8 +61,10 @@ class RunDirectory(Closing):
         self.dynamics.mkdir(exist_ok=True)
 
     def _require_same(self, config: Any, saved: AnyPath) -> None:
-        # A run may go on elsewhere: where its arrays lie is no part of what it is.
-        earlier = dataclasses.replace(load_config(type(config), saved), mesh=config.mesh)
+        # A run may go on elsewhere: where its arrays lie is no part of what it is, nor what is
+        # looked at.
+        elsewhere = {"mesh": config.mesh, "profile": config.profile}
+        earlier = dataclasses.replace(load_config(type(config), saved), **elsewhere)
         if earlier != config:
             raise JaxdynError(
                 f"{self.path} already holds another run ({differences(earlier, config)}); "

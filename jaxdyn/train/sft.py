@@ -29,6 +29,7 @@ Encoded = tuple[jax.Array, jax.Array, jax.Array]
 @functools.partial(
     jax.jit, static_argnames=("model", "optim", "microbatches"), donate_argnames="state"
 )
+@jax.named_scope("update")
 def supervised_update(
     state: TrainState,
     frozen: Params,
@@ -74,17 +75,19 @@ def take_supervised_step(task: Task, state: TrainState, stage: Stage, step: int)
         config.train.max_prompt_length if task.cuts else None,
     )
     state, frozen = split_state(task, state, stage)
-    state, measured = supervised_update(
-        state,
-        frozen,
-        task.layout.rows(encoded),
-        np.float32(rate),
-        model=task.model,
-        optim=config.optim.rule,
-        microbatches=config.train.microbatches,
-    )
+    with jax.profiler.TraceAnnotation("update"):
+        state, measured = supervised_update(
+            state,
+            frozen,
+            task.layout.rows(encoded),
+            np.float32(rate),
+            model=task.model,
+            optim=config.optim.rule,
+            microbatches=config.train.microbatches,
+        )
+        measured = fetch(measured)
     metrics = {
-        **{name: float(value) for name, value in fetch(measured).items()},
+        **{name: float(value) for name, value in measured.items()},
         **progress_of(task, stage, step, rate),
         "step_time": time.perf_counter() - began,
     }

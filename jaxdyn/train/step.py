@@ -120,6 +120,7 @@ def progress_of(task: Task, stage: Stage, step: int, rate: float) -> dict[str, A
     }
 
 
+@functools.partial(jax.profiler.annotate_function, name="reference")
 def make_batch(
     task: Task[RunConfig], state: TrainState, stage: Stage, experience: Experience
 ) -> tuple[UpdateBatch, jax.Array | None]:
@@ -172,6 +173,7 @@ def make_batch(
     return batch, features if stage.name == "classifier" else None
 
 
+@functools.partial(jax.profiler.annotate_function, name="update")
 def run_epochs(
     task: Task[RunConfig], state: TrainState, stage: Stage, prepared: Prepared
 ) -> tuple[TrainState, dict[str, jax.Array]]:

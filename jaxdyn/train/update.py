@@ -133,6 +133,7 @@ def policy_objective(
     return value, jax.tree.map(jax.lax.stop_gradient, metrics)
 
 
+@jax.named_scope("update")
 def take_update(
     state: TrainState,
     frozen: Params,

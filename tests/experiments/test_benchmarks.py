@@ -14,7 +14,6 @@ import compilation
 import harness
 import interleave
 import jax
-import jaxtyping
 import kernel_cases
 import kernels
 import ledger
@@ -172,14 +171,6 @@ def test_a_peer_with_other_numbers_ends_the_benchmark():
 
 def settings(*words: str) -> tuple[str, ...]:
     return "--shape", "toy", "--rounds", "2", "--warm-up", "1", *words
-
-
-@pytest.fixture
-def untyped():
-    """Lowering puts descriptions into a batch where its types want arrays."""
-    jaxtyping.config.update("jaxtyping_disable", True)
-    yield
-    jaxtyping.config.update("jaxtyping_disable", False)
 
 
 @pytest.mark.slow

@@ -51,9 +51,9 @@ SHAPES = {
 }
 
 
-def add_shape_arguments(parser: argparse.ArgumentParser) -> None:
-    """`--shape NAME`, and a flag for each size that differs from it."""
-    parser.add_argument("--shape", default="small", choices=SHAPES)
+def add_shape_arguments(parser: argparse.ArgumentParser, **shape) -> None:
+    """`--shape NAME` (with other options of its own), and a flag for each size that differs."""
+    parser.add_argument("--shape", **{"default": "small", "choices": SHAPES, **shape})
     for field in dataclasses.fields(Shape):
         flag = "--" + field.name.replace("_", "-")
         parser.add_argument(flag, type=field.type, help="instead of the named shape's")
