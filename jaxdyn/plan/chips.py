@@ -101,9 +101,9 @@ def shape_of(name: str) -> tuple[Chip, tuple[int, ...]]:
         form = re.fullmatch(r"(?:([1-9]\d{0,3})x)?(\d)", arrangement)
         hosts, each = form.groups() if form and mark == ":" else (1, 0)
         if int(each) not in HOSTS:
-            sizes = ", ".join(map(str, HOSTS))
+            listed = ", ".join(map(str, HOSTS))
             raise JaxdynError(
-                f"no topology {name!r}; of {kind} there are {kind}:{sizes} on a host, and hosts of "
+                f"no topology {name!r}; of {kind} there are {kind}:{listed} on a host, and hosts of "
                 f"them, as in {kind}:2x8"
             )
         return chip, (int(hosts or 1), int(each))

@@ -34,7 +34,7 @@ class Processors(NamedTuple):
     Attributes:
       name: JAX's of the device.
       capability: of CUDA.
-      count: streaming multiprocessors.
+      cores: streaming multiprocessors.
       lanes: float32 units of each.
       shared: bytes of shared memory of each; a block may have 1 KiB less.
       cache: bytes of L2.
@@ -43,7 +43,7 @@ class Processors(NamedTuple):
 
     name: str
     capability: tuple[int, int]
-    count: int
+    cores: int
     lanes: int
     shared: int
     cache: int
@@ -116,7 +116,7 @@ device_description_str: "{processors.name}"
 dnn_version_info {{ major: {dnn[0]} minor: {dnn[1]} patch: {dnn[2]} }}
 gpu_device_info {{
   cuda_compute_capability {{ major: {capability[0]} minor: {capability[1]} }}
-  core_count: {processors.count}
+  core_count: {processors.cores}
   fpus_per_core: {processors.lanes}
   clock_rate_ghz: {processors.clock}
   shared_memory_per_core: {processors.shared}

@@ -193,7 +193,7 @@ def groups_of(one: Instruction, devices: int) -> np.ndarray:
         return np.arange(math.prod(int(part or sizes[axis]) for axis, part in axes))[None]
     found = re.search(r"(?:replica_groups|source_target_pairs)=\{(\{[\d,{} ]*\})\}", one.attributes)
     groups = re.findall(r"\{([\d,]+)\}", found[1]) if found else []
-    return np.array([[int(n) for n in g.split(",")] for g in groups] or [range(devices)])
+    return np.array([[int(n) for n in g.split(",")] for g in groups] or [list(range(devices))])
 
 
 def feeds_a_slice(computation: Computation, one: Instruction) -> bool:

@@ -34,7 +34,8 @@ def attention(computation: Computation, one: Instruction) -> Number:
     weights = re.search(
         r'"intermediate_tensor_shape":.*?"dimensions": ?\[([^\]]*)\]', one.attributes
     )
-    size = math.prod(int(n) for n in re.findall(r"\d+", weights[1]))  # type: ignore[index]
+    dims = re.findall(r"\d+", weights[1])  # type: ignore[index]
+    size = math.prod(map(int, dims))
     width = computation.instructions[one.operands[0]].arrays[0].dims[-1]
     return 2 * (5 if "Backward" in one.attributes else 2) * size * width
 

@@ -49,8 +49,9 @@ def open_topology(name: str) -> Topology:
     chip, shape = shape_of(name)
     whole = f"{chip.name}:{'x'.join(map(str, shape[chip.is_gpu and shape[0] == 1 :]))}"
     if chip.is_gpu:
-        devices = cuda_devices(chip.name, *shape, chip.hbm, chip.bandwidth)
-        return Topology(whole, chip, devices, shape[0])
+        hosts, each = shape
+        devices = cuda_devices(chip.name, hosts, each, chip.hbm, chip.bandwidth)
+        return Topology(whole, chip, devices, hosts)
     try:
         import libtpu  # noqa: F401
     except ImportError:
