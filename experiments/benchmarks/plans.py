@@ -2,7 +2,8 @@
 
 Claims:
   plans    the paper's model (Pythia-2.8B, 512 tokens) and one of 8B parameters compile for v5e-64,
-           v5p-8 and v6e-16, eight H100, eight H200 and two hosts of eight H100: memory, time and limit of every program there.
+           v5p-8 and v6e-16, eight H100, eight H200 and two hosts of eight H100:
+           memory, time and limit of every program there.
   memory   what a run of the paper's model keeps on a chip of a v5e-64, a v5p-8 and an H200, and
            stage 1's share of each. For the H200 that is what is stored, exactly; what its compiler
            adds for temporaries only a machine with one can say (`jaxdyn plan --topology here`).

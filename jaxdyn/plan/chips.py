@@ -103,8 +103,8 @@ def shape_of(name: str) -> tuple[Chip, tuple[int, ...]]:
         if int(each) not in HOSTS:
             listed = ", ".join(map(str, HOSTS))
             raise JaxdynError(
-                f"no topology {name!r}; of {kind} there are {kind}:{listed} on a host, and hosts of "
-                f"them, as in {kind}:2x8"
+                f"no topology {name!r}; of {kind} there are {kind}:{listed} on a host, and hosts "
+                f"of them, as in {kind}:2x8"
             )
         return chip, (int(hosts or 1), int(each))
     known = slices(chip)
