@@ -1,6 +1,6 @@
 """The joint update of a GPT-NeoX of two layers, compiled for a topology under fsdp: its figures.
 
-WIDTH in the place of the tiny preset's 64: the compiler for TPUs scatters no smaller matrices.
+WIDTH in the place of the tiny preset's 64: what the compiler for TPUs scatters depends on the size.
 """
 
 import json

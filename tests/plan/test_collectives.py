@@ -28,7 +28,7 @@ TPU = pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="no 
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "topology, devices, width",
-    [pytest.param("h100:8", 8, 64, marks=CUDA), pytest.param("v5p-8", 4, 256, marks=TPU)],
+    [pytest.param("h100:8", 8, 64, marks=CUDA), pytest.param("v5p-8", 4, 512, marks=TPU)],
 )
 def test_parameters_are_gathered_twice_and_gradients_scattered_once(topology, devices, width):
     worker = Path(__file__).parent / "collectives_worker.py"
