@@ -9,9 +9,13 @@ The empirical NTK splits exactly at that cut into a representation and a gradien
 (A. Tomihari, arXiv 2601.04670). Subpackages are imported on first use.
 """
 
+import ctypes
 import importlib
 import os
+import sys
 from glob import glob
+from importlib.util import find_spec
+from types import ModuleType
 
 __version__ = "0.1.0"
 
@@ -30,6 +34,27 @@ NO_TPU = {"TPU_ACCELERATOR_TYPE": "v5litepod-1", "TPU_WORKER_HOSTNAMES": "localh
 if not (glob("/dev/accel*") or glob("/dev/vfio/*") or "JAX_FORCE_TPU_INIT" in os.environ):
     for _name, _value in NO_TPU.items():
         os.environ.setdefault(_name, _value)
+
+HIDDEN: list[str] = []
+"""Modules of JAX's CUDA plugin that JAX is not shown; `jaxdyn plan` takes them out again."""
+
+
+def _hide_cuda() -> None:
+    """Where NVIDIA's driver is not, JAX finds no CUDA plugin, which would say so at length."""
+    plugins = [name for name in ("cuda12", "cuda13") if find_spec(f"jax_{name}_plugin")]
+    if "jax" in sys.modules or not plugins:
+        return
+    try:
+        ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        for name in plugins:
+            idle = ModuleType(f"jax_plugins.xla_{name}")
+            idle.initialize = lambda: None  # type: ignore[attr-defined]
+            sys.modules |= {f"jax_{name}_plugin": None, idle.__name__: idle}  # type: ignore[dict-item]
+            HIDDEN.extend([f"jax_{name}_plugin", idle.__name__])
+
+
+_hide_cuda()
 
 
 def __getattr__(name: str):

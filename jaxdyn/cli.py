@@ -98,7 +98,7 @@ COMMANDS = {
         "influence: {}",
     ),
     "plan": Command(
-        "memory, time and limits of a run on a TPU slice that need not be there",
+        "memory, time and limits of a run on TPUs or GPUs that need not be there",
         "commands.plan_options:PlanOptions",
         "commands.plan:run",
         done_by="first",

@@ -25,6 +25,8 @@ if "PYTEST_XDIST_WORKER" not in os.environ:
     os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="jaxdyn-compiled-")
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
 
+import jaxdyn  # noqa: F401  # isort: skip  # before JAX: it hides a CUDA plugin without a driver
+
 import jax
 import pytest
 from flax.linen import linear

@@ -1,7 +1,7 @@
 """`jaxdyn plan`: what a run would need and take on devices that need not be there.
 
-Compiles the run's own programs for a TPU slice, or this machine's devices, from shapes alone, and
-prints what each asks of a chip. Times are those of a roofline: no run is faster, and a good one
+Compiles the run's own programs for a TPU slice, GPUs or this machine's devices, from shapes alone,
+and prints what each asks of a chip. Times are those of a roofline: no run is faster, and a good one
 takes about twice as long.
 """
 
@@ -13,12 +13,12 @@ import jax
 
 from jaxdyn.commands.plan_options import PlanOptions
 from jaxdyn.config import RunConfig
-from jaxdyn.plan.chips import open_topology
 from jaxdyn.plan.demand import Demand, Program, demand_of
 from jaxdyn.plan.figures import figures
 from jaxdyn.plan.meshes import Way, candidates, largest_batch
 from jaxdyn.plan.programs import Setting
 from jaxdyn.plan.tables import show
+from jaxdyn.plan.topologies import open_topology
 from jaxdyn.presets import SHAPES, preset
 from jaxdyn.rl import LossConfig
 from jaxdyn.rollout import SamplingConfig
@@ -45,7 +45,7 @@ def run(options: PlanOptions) -> dict[str, Any]:
     with (progress := Progress()).start(f"compiling for {topology.name}", total):
 
         def compile_(program: Program) -> Demand:
-            demand = demand_of(program)
+            demand = demand_of(program, topology.hosts)
             progress.advance()
             return demand
 

@@ -5,9 +5,11 @@ leading axis, of layers, is never divided, since every device computes every lay
 other trees of the parameters' shape follow the same rules, their paths ending alike.
 
 The first of two dense layers is divided by what it writes and the second by what it reads
-(Shoeybi et al. 2019, arXiv 1909.08053, section 3), so that a pair needs one sum over "tensor". W
-is divided by vocabulary alone, over both axes: no device ever has all of W, and log-probs are sums
-over it. Tables are divided by width, so that a device looks up its part of any row.
+(Shoeybi et al. 2019, arXiv 1909.08053, section 3), so that a pair needs one sum over "tensor".
+"fsdp" divides the rows of both: the compiler for TPUs scatters a sum of gradients along a matrix's
+first axis, but one along its last it leaves whole on every device. W is divided by vocabulary
+alone, over both axes: no device ever has all of W, and log-probs are sums over it. Tables are
+divided by width, so that a device looks up its part of any row.
 """
 
 import math
@@ -23,8 +25,7 @@ RULES = (
     (r"(query|key|value|up|gate)/bias", P("tensor")),
     (r"(query|key|value|up|gate)/lora_a", P("fsdp", None)),
     (r"(query|key|value|up|gate)/lora_b", P(None, ("tensor", "fsdp"))),
-    (r"(out|down)/kernel", P("tensor", "fsdp")),
-    (r"(out|down)/lora_a", P(("tensor", "fsdp"), None)),
+    (r"(out|down)/(kernel|lora_a)", P(("tensor", "fsdp"), None)),
     (r"(out|down)/lora_b", P(None, "fsdp")),
     (r"(embed|position)/embedding|head_moment|head_share", P(None, ("tensor", "fsdp"))),
     (r"classifier/(.*/)?(weight|lora_b)", P(("tensor", "fsdp"), None)),

@@ -1,19 +1,10 @@
-"""Chips by name: their public figures, the slices they come in, and devices to compile for.
-
-A Cloud TPU slice is compiled for on any machine by `libtpu`, of which no TPU is asked. A GPU's
-compiler needs the GPU: such a machine is planned for on itself, as "here".
-"""
+"""Chips by name: their public figures, and the slices or hosts they come in."""
 
 import dataclasses
 import itertools
 import math
-import os
-from typing import Any, NamedTuple
+import re
 
-import jax
-from jax.experimental import topologies
-
-from jaxdyn import NO_TPU
 from jaxdyn.types import JaxdynError
 
 GIB = 2**30
@@ -21,7 +12,7 @@ GIB = 2**30
 
 @dataclasses.dataclass(frozen=True)
 class Chip:
-    """What a data sheet says of one chip.
+    """What a data sheet says of one chip, or of what of it is a device of JAX's.
 
     Attributes:
       name: as in a topology, "v5e".
@@ -33,6 +24,8 @@ class Chip:
       kinds: JAX's names of the device.
       largest: the largest slice of a TPU, in chips along each axis.
       cores: what a slice's short name counts a chip as, "v5p-8" being four.
+      devices: of JAX's on a chip.
+      network: bytes a second that a GPU sends to other hosts than its own.
     """
 
     name: str
@@ -43,12 +36,19 @@ class Chip:
     kinds: tuple[str, ...]
     largest: tuple[int, ...] = ()
     cores: int = 1
+    devices: int = 1
+    network: float = 0.0
+
+    @property
+    def is_gpu(self) -> bool:
+        return not self.largest
 
 
-# Google's pages on TPU v4, v5e, v5p and v6e (docs.cloud.google.com/tpu/docs/v5p and so on) and
-# NVIDIA's data sheets of the H100 and H200 SXM, whose dense rates are half of those "with
-# sparsity". Links are one way: half of a sheet's bidirectional figure. Sheets say GB of memory and
-# mean GiB.
+# Google's pages on TPU v4, v5e, v5p, v6e and TPU7x (docs.cloud.google.com/tpu/docs/v5p and so on),
+# whose chip is two devices that have half of it each, and NVIDIA's data sheets of the A100, H100
+# and H200 SXM and the HGX B200, whose dense rates are half of those "with sparsity". Links are one
+# way: half of a sheet's bidirectional figure. Sheets say GB of memory and mean GiB. Between hosts:
+# a DGX's network ports for computing, one a GPU, of 200 Gbit/s (A100) or 400.
 CHIPS = {
     chip.name: chip
     for chip in (
@@ -56,25 +56,19 @@ CHIPS = {
         Chip("v5e", 16 * GIB, 197e12, 819e9, 200e9, ("TPU v5 lite", "TPU v5e"), (16, 16)),
         Chip("v5p", 95 * GIB, 459e12, 2765e9, 600e9, ("TPU v5", "TPU v5p"), (16, 16, 24), 2),
         Chip("v6e", 32 * GIB, 918e12, 1600e9, 400e9, ("TPU v6 lite", "TPU v6e"), (16, 16)),
-        Chip("h100", 80 * GIB, 989e12, 3350e9, 450e9, ("NVIDIA H100",)),
-        Chip("h200", 141 * GIB, 989e12, 4800e9, 450e9, ("NVIDIA H200",)),
+        Chip("v7x", 96 * GIB, 1153.5e12, 3690e9, 300e9, ("TPU7x",), (16, 24, 24), 2, 2),
+        Chip("a100", 80 * GIB, 312e12, 2039e9, 300e9, ("NVIDIA A100",), network=25e9),
+        Chip("h100", 80 * GIB, 989e12, 3350e9, 450e9, ("NVIDIA H100",), network=50e9),
+        Chip("h200", 141 * GIB, 989e12, 4800e9, 450e9, ("NVIDIA H200",), network=50e9),
+        Chip("b200", 180 * GIB, 2250e12, 8000e9, 900e9, ("NVIDIA B200",), network=50e9),
     )
 }
 
 FLAT = ((1, 1), (2, 2), (2, 4), (4, 4), (4, 8), (8, 8), (8, 16), (16, 16))
 SMALL = ((2, 2, 1), (2, 2, 2), (2, 2, 4), (2, 4, 4))
 """Slices below a cube of 4 x 4 x 4, of which the larger ones are made."""
-
-# Where libtpu is, it asks no server, and as no TPU can be taken from another process, no lock.
-OFFLINE = {**NO_TPU, "TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
-
-
-class Topology(NamedTuple):
-    """Devices to compile for; `chip` is None where no public figures are known."""
-
-    name: str
-    chip: Chip | None
-    devices: list[jax.Device]
+HOSTS = (1, 2, 4, 8)
+"""GPUs of a host, all of them joined by NVLink."""
 
 
 def slices(chip: Chip) -> list[tuple[int, ...]]:
@@ -87,24 +81,32 @@ def slices(chip: Chip) -> list[tuple[int, ...]]:
 
 
 def shape_of(name: str) -> tuple[Chip, tuple[int, ...]]:
-    """The chip and the slice's shape of "v5p:4x4x4", or of "v5p-128", the most cubic of its size.
+    """The chip and the arrangement of a topology.
+
+    "v5p:4x4x4" is a slice by its shape, "v5p-128" the most cubic of its size; "h100:8" is a host of
+    eight GPUs, (1, 8), and "h100:2x8" two such hosts.
 
     Raises:
-      JaxdynError: if there is no such chip or slice, naming those there are.
+      JaxdynError: if there is no such chip, slice or host, naming those there are.
     """
     mark = ":" if ":" in name else "-"
     kind, _, arrangement = name.lower().partition(mark)
     if kind not in CHIPS:
         raise JaxdynError(
-            f"no chip {kind!r} in topology {name!r}; there are {', '.join(CHIPS)}, as in v5p:4x4x4 "
-            "or v5e-64, and `here` for this machine's devices"
+            f"no chip {kind!r} in topology {name!r}; there are {', '.join(CHIPS)}, as in "
+            "v5p:4x4x4, v5e-64 or h100:8, and `here` for this machine's devices"
         )
     chip = CHIPS[kind]
-    if not chip.largest:
-        raise JaxdynError(
-            f"a program for {chip.name} cannot be compiled without one: run `jaxdyn plan ... "
-            "--topology here` on the machine that has it"
-        )
+    if chip.is_gpu:
+        form = re.fullmatch(r"(?:([1-9]\d{0,3})x)?(\d)", arrangement)
+        hosts, each = form.groups() if form and mark == ":" else (1, 0)
+        if int(each) not in HOSTS:
+            listed = ", ".join(map(str, HOSTS))
+            raise JaxdynError(
+                f"no topology {name!r}; of {kind} there are {kind}:{listed} on a host, and hosts "
+                f"of them, as in {kind}:2x8"
+            )
+        return chip, (int(hosts or 1), int(each))
     known = slices(chip)
     if mark == ":":
         found = [shape for shape in known if "x".join(map(str, shape)) == arrangement]
@@ -117,35 +119,6 @@ def shape_of(name: str) -> tuple[Chip, tuple[int, ...]]:
         listed = ", ".join(names if len(names) <= 10 else [*names[:9], "...", names[-1]])
         raise JaxdynError(f"no slice {name!r}; of {chip.name} there are {kind}{mark}{listed}")
     return chip, found[0]
-
-
-def open_topology(name: str) -> Topology:
-    """The devices of a TPU slice that need not be there, or with "here" this machine's.
-
-    Raises:
-      JaxdynError: as `shape_of`, and if libtpu is not installed.
-    """
-    if name == "here":
-        devices = jax.devices()
-        kind = devices[0].device_kind
-        return Topology(f"here ({kind})", chip_of(kind), devices)
-    chip, shape = shape_of(name)
-    try:
-        import libtpu  # noqa: F401
-    except ImportError:
-        raise JaxdynError(
-            f"compiling for {chip.name} needs libtpu: pip install 'jaxdyn[plan]'"
-        ) from None
-    for variable, value in OFFLINE.items():
-        os.environ.setdefault(variable, value)
-    options: dict[str, Any] = {}
-    if math.prod(shape) == 1:
-        options["chips_per_host_bounds"] = (1, 1, 1)
-    if chip.cores == 2:
-        options["chip_config_name"] = "megacore"  # a chip is one device
-    whole = f"{chip.name}:{'x'.join(map(str, shape))}"
-    slice_ = topologies.get_topology_desc(whole, platform="tpu", **options)
-    return Topology(whole, chip, slice_.devices)
 
 
 def chip_of(device_kind: str) -> Chip | None:

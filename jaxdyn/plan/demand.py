@@ -1,8 +1,9 @@
 """What a program would need and take on a chip, from its compilation alone.
 
-A roofline: a program takes at least as long as each of its three demands at the chip's full rate,
+A roofline: a program takes at least as long as each of its demands at the chip's full rate,
 
-    max( flops / peak,  bytes / memory bandwidth,  bytes sent / interconnect )
+    max( flops / peak,  bytes / memory bandwidth,  bytes sent / interconnect,
+         bytes sent to other hosts / network )
 
 and no program reaches it. Nothing is run, and no array is made.
 """
@@ -71,11 +72,12 @@ class Demand:
     def seconds(self, chip: Chip) -> dict[str, Number]:
         """The time at the chip's full rates, by what is asked of it."""
         cost = self.cost or Cost()
-        return {
+        times = {
             "compute": cost.flops / chip.flops,
             "memory": cost.bytes / chip.bandwidth,
             "links": cost.collective_bytes / chip.interconnect,
         }
+        return {**times, "network": cost.across / chip.network} if cost.across else times
 
     def least(self, chip: Chip | None) -> Number:
         """The roofline's time; without a chip's figures, the flops."""
@@ -84,8 +86,8 @@ class Demand:
         return self.cost.flops if chip is None else max(self.seconds(chip).values())
 
 
-def demand_of(program: Program) -> Demand:
-    """Compile a program and account for it.
+def demand_of(program: Program, hosts: int = 1) -> Demand:
+    """Compile a program for the devices of so many hosts, and account for it.
 
     Conditionals count their cheaper branch: ours are of filters that are mostly off.
     """
@@ -104,7 +106,7 @@ def demand_of(program: Program) -> Demand:
     results = memory.output_size_in_bytes - memory.alias_size_in_bytes
     temporary = memory.temp_size_in_bytes
     own = memory.argument_size_in_bytes + results + temporary
-    cost = cost_of(str(compiled.as_text()), program.trips, min).times(1 / program.steps)
+    cost = cost_of(str(compiled.as_text()), program.trips, min, hosts).times(1 / program.steps)
     return demand(temporary, own, own + beside, cost)
 
 

@@ -3,10 +3,12 @@
 import dataclasses
 from typing import Any
 
-from jaxdyn.plan.chips import Chip, Topology
+from jaxdyn.plan.chips import Chip
+from jaxdyn.plan.cuda import UNKNOWN
 from jaxdyn.plan.demand import Demand
 from jaxdyn.plan.meshes import Way
 from jaxdyn.plan.text import Number
+from jaxdyn.plan.topologies import Topology
 from jaxdyn.sections import AXES
 
 
@@ -36,6 +38,8 @@ def figures(
         },
         "programs": {name: of_program(demand, chip) for name, demand in demands.items()},
         "largest_batch": most,
+        "excess": excess(ways[0], demands, chip, most),
+        "unknown": UNKNOWN if topology.platform == "gpu" else None,
         "meshes": [
             {
                 "mesh": way.shape,
@@ -60,6 +64,30 @@ def figures(
             "stage 2": rollout + two.least(chip),
         }
     return {**found, "stage_1_share": shares}
+
+
+def excess(
+    way: Way, demands: dict[str, Demand], chip: Chip | None, most: dict[str, int] | None
+) -> dict[str, Any] | None:
+    """By how much the program that needs most exceeds the memory, and what would need less."""
+    worst = max(demands.values(), key=lambda demand: demand.peak)
+    if chip is None or worst.peak <= chip.hbm:
+        return None
+    train, remat = way.setting.run.train, way.setting.run.model.remat
+    advice = []
+    if sum(worst.roles.values()) < chip.hbm:  # it is not what is stored that does not fit
+        parts = way.shape[0] * way.shape[1]
+        if worst.name == "stage 2" and remat != "full":
+            advice.append("--remat full")
+        if (
+            worst.name.startswith("stage")
+            and way.setting.rows % (2 * parts * train.microbatches) == 0
+        ):
+            advice.append(f"--microbatches {2 * train.microbatches}")
+        if most and most["num_prompts"]:
+            advice.append(f"--num-prompts {most['num_prompts']}")
+    advice.append("more chips")
+    return {"program": worst.name, "bytes": worst.peak - chip.hbm, "try": advice}
 
 
 def of_program(demand: Demand, chip: Chip | None) -> dict[str, Any]:

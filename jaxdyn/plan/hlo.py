@@ -10,6 +10,8 @@ walked from its entry, and a loop's body counts as often as it runs:
     sent       what a device sends in collectives over its links, with n devices a group and rings
                (or equally frugal ways): an all-gather of N bytes (n - 1) / n N, a reduce-scatter or
                all-to-all the same, an all-reduce twice that, a permutation N
+    across     of that, what has to leave its host, where groups have members on several: each host
+               takes in what the h - 1 others have, through all its members at once
 
 A program of many devices is the program of one of them, so all of it is per device.
 """
@@ -19,6 +21,8 @@ import math
 import re
 from collections import Counter
 from collections.abc import Callable
+
+import numpy as np
 
 from jaxdyn.plan.loops import Scope, loop
 from jaxdyn.plan.products import PRODUCTS
@@ -49,6 +53,7 @@ class Cost:
       bytes: read and written.
       sent: by ("all-reduce", devices a group), bytes that a device sends.
       moved: by the same, bytes of the whole arrays gathered, reduced, exchanged.
+      across: bytes that a device sends to other hosts.
       uncounted: custom calls whose work is not known, by target, as often as they run.
     """
 
@@ -56,6 +61,7 @@ class Cost:
     bytes: Number = 0
     sent: Counter = dataclasses.field(default_factory=Counter)
     moved: Counter = dataclasses.field(default_factory=Counter)
+    across: Number = 0
     uncounted: Counter = dataclasses.field(default_factory=Counter)
 
     def __add__(self, other: "Cost") -> "Cost":
@@ -63,9 +69,12 @@ class Cost:
         return Cost(*(a + b for a, b in pairs))
 
     def times(self, count: Number) -> "Cost":
-        scale = lambda x: Counter({k: v * count for k, v in x.items()})
-        counted = map(scale, (self.sent, self.moved, self.uncounted))
-        return Cost(self.flops * count, self.bytes * count, *counted)
+        def scale(x):
+            return (
+                Counter({k: v * count for k, v in x.items()}) if isinstance(x, dict) else x * count
+            )
+
+        return Cost(*(scale(getattr(self, f.name)) for f in dataclasses.fields(self)))
 
     @property
     def collective_bytes(self) -> Number:
@@ -73,26 +82,27 @@ class Cost:
         return sum(self.sent.values())
 
 
-def cost_of(text: str, trips: int = 1, branch: Callable = max) -> Cost:
+def cost_of(text: str, trips: int = 1, branch: Callable = max, hosts: int = 1) -> Cost:
     """The cost of a program from `compiled.as_text()`.
 
     Args:
       text: of the program after compilation.
       trips: how often a loop runs whose trip count the compiler does not know.
       branch: which branch of a conditional counts, `max` or `min` by flops and bytes.
+      hosts: of the devices, each of which has as many, in order.
     """
-    return Walk(text, trips, branch).cost()
+    return Walk(text, trips, branch, hosts).cost()
 
 
 class Walk:
     """The way through a compiled program's computations, each as often as it runs."""
 
-    def __init__(self, text: str, trips: int, branch: Callable):
+    def __init__(self, text: str, trips: int, branch: Callable, hosts: int):
         self.computations, self.entry = parse(text)
         header = text.split("\n", 1)[0]
         count = lambda name: int((re.search(rf"{name}=(\d+)", header) or [0, 1])[1])
         self.devices = count("num_partitions") * count("replica_count")
-        self.trips, self.branch = trips, branch
+        self.trips, self.branch, self.hosts = trips, branch, hosts
 
     def cost(self) -> Cost:
         return self.of(Scope(self.computations, self.entry, []))
@@ -135,40 +145,55 @@ class Walk:
         elif opcode in COLLECTIVES:
             chain = re.search(r"channel_id=\d+.*chain_id=\"\d+\"", one.attributes)
             if chain is None or chain[0] not in met:
-                cost += collective(computation, one, self.devices)
+                cost += collective(computation, one, self.devices, self.hosts)
             met |= {chain[0]} if chain else set()
         return cost
 
 
-def collective(computation: Computation, one: Instruction, devices: int) -> Cost:
+def collective(computation: Computation, one: Instruction, devices: int, hosts: int) -> Cost:
     """What a device sends in a collective of a program of so many devices."""
-    kind, group = one.opcode, group_of(one, devices)
+    groups = groups_of(one, devices)
+    kind, group = one.opcode, groups.shape[1]
     operands = [computation.instructions[name] for name in one.operands]
     whole = sum(x.nbytes for operand in operands for x in operand.arrays)
     if kind == "all-gather":
         whole = sum(x.nbytes for x in results_of(one))
     elif kind == "all-reduce" and feeds_a_slice(computation, one):
         kind = "reduce-scatter"  # as the compiler for TPUs writes it, in one fusion
-    share = (group - 1) / group if group else 1
+    spanned = max(len(np.unique(members * hosts // devices)) for members in groups)
+    share, outside = (group - 1) / group, (spanned - 1) / group
     if kind == "all-reduce":
-        share *= 2
+        share, outside = 2 * share, 2 * outside
+    elif kind == "all-to-all":
+        outside = (spanned - 1) / spanned
     elif kind.startswith("collective-"):
-        share = 1
-    return Cost(sent=Counter({(kind, group): share * whole}), moved=Counter({(kind, group): whole}))
+        share, outside = 1, float(spanned > 1)
+    sent, moved = ({(kind, group): n} for n in (share * whole, whole))
+    return Cost(sent=Counter(sent), moved=Counter(moved), across=outside * whole)
 
 
-def group_of(one: Instruction, devices: int) -> int:
-    """How many devices take part together."""
-    found = re.search(r"replica_groups=\[\d+,(\d+)\]<=", one.attributes)
+def groups_of(one: Instruction, devices: int) -> np.ndarray:
+    """The devices that take part together, a row a group; a permutation's pairs.
+
+    Of an arrangement by a mesh's axes, which only the compiler for TPUs writes, the size is right.
+    """
+    found = re.search(
+        r"replica_groups=\[(\d+),(\d+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", one.attributes
+    )
     if found:
-        return int(found[1])
+        dims, order = (
+            [int(n) for n in (part or "").split(",") if n] for part in found.groups()[2:]
+        )
+        laid = np.arange(math.prod(dims)).reshape(dims).transpose(order or None)
+        return laid.reshape(int(found[1]), int(found[2]))
     found = re.search(r"replica_groups=mesh\[([^\]]*)\] ?\{([^}]*)\}", one.attributes)
     if found:
         sizes = dict(re.findall(r"'([^']+)'=(\d+)", found[1]))
         axes = re.findall(r"'([^']+)'(?::\(\d+\)(\d+))?", found[2])
-        return math.prod(int(part or sizes[axis]) for axis, part in axes)
-    found = re.search(r"(?:replica_groups|source_target_pairs)=\{\{([\d,]*)\}", one.attributes)
-    return len(found[1].split(",")) if found and found[1] else devices
+        return np.arange(math.prod(int(part or sizes[axis]) for axis, part in axes))[None]
+    found = re.search(r"(?:replica_groups|source_target_pairs)=\{(\{[\d,{} ]*\})\}", one.attributes)
+    groups = re.findall(r"\{([\d,]+)\}", found[1]) if found else []
+    return np.array([[int(n) for n in g.split(",")] for g in groups] or [list(range(devices))])
 
 
 def feeds_a_slice(computation: Computation, one: Instruction) -> bool:

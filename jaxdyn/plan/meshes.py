@@ -9,10 +9,11 @@ from jax.sharding import Mesh
 
 from jaxdyn.distributed import make_mesh, require_divisible
 from jaxdyn.models import ModelConfig
-from jaxdyn.plan.chips import Chip, Topology
+from jaxdyn.plan.chips import Chip
 from jaxdyn.plan.demand import Demand, Program
 from jaxdyn.plan.programs import Setting
 from jaxdyn.plan.text import Number
+from jaxdyn.plan.topologies import Topology
 from jaxdyn.sections import AXES, MeshConfig
 from jaxdyn.types import JaxdynError
 

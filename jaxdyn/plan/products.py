@@ -18,9 +18,26 @@ def dot(computation: Computation, one: Instruction) -> Number:
 
 
 def custom_call(computation: Computation, one: Instruction) -> Number | None:
-    """Those of a product of cuBLAS; what others do is not known."""
+    """Those of a product of cuBLAS or an attention of cuDNN; what others do is not known."""
+    if "__cudnn$fmha" in one.attributes:
+        return attention(computation, one)
     found = re.search(r'"lhs_contracting_dimensions":(\[[^\]]*\])', one.attributes)
     return product(computation, one, map(int, json.loads(found[1]))) if found else None
+
+
+def attention(computation: Computation, one: Instruction) -> Number:
+    """2 x multiply-adds of cuDNN's attention, of all keys, as the kernel takes its mask as a bias.
+
+    Two products with the weights [B, heads, T, S]; in the backward pass five, as it computes the
+    weights again.
+    """
+    weights = re.search(
+        r'"intermediate_tensor_shape":.*?"dimensions": ?\[([^\]]*)\]', one.attributes
+    )
+    dims = re.findall(r"\d+", weights[1])  # type: ignore[index]
+    size = math.prod(map(int, dims))
+    width = computation.instructions[one.operands[0]].arrays[0].dims[-1]
+    return 2 * (5 if "Backward" in one.attributes else 2) * size * width
 
 
 def product(computation: Computation, one: Instruction, contracted: Iterable[int]) -> Number:

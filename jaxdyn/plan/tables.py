@@ -88,6 +88,17 @@ def summary(found: dict[str, Any]) -> list[str]:
         if shares.get(key) is not None
     ]
     lines.append(f"stage 1's update against stage 2's: {', '.join(parts)}")
+    mesh = " ".join(f"--mesh.{axis} {size}" for axis, size in found["mesh"].items())
+    if len(found["meshes"]) > 1:
+        lines.append(f"suggested mesh: {mesh}")
+    if found["excess"]:
+        over = found["excess"]
+        lines.append(
+            f"does not fit, by {over['bytes'] / GIB:.1f} GiB ({over['program']}); "
+            f"try {', '.join(over['try'])}"
+        )
+    if found["unknown"]:
+        lines.append(found["unknown"])
     if names := {name for program in found["programs"].values() for name in program["uncounted"]}:
         lines.append(f"not counted: the work of {', '.join(sorted(names))}")
     return lines

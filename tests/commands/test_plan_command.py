@@ -17,7 +17,7 @@ from jaxdyn.presets import SHAPES
 def refused(capsys, monkeypatch):
     """The line that a command which compiles nothing ends with."""
 
-    def never(program):
+    def never(program, hosts):
         raise AssertionError(f"compiled {program.name}")
 
     monkeypatch.setattr(command, "demand_of", never)
@@ -38,7 +38,11 @@ def refused(capsys, monkeypatch):
     [
         (["pythia-2.8"], "unknown preset 'pythia-2.8'; did you mean 'pythia-2.8b'?"),
         (["tiny", "--topology", "v5e:3x3"], "no slice 'v5e:3x3'; of v5e there are v5e:1x1"),
-        (["tiny", "--topology", "h200:8"], "run `jaxdyn plan ... --topology here`"),
+        (
+            ["tiny", "--topology", "h200:9"],
+            "no topology 'h200:9'; of h200 there are h200:1, 2, 4, 8",
+        ),
+        (["tiny", "--topology", "l4:8"], "no chip 'l4' in topology 'l4:8'; there are v4, v5e"),
         (["tiny", "--mesh.fsdp", "3"], "a mesh of data 1 x fsdp 3 x tensor 1 does not divide 8"),
         (["tiny", "--mesh.tensor", "8", "--mesh.fsdp", "1"], "does not divide num_heads 4"),
         (["tiny", "--mesh.data", "8", "--mesh.fsdp", "1", "--num-prompts", "4"], "the 4 of num_pr"),
@@ -70,7 +74,7 @@ def compiled(monkeypatch):
     """The names of programs, in the place of their compilation."""
     seen = []
 
-    def demand(program):
+    def demand(program, hosts):
         seen.append(program.name)
         return Demand(program.name, {"parameters": 2**30}, 0, 2**30, 2**30, Cost(flops=1e12))
 

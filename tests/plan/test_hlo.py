@@ -239,9 +239,55 @@ ENTRY %main (a: bf16[4,16,32], b: bf16[4,32,8]) -> bf16[4,16,8] {
   %b = bf16[4,32,8]{2,1,0} parameter(1)
   %c = (bf16[4,16,8]{2,1,0}, s8[64]{0}) custom-call(%a, %b), custom_call_target="__cublas$gemm", backend_config={"gemm_backend_config":{"dot_dimension_numbers":{"lhs_contracting_dimensions":["2"],"rhs_contracting_dimensions":["1"]}}}
   %d = bf16[4,16,8]{2,1,0} get-tuple-element(%c), index=0
-  ROOT %e = bf16[4,16,8]{2,1,0} custom-call(%d), custom_call_target="__cudnn$fmha"
+  ROOT %e = bf16[4,16,8]{2,1,0} custom-call(%d), custom_call_target="__cudnn$norm"
 }
 """
     cost = cost_of(text)
     assert cost.flops == 2 * 4 * 16 * 8 * 32
-    assert cost.uncounted == {"__cudnn$fmha": 1}
+    assert cost.uncounted == {"__cudnn$norm": 1}
+
+
+def test_attention_of_cudnn():
+    """Of 3 rows, 4 heads of 16 and 32 slots: two products of the weights' size, and back five."""
+    text = """HloModule gpu
+
+ENTRY %main (q: bf16[3,32,4,16], k: bf16[3,32,4,16], v: bf16[3,32,4,16]) -> bf16[3,32,4,16] {
+  %q = bf16[3,32,4,16]{3,2,1,0} parameter(0)
+  %k = bf16[3,32,4,16]{3,2,1,0} parameter(1)
+  %v = bf16[3,32,4,16]{3,2,1,0} parameter(2)
+  %a = (bf16[3,4,32,16]{3,1,2,0}, u8[0]{0}) custom-call(%q, %k, %v), custom_call_target="__cudnn$fmhaSoftmax", backend_config={"cudnn_fmha_backend_config": {"intermediate_tensor_shape": {"element_type": "BF16", "dimensions": ["3", "4", "32", "32"]}, "bmm1_dot_dimension_numbers": {"lhs_contracting_dimensions": ["3"]}}}
+  %b = (bf16[3,4,32,16]{3,1,2,0}, u8[0]{0}) custom-call(%q, %k, %v), custom_call_target="__cudnn$fmhaSoftmaxBackward", backend_config={"cudnn_fmha_backend_config": {"intermediate_tensor_shape": {"element_type": "BF16", "dimensions": ["3", "4", "32", "32"]}}}
+  ROOT %c = bf16[3,4,32,16]{3,1,2,0} get-tuple-element(%b), index=0
+}
+"""
+    cost = cost_of(text)
+    assert cost.flops == (2 + 5) * 2 * 3 * 4 * 32 * 32 * 16
+    assert not cost.uncounted
+
+
+@pytest.mark.parametrize(
+    "groups, sent, across",
+    [
+        ("all-gather(%a), replica_groups=[2,8]<=[16], dimensions={0}", 7 / 8, 0),
+        ("all-gather(%a), replica_groups={{0,1,2,3,4,5,6,7},{8,9,10,11,12,13,14,15}}", 7 / 8, 0),
+        # Every eighth: two devices on two hosts, each of which takes the other's half.
+        ("all-gather(%a), replica_groups=[8,2]<=[2,8]T(1,0), dimensions={0}", 1 / 2, 1 / 2),
+        # Sixteen on two: a host takes in half, through eight devices.
+        ("all-gather(%a), replica_groups={}, dimensions={0}", 15 / 16, 1 / 16),
+        ("all-reduce(%a), replica_groups=[1,16]<=[16], to_apply=%s", 2 * 15 / 16, 2 / 16),
+        ("all-to-all(%a), replica_groups=[1,16]<=[16]", 15 / 16, 1 / 2),
+        ("collective-permute(%a), source_target_pairs={{0,1},{1,0}}", 1, 0),
+        ("collective-permute(%a), source_target_pairs={{0,1},{7,8}}", 1, 1),
+    ],
+)
+def test_what_leaves_a_host_of_eight(groups, sent, across):
+    text = f"""HloModule gpu, num_partitions=16
+
+ENTRY %main (a: f32[64]) -> f32[64] {{
+  %a = f32[64]{{0}} parameter(0)
+  ROOT %b = f32[64]{{0}} {groups}
+}}
+"""
+    cost = cost_of(text, hosts=2)
+    assert cost.collective_bytes == sent * 4 * 64 and cost.across == across * 4 * 64
+    assert cost_of(text).across == 0

@@ -8,10 +8,10 @@ import pytest
 from jaxdyn.commands.plan import planned_run
 from jaxdyn.commands.plan_options import PlanOptions
 from jaxdyn.distributed import make_mesh
-from jaxdyn.plan.chips import Topology
 from jaxdyn.plan.demand import Demand
 from jaxdyn.plan.meshes import candidates, largest_batch
 from jaxdyn.plan.programs import Setting
+from jaxdyn.plan.topologies import Topology
 from jaxdyn.presets import SHAPES
 from jaxdyn.sections import MeshConfig
 

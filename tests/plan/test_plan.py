@@ -19,7 +19,9 @@ from jaxdyn.commands.plan_options import PlanOptions
 from jaxdyn.distributed import make_mesh
 from jaxdyn.plan.chips import CHIPS
 from jaxdyn.plan.demand import Demand, demand_of, exhausted
+from jaxdyn.plan.figures import excess
 from jaxdyn.plan.hlo import Cost
+from jaxdyn.plan.meshes import Way
 from jaxdyn.plan.programs import Setting
 from jaxdyn.presets import SHAPES
 from jaxdyn.sections import MeshConfig
@@ -155,3 +157,14 @@ def test_the_longest_of_three_times_binds():
     assert demand.fits(chip)
     assert not Demand("x", {}, 0, 1, chip.hbm + 1, cost).fits(chip)
     assert not Demand("x", {}, 0, 1, 1).fits(None)
+
+
+def test_what_does_not_fit_is_said_with_what_would_need_less():
+    chip, way = CHIPS["h100"], Way(setting(1, 1, 1), {})
+    update = lambda stored, peak: {"stage 2": Demand("stage 2", {"x": stored}, 0, peak, peak)}
+    assert excess(way, update(1, chip.hbm), chip, None) is None
+    over = excess(way, update(1, chip.hbm + 7), chip, {"num_prompts": 3})
+    words = ["--remat full", "--microbatches 2", "--num-prompts 3", "more chips"]
+    assert over == {"program": "stage 2", "bytes": 7, "try": words}
+    stored = excess(way, update(chip.hbm, chip.hbm + 7), chip, None)
+    assert stored["try"] == ["more chips"]  # nothing else helps what is stored
