@@ -137,7 +137,7 @@ def test_completion_keeps_its_leading_space_and_loses_its_stop_token():
 def byte_level() -> tokenizers.Tokenizer:
     """A token for every byte, and a few of several bytes that begin or end inside a character."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    spell = lambda text: [t for t, _ in pre_tokenizers.ByteLevel(False).pre_tokenize_str(text)][0]
+    spell = lambda text: pre_tokenizers.ByteLevel(False).pre_tokenize_str(text)[0][0]
     first, second, third = spell("漢")
     merges = [(first, second), (third, "a"), ("a", "b")]
     words = [*alphabet, *(a + b for a, b in merges)]
@@ -149,14 +149,22 @@ def byte_level() -> tokenizers.Tokenizer:
 
 def byte_fallback() -> tokenizers.Tokenizer:
     """Spaces are `▁`; a character without a token of its own is written as its bytes."""
-    tokens = ["<unk>", "<s>", *(f"<0x{b:02X}>" for b in range(256)), "▁", "a", "▁a", "▁▁", "漢", "."]
+    tokens = [
+        "<unk>",
+        "<s>",
+        *(f"<0x{b:02X}>" for b in range(256)),
+        "▁",
+        "a",
+        "▁a",
+        "▁▁",
+        "漢",
+        ".",
+    ]
     words = {token: i for i, token in enumerate(tokens)}
     backend = tokenizers.Tokenizer(models.BPE(words, [], byte_fallback=True))
     replaced = decoders.Replace("▁", " ")
     strip = decoders.Strip(" ", 1, 0)
-    backend.decoder = decoders.Sequence(
-        [replaced, decoders.ByteFallback(), decoders.Fuse(), strip]
-    )
+    backend.decoder = decoders.Sequence([replaced, decoders.ByteFallback(), decoders.Fuse(), strip])
     backend.add_special_tokens(["<unk>", "<s>"])
     return backend
 
@@ -187,7 +195,9 @@ def pieces_by_whole_texts(tokenizer, ids):
 
 
 @pytest.mark.parametrize(
-    "backend", [byte_level, byte_fallback, sentencepiece_like, word_pieces], ids=lambda f: f.__name__
+    "backend",
+    [byte_level, byte_fallback, sentencepiece_like, word_pieces],
+    ids=lambda f: f.__name__,
 )
 def test_pieces_are_what_whole_texts_have_more(backend):
     """Of random tokens, most of them no text at all, and of those that lie at the end."""
