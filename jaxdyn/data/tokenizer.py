@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 from collections.abc import Iterable, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -16,6 +17,7 @@ from jaxdyn.types import JaxdynError
 
 TEMPLATE = "chat_template.jinja"
 SPECIAL = tuple(f"{role}_token" for role in ("bos", "eos", "unk", "sep", "pad", "cls", "mask"))
+_BYTE = re.compile("<0x[0-9A-F]{2}>")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,17 +97,22 @@ class Tokenizer:
         Of a character that takes several tokens the last has it.
         """
         found: list[str] = []
-        plain: list[int] = []
+        plain: list[int] = []  # from the last token on before which nothing matters to the next
         said = ""
         for i in ids:
-            text = self.decode([*plain, i])
-            if text == said and not self.decode([i]):  # a special token
-                found.append(self.backend.id_to_token(i) or "")
+            text, alone = self.decode([*plain, i]), self.decode([i])
+            name = self.backend.id_to_token(i) or ""
+            if text == said and not alone:  # a special token
+                found.append(name)
                 continue
             plain.append(i)
-            whole = not text.endswith("\ufffd")
-            found.append(text[len(said) :] if whole else "")
-            said = text if whole else said
+            if text.endswith("\ufffd"):
+                found.append("")
+                continue
+            found.append(text[len(said) :])
+            # A run of tokens of single bytes is decoded as a whole, and must not be cut.
+            cut = alone and "\ufffd" not in alone and not _BYTE.fullmatch(name)
+            plain, said = ([i], alone) if cut else (plain, text)
         return found
 
     def decode_completion(self, ids: Sequence[int]) -> str:

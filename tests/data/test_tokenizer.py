@@ -3,7 +3,7 @@ import json
 import numpy as np
 import pytest
 import tokenizers
-from tokenizers import decoders, models, normalizers
+from tokenizers import decoders, models, normalizers, pre_tokenizers
 
 from jaxdyn.data import Tokenizer, character_tokenizer, load_tokenizer
 from jaxdyn.types import JaxdynError
@@ -132,6 +132,103 @@ def test_completion_keeps_its_leading_space_and_loses_its_stop_token():
     assert tokenizer.decode_completion([]) == ""
     characters = character_tokenizer("+-")
     assert characters.decode_completion([*characters.encode("+-")[1:], 2]) == "+-"
+
+
+def byte_level() -> tokenizers.Tokenizer:
+    """A token for every byte, and a few of several bytes that begin or end inside a character."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    spell = lambda text: pre_tokenizers.ByteLevel(False).pre_tokenize_str(text)[0][0]
+    first, second, third = spell("漢")
+    merges = [(first, second), (third, "a"), ("a", "b")]
+    words = [*alphabet, *(a + b for a, b in merges)]
+    backend = tokenizers.Tokenizer(models.BPE({w: i for i, w in enumerate(words)}, merges))
+    backend.decoder = decoders.ByteLevel()
+    backend.add_special_tokens(["<s>", "</s>"])
+    return backend
+
+
+def byte_fallback() -> tokenizers.Tokenizer:
+    """Spaces are `▁`; a character without a token of its own is written as its bytes."""
+    tokens = [
+        "<unk>",
+        "<s>",
+        *(f"<0x{b:02X}>" for b in range(256)),
+        "▁",
+        "a",
+        "▁a",
+        "▁▁",
+        "漢",
+        ".",
+    ]
+    words = {token: i for i, token in enumerate(tokens)}
+    backend = tokenizers.Tokenizer(models.BPE(words, [], byte_fallback=True))
+    replaced = decoders.Replace("▁", " ")
+    strip = decoders.Strip(" ", 1, 0)
+    backend.decoder = decoders.Sequence([replaced, decoders.ByteFallback(), decoders.Fuse(), strip])
+    backend.add_special_tokens(["<unk>", "<s>"])
+    return backend
+
+
+def word_pieces() -> tokenizers.Tokenizer:
+    words = ["[UNK]", "a", "b", "##a", "##b", ".", "n't", "do"]
+    backend = tokenizers.Tokenizer(
+        models.WordPiece({w: i for i, w in enumerate(words)}, unk_token="[UNK]")
+    )
+    backend.decoder = decoders.WordPiece()
+    backend.add_special_tokens(["[UNK]"])
+    return backend
+
+
+def pieces_by_whole_texts(tokenizer, ids):
+    """Every prefix decoded as a whole: a token's piece is what the text has more."""
+    found, plain, said = [], [], ""
+    for i in ids:
+        text = tokenizer.decode([*plain, i])
+        if text == said and not tokenizer.decode([i]):
+            found.append(tokenizer.backend.id_to_token(i))
+            continue
+        plain.append(i)
+        whole = not text.endswith("\ufffd")
+        found.append(text[len(said) :] if whole else "")
+        said = text if whole else said
+    return found
+
+
+@pytest.mark.parametrize(
+    "backend",
+    [byte_level, byte_fallback, sentencepiece_like, word_pieces],
+    ids=lambda f: f.__name__,
+)
+def test_pieces_are_what_whole_texts_have_more(backend):
+    """Of random tokens, most of them no text at all, and of those that lie at the end."""
+    tokenizer = Tokenizer(backend(), pad_id=0, stop_ids=(1,))
+    rng = np.random.default_rng(0)
+    for low in (0, max(0, tokenizer.vocab_size - 12)):
+        for _ in range(30):
+            ids = rng.integers(low, tokenizer.vocab_size, 24).tolist()
+            assert tokenizer.pieces(ids) == pieces_by_whole_texts(tokenizer, ids)
+
+
+def test_pieces_of_a_text_are_the_text():
+    text = "ab 漢 aab 🙂é漢a" * 5
+    tokenizer = Tokenizer(byte_level(), pad_id=0, stop_ids=(1,))
+    ids = tokenizer.encode(text)
+    assert "".join(tokenizer.pieces(ids)) == tokenizer.decode(ids)
+
+
+def test_pieces_decode_each_token_a_few_times():
+    """And not every token once for each that follows."""
+
+    class Counting(Tokenizer):
+        decoded = 0
+
+        def decode(self, ids):
+            Counting.decoded += len(ids)
+            return super().decode(ids)
+
+    tokenizer = Counting(byte_level(), pad_id=0, stop_ids=(1,))
+    tokenizer.pieces(tokenizer.encode("ab 漢字" * 100, special_tokens=False))
+    assert Counting.decoded < 5 * 100 * 8
 
 
 @pytest.mark.parametrize(

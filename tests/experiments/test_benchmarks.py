@@ -12,6 +12,7 @@ from pathlib import Path
 
 import compilation
 import harness
+import influence
 import interleave
 import jax
 import kernel_cases
@@ -24,6 +25,8 @@ import pytest
 import rl_step
 import rollout
 from peers.protocol import SHAPES
+
+from jaxdyn.kernels import log_prob_kernel, update_kernel_by_part
 
 STUB = Path(__file__).with_name("stub_peer.py")
 EXPERIMENTS = Path(interleave.__file__).parent
@@ -131,12 +134,67 @@ def test_kernels(run, here, monkeypatch, tmp_path):
 
 
 @pytest.mark.slow
-def test_ledger(run):
+def test_ledger(run, monkeypatch):
+    peaks = {"nothing": 100, "pass": 10**6, "ledger": 5 * 10**6}
+
+    def in_this_process(case, command, timeout):
+        at = command.index("--case")
+        monkeypatch.setattr(sys, "argv", [ledger.__file__, "--toy", *command[at:]])
+        assert command[:2] == [ledger.__file__, "memory"] and command[at + 1] == case
+        return {"peak_bytes": peaks[case], "check": ledger.CASES[case](ledger.parse())}
+
+    monkeypatch.setattr(harness, "in_a_process", in_this_process)
     found = run(ledger, "--toy", "--rounds", "1")
-    assert found.keys() == {"ledger_nodes_toy", "ledger_whole_toy"}
+    assert found.keys() == {f"ledger_{suite}_toy" for suite in ledger.SUITES}
     nodes, whole = found["ledger_nodes_toy"], found["ledger_whole_toy"]
     assert len(nodes["medians"]) == 4 and all(x > 0 for x in nodes["medians"].values())
     assert whole["nodes"] >= 3 and whole["residual"]["log_prob"] < 0.01
+
+    memory, telemetry = found["ledger_memory_toy"], found["ledger_telemetry_toy"]
+    # Embedding, W, four projections and three of the feed-forward, norms; in float32.
+    layer = 4 * 16 * 16 + 3 * 16 * 24 + 2 * 16
+    assert memory["parameters"] == (stored := 4 * (2 * 40 * 16 + 2 * layer + 16))
+    assert memory["pass"] == 10**6 - 100 - 2 * stored
+    assert memory["copies"] == pytest.approx((4 * 10**6 + 2 * stored) / stored)
+    assert telemetry["rounds"][0].keys() == {"with", "without"}
+    assert telemetry["share"] > 0 and len(telemetry["own"]) == 1
+
+
+@pytest.mark.slow
+def test_influence_beside_its_peer(run, tmp_path):
+    """Ours really, the peer as a stub whose gradients are 7 projections' of two layers."""
+    python = stub(tmp_path)
+    found = run(influence, "--toy", "--rounds", "1", "--bergson-python", python)
+    assert found.keys() == {"influence_influence_toy", "influence_peer_toy"}
+    for ratio in found["influence_influence_toy"]["ratios"].values():
+        assert ratio["wall"] > 0
+    peer = found["influence_peer_toy"]
+    assert peer["dimension"] == 2 * 7 * 8**2 and peer["ratio"] > 0
+    # Of zeros everything is missing: the rms of the cosines, of which 1 in 8 is that of a row
+    # with itself. And ours are estimates.
+    assert 8**-0.5 < peer["errors"]["bergson"] < 1
+    assert 0 < peer["errors"]["jaxdyn"] < 0.2
+
+
+def test_influence_names_the_peer_that_is_missing(run):
+    with pytest.raises(SystemExit, match=r"^bergson: no Python that has it; give --bergson-python"):
+        run(influence, "peer", "--toy")
+
+
+def test_exact_products_are_those_of_the_kernel():
+    """Whole gradients against the sums over tokens of the kernel of log-probs."""
+    model = influence.LanguageModel(ledger.TOY)
+    params, r = model.init(jax.random.key(0)), ledger.completions(model, 3, 2, 2)
+    every, linear = influence.exact_products(model, params, r)
+    sites = ledger.every_token(r)
+    total = np.asarray(log_prob_kernel(model, params, sites).total)
+    parts = update_kernel_by_part(model, params, sites)
+    body = np.asarray(sum(parts[kind].sum(axis=0) for kind in ("attention", "mlp")))
+    rows = np.asarray(sites.rows)
+    by_completion = np.stack([rows == b for b in range(3)]).astype(float)
+    for found, by_site in ((every, total), (linear, body)):
+        wanted = by_completion @ by_site @ by_completion.T
+        np.testing.assert_allclose(found, wanted, atol=1e-4 * np.abs(wanted).max())
 
 
 @pytest.mark.slow
