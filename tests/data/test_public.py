@@ -293,7 +293,7 @@ def test_what_is_left_out_is_counted(load, tmp_path):
         ("train.parquet", b"PAR1", r"cannot read .*train.parquet: "),
         (
             "train.jsonl.gz",
-            gzip.compress(b"\n" * 99)[:-9],
+            gzip.compress(b"\n" * 99, mtime=0)[:-9],
             "cannot read .*train.jsonl.gz",
         ),
         ("other.jsonl", b"{}", r"^data.path .* holds neither train.jsonl nor main/train-00000-of"),
