@@ -126,10 +126,12 @@ class Setting:
 
     @property
     def batch(self) -> dict[str, jax.ShapeDtypeStruct]:
+        of_tokens = self.by_rows(self.rows, self.slots[1], dtype=jnp.float32)
         return {
             **self.sequences(self.rows, sum(self.slots), "tokens", "mask"),
             **self.sequences(self.rows, self.slots[1], "completion_ids", "completion_mask"),
             "advantages": self.by_rows(self.rows, dtype=jnp.float32),
+            **({"ref_per_token_logps": of_tokens} if self.run.loss.beta else {}),
         }
 
     @functools.cached_property
