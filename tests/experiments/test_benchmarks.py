@@ -142,7 +142,7 @@ def test_ledger(run):
 
 @pytest.mark.slow
 def test_precision(run):
-    """Of a random toy: float32's errors, bfloat16's, and none of weights rounded before or after."""
+    """Of a random toy: float32's errors, bfloat16's, and none of weights rounded beforehand."""
     shape = ["--prompts", "1", "--generations", "2", "--length", "6", "--sites", "1"]
     found = run(precision, "passes", "frozen", *shape)
     for error in found["precision_passes"]["errors"].values():
