@@ -199,7 +199,7 @@ def test_exact_products_are_those_of_the_kernel():
 
 @pytest.mark.slow
 def test_precision(run):
-    """Of a random toy: errors of float32, of bfloat16, and none of weights rounded twice."""
+    """Of a random toy: float32's errors, bfloat16's, and none of weights rounded beforehand."""
     shape = ["--prompts", "1", "--generations", "2", "--length", "6", "--sites", "1"]
     found = run(precision, "passes", "frozen", *shape)
     for error in found["precision_passes"]["errors"].values():
