@@ -19,6 +19,7 @@ Expected:  tables on the screen, results/influence_SUITE.json. Without --model i
 
 import argparse
 import json
+import math
 import statistics
 import sys
 import tempfile
@@ -126,9 +127,12 @@ def peer(arguments: argparse.Namespace) -> dict:
     model, params, _, rollout = ledger.problem(arguments)
     rollout = sampled(model, params, rollout)
     count, prompt = rollout.prompt_ids.shape
-    # Of M matrices theirs are M p² numbers, ours the same as M replicates.
+    # Of M matrices theirs are M p² numbers, and ours at most as many.
     matrices, side = 7 * model.config.num_layers, arguments.side
-    sizes = {"replicates": matrices, "side": side, "memory_budget": arguments.memory_budget}
+    dimension = matrices * side**2
+    sizes: Any = {"replicates": arguments.replicates}
+    sizes["side"] = math.isqrt(dimension // arguments.replicates)
+    sizes["memory_budget"] = arguments.memory_budget
     keys = [jax.random.key(number) for number in range(SKETCHES)]
     ours = lambda key: sketch_sequences(model, params, rollout, key, **sizes)
     with tempfile.TemporaryDirectory() as directory:
@@ -147,7 +151,6 @@ def peer(arguments: argparse.Namespace) -> dict:
                 rounds += [seconds] if number >= 0 else []
             about = worker.about
         theirs = np.load(Path(directory) / "gradients.npy").astype(np.float64)
-    dimension = matrices * side**2
     if theirs.shape != (count, dimension):
         raise SystemExit(f"bergson: gradients {theirs.shape}, wanted {(count, dimension)}")
     rates = {name: count / statistics.median(one[name] for one in rounds) for name in rounds[0]}
@@ -168,6 +171,7 @@ def peer(arguments: argparse.Namespace) -> dict:
     return {
         "count": count,
         "dimension": dimension,
+        "sketch": sizes,
         "about": about,
         "completions_per_second": rates,
         "ratio": ratio,
@@ -233,6 +237,7 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=30, help="of the random model")
     parser.add_argument("--vocab", type=int, default=49152, help="of the random model")
     parser.add_argument("--side", type=int, default=8, help="p: a matrix's gradient is p × p")
+    parser.add_argument("--replicates", type=int, default=2, help="of our sketches")
     parser.add_argument("--bergson-python", help="the Python that has bergson")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--memory-budget", type=int, default=4 * 2**30)

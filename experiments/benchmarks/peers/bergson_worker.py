@@ -6,7 +6,9 @@ DIRECTORY is the model's and holds completions.json, {"input_ids": [...], "label
 turn writes gradients.npy there, [N, modules · p²]. The model is loaded, batched (2048 tokens at a
 time) and hooked as bergson's own build command does, but the gradients stay in memory. It has the
 linear layers of the backbone; embeddings, norms and the classifier are left out, which is its
-default. Environment (a CPU needs no CUDA; what it imports of its dependencies is below):
+default.
+
+Environment (a CPU needs no CUDA; what it imports of its dependencies is below):
 
     python3.11 -m venv bergson && bergson/bin/pip install torch==2.13.0 'transformers>=5' \\
         'peft>=0.17' datasets accelerate natsort petname simple-parsing scipy jaxtyping ml_dtypes \\
