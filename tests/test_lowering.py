@@ -193,7 +193,7 @@ PROGRAMS = {
     "stage 2, remat dots": (updated("dots"), BOTH),
     "stage 2, remat full": (updated("full"), BOTH),
     "supervised update": (sft, BOTH),
-    "propagation": (lambda s: s.propagation().lower(), ONE),  # its probe's features
+    "propagation": (lambda s: s.propagation().lower(), NONE),  # a probe's passes are float32's
     "factorize": (lambda s: s.factors().lower(), NONE),
     "factorize, contract, several": (contracted, NONE),
     "contract": (lambda s: s.kernel().lower(), NONE),

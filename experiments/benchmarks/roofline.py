@@ -85,7 +85,7 @@ def kernel_rate() -> float:
 
 def count(compiled: Any, trips: int = 1) -> Cost:
     """A compiled program's flops, bytes and kernels, its longer branches."""
-    return Kernels(str(compiled.as_text()), trips, max).cost()
+    return Kernels(str(compiled.as_text()), trips, max, hosts=1).cost()
 
 
 # -- a program --------------------------------------------------------------------------------

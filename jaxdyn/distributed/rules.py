@@ -6,8 +6,9 @@ other trees of the parameters' shape follow the same rules, their paths ending a
 
 The first of two dense layers is divided by what it writes and the second by what it reads
 (Shoeybi et al. 2019, arXiv 1909.08053, section 3), so that a pair needs one sum over "tensor".
-"fsdp" divides the rows of both: the compiler for TPUs scatters a sum of gradients along a matrix's
-first axis, but one along its last it leaves whole on every device. W is divided by vocabulary
+Where "tensor" leaves it the rows of the second, "fsdp" divides these: the compiler for TPUs scatters
+a sum of gradients along a matrix's first axis, but one along its last it leaves whole on every
+device. With both axes on the rows a decoding step would copy the matrix everywhere. W is divided by vocabulary
 alone, over both axes: no device ever has all of W, and log-probs are sums over it. Tables are
 divided by width, so that a device looks up its part of any row.
 """
@@ -25,7 +26,8 @@ RULES = (
     (r"(query|key|value|up|gate)/bias", P("tensor")),
     (r"(query|key|value|up|gate)/lora_a", P("fsdp", None)),
     (r"(query|key|value|up|gate)/lora_b", P(None, ("tensor", "fsdp"))),
-    (r"(out|down)/(kernel|lora_a)", P(("tensor", "fsdp"), None)),
+    (r"(out|down)/kernel", P("tensor", "fsdp")),
+    (r"(out|down)/lora_a", P(("tensor", "fsdp"), None)),
     (r"(out|down)/lora_b", P(None, "fsdp")),
     (r"(embed|position)/embedding|head_moment|head_share", P(None, ("tensor", "fsdp"))),
     (r"classifier/(.*/)?(weight|lora_b)", P(("tensor", "fsdp"), None)),
@@ -34,9 +36,14 @@ RULES = (
 """All others, norms and biases of the width and a value head, are small and copied."""
 
 
+BY_ROWS = (r"(out|down)/kernel", P("fsdp", None))
+"""The second layer's rule where nothing is divided over "tensor"."""
+
+
 def spec_of(path: str, shape: tuple[int, ...], mesh: Mesh) -> P:
     """The axes that divide the leaf at `path`; see `fitting`."""
-    for pattern, axes in RULES:
+    rules = RULES if mesh.shape["tensor"] > 1 else (BY_ROWS, *RULES)
+    for pattern, axes in rules:
         if re.search(rf"(^|/)({pattern})$", path) and len(shape) >= len(axes):
             return fitting(P(*[None] * (len(shape) - len(axes)), *axes), shape, mesh)
     return P()

@@ -73,7 +73,7 @@ ENTRY %main (x: f32[8]) -> f32[8] {
 
 
 def test_a_fusion_is_one_kernel():
-    cost = roofline.Kernels(FUSED, 1, max).cost()
+    cost = roofline.Kernels(FUSED, 1, max, hosts=1).cost()
     assert cost.uncounted[roofline.KERNEL] == 2 and cost.bytes == 4 * 8 * 4
 
 

@@ -59,7 +59,7 @@ def test_gradients_are_the_sums_of_the_factors_that_the_pass_had():
     places = jnp.broadcast_to(jnp.arange(32), tokens.shape)
     causal = jnp.tril(jnp.ones((1, 1, 32, 32), bool)) & jnp.ones((128, 1, 1, 1), bool)
     module = Backbone(model.config, jnp.bfloat16)
-    inputs = tokens, places, causal
+    inputs = tokens, places, causal[None]
     shapes = jax.eval_shape(module.init, jax.random.key(0), *inputs)["perturbations"]
     still = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
     # As an objective's are: of one sign mostly, so that sums are large.
