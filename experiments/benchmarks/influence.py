@@ -7,7 +7,9 @@ Claims (two CPU cores, float32, warm; medians and ratios over interleaved rounds
   peer       gradients of the same completions of the same model, projected to the same dimension:
              at least 1.5 times bergson's completions a second, and inner products closer to the
              exact ones. Ours are of all parameters; bergson's, of the linear layers of the body,
-             are held against the exact ones of these.
+             are held against the exact ones of these. The speed is not reached on
+             the model of 260 thousand parameters, where the backward pass through attention is
+             most of our time; small batches (--memory-budget 60000000) help.
 Command:   python experiments/benchmarks/influence.py SUITE ... [--model DIRECTORY]
                [--count 64 --prompt 32 --completion 64] --bergson-python bergson/bin/python
            For bergson's environment see peers/bergson_worker.py.
