@@ -4,13 +4,13 @@ A rule is a pattern for the end of a leaf's path and the mesh axes of its last d
 leading axis, of layers, is never divided, since every device computes every layer. Moments and
 other trees of the parameters' shape follow the same rules, their paths ending alike.
 
-The first of two dense layers is divided by what it writes and the second by what it reads
-(Shoeybi et al. 2019, arXiv 1909.08053, section 3), so that a pair needs one sum over "tensor".
-Where "tensor" leaves it the rows of the second, "fsdp" divides these: the compiler for TPUs scatters
-a sum of gradients along a matrix's first axis, but one along its last it leaves whole on every
-device. With both axes on the rows a decoding step would copy the matrix everywhere. W is divided by vocabulary
-alone, over both axes: no device ever has all of W, and log-probs are sums over it. Tables are
-divided by width, so that a device looks up its part of any row.
+The first of two dense layers is divided by what it writes and the second by what it reads (Shoeybi
+et al. 2019, arXiv 1909.08053, section 3), so that a pair needs one sum over "tensor". Where
+"tensor" leaves it the rows of the second, "fsdp" divides these: the compiler for TPUs scatters a
+sum of gradients along a matrix's first axis, but one along its last it leaves whole on every
+device. With both axes on the rows a decoding step would copy the matrix everywhere. W is divided by
+vocabulary alone, over both axes: no device ever has all of W, and log-probs are sums over it.
+Tables are divided by width, so that a device looks up its part of any row.
 """
 
 import math
