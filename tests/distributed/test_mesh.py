@@ -130,7 +130,9 @@ def test_the_rules_by_example():
     specs = jax.tree.map(lambda s: s.spec, shardings(mesh_of(2, 2, 2), params))
     layers = specs["backbone"]["layers"]
     assert layers["attention"]["query"]["kernel"] == P(None, "fsdp", "tensor")
-    assert layers["attention"]["out"]["kernel"] == P(None, ("tensor", "fsdp"))
+    assert layers["attention"]["out"]["kernel"] == P(None, "tensor", "fsdp")
+    alone = shardings(mesh_of(1, 8, 1), params)["backbone"]["layers"]
+    assert alone["attention"]["out"]["kernel"].spec == P(None, "fsdp")
     assert layers["mlp"]["up"]["bias"] == P(None, "tensor")
     assert layers["mlp_norm"]["scale"] == P()
     assert specs["backbone"]["embed"]["embedding"] == P(None, ("tensor", "fsdp"))
