@@ -62,7 +62,9 @@ class Dense(nn.Dense):
             x, a, b = nn.dtypes.promote_dtype(
                 inputs, own["lora_a"], own["lora_b"], dtype=self.dtype
             )
-            output += self.lora_scale * ((x @ a) @ b)
+            # As `matrix_product`: a gradient over two axes of bfloat16 may be summed in bfloat16.
+            rows = x.reshape(-1, x.shape[-1])
+            output += self.lora_scale * ((rows @ a) @ b).reshape(output.shape)
         return self.perturb("output", output)
 
 
