@@ -116,7 +116,9 @@ def print_summary(saved: SavedInfluence, summary: dict[str, Any]) -> None:
         table.add_column(column, justify="right")
     rows = [name for name in ORIGINS if name in shown(saved)]
     rows += [f"advantage_{sign}" for sign in ("positive", "negative")]
-    rows += [name for name in COLUMNS if name in saved.others]
+    for name in COLUMNS:
+        rows += [name] if name in saved.others else []
+        rows += list(saved.by_batch) if name == "momentum" else []
     rows += ["completions", "residual", "second_order", "actual"]
     for name in rows:
         found = [summary[function]["mean"].get(name) for function in FUNCTIONS]

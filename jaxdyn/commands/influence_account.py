@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 import numpy as np
 
+from jaxdyn.commands.influence_momentum import Momentum, stacked
 from jaxdyn.commands.influence_options import InfluenceOptions
 from jaxdyn.commands.influence_page import step_ledger
 from jaxdyn.commands.influence_places import (
@@ -37,7 +38,7 @@ from jaxdyn.train.retake import batch_rollout, take_updates
 from jaxdyn.train.saved import SavedRun
 from jaxdyn.train.step import prepare_step
 from jaxdyn.train.task import open_model
-from jaxdyn.types import COMPONENTS, Components, JaxdynError, Rollout, Sites
+from jaxdyn.types import Components, JaxdynError, Rollout, Sites
 
 
 class Account(NamedTuple):
@@ -94,6 +95,7 @@ def account_of_step(
     places = places_of(options, rollout)
     how: dict[str, Any] = {"memory_budget": bytes_of(options.memory_budget)}
 
+    past = Momentum(saved, step, options.momentum, prepared) if options.momentum else None
     before, after = None, None
     found: list[dict[str, np.ndarray]] = []
     weights: list[np.ndarray] = []
@@ -130,12 +132,15 @@ def account_of_step(
                 | {"completions": stacked(account.completions)}
                 | {name: fetch(getattr(account, name)) for name in ("first_order", "actual")}
             )
+            if past is not None:
+                past.add(model, update, sites, **how)
             weights.append(update.weights)
             clips.append(update.clip)
     seen = step_ledger(model, before or {}, after or {}, sites, how["memory_budget"])
     arrays: dict[str, Any] = {name: sum(one[name] for one in found) for name in found[0]}
     columns = arrays.pop("completions")
     arrays["places"] = places
+    arrays |= {} if past is None else past.arrays()
     experience = prepared.experience
     texts = {
         "prompts": experience.prompts,
@@ -235,8 +240,3 @@ def places_of(options: InfluenceOptions, rollout: Rollout) -> np.ndarray | None:
     if not len(places):
         raise JaxdynError(f"completions {list(options.by_token)} have no token")
     return places
-
-
-def stacked(x: Components) -> np.ndarray:
-    """The components along a first axis, on the host."""
-    return np.stack([fetch(getattr(x, name)) for name in COMPONENTS])

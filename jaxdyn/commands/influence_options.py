@@ -35,6 +35,8 @@ class InfluenceOptions:
       site_completions: batch: how many completions they lie in, evenly chosen (0: all).
       sites_per_completion: batch: beside its first token, so many inside each.
       by_token: completions, by number from 0, whose tokens are also taken one by one.
+      momentum: with RUN, trace the update's momentum back to the batches of so many steps before
+        it, which are taken again from a checkpoint there or earlier. 0: leave it whole.
       aggregation: with --model, how the loss averages over tokens and completions.
       temperature: with --model, of the policy that the completions were sampled from.
       limit: with --model, use the first so many rows (0: all).
@@ -54,6 +56,7 @@ class InfluenceOptions:
     site_completions: int = 16
     sites_per_completion: int = 3
     by_token: tuple[int, ...] = ()
+    momentum: int = 0
     aggregation: Aggregation = "sequence-mean-token-mean"
     temperature: float = 1.0
     limit: int = 64
@@ -64,7 +67,8 @@ class InfluenceOptions:
     seed: int = 0
 
     def __post_init__(self):
-        at_least(0, self, "", "site_completions", "sites_per_completion", "seed", "limit")
+        at_least(0, self, "", "site_completions", "sites_per_completion", "momentum")
+        at_least(0, self, "", "seed", "limit")
         at_least(0, self, "", "temperature")
         at_least(1, self, "", "max_prompt_length", "max_completion_length")
         bytes_of(self.memory_budget)
@@ -79,8 +83,9 @@ class InfluenceOptions:
             return
         if self.completions is None:
             raise JaxdynError("--model needs --completions FILE, a JSON-lines or Parquet file")
-        if self.step is not None or self.sites == "probe":
-            name = "step" if self.step is not None else "sites probe"
+        if self.step is not None or self.sites == "probe" or self.momentum:
+            name = "momentum" if self.momentum else "sites probe"
+            name = "step" if self.step is not None else name
             raise JaxdynError(f"--{name} is of a run: give RUN, not --model")
 
     @property

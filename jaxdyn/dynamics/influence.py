@@ -140,12 +140,14 @@ def contributions(
     temperature: float,
     metric: Params | None = None,
     places: Any = None,
+    rollout_params: Params | None = None,
     **execution: Unpack[Execution],
 ) -> Components:
     """K = −∇h M ∇loss_u, [2, O, U], or of single tokens (u, c) `places` [M, 2], [2, O, M].
 
     Without a metric M is the identity: the change per unit of a plain gradient step's learning
-    rate. For the other arguments see `influence`.
+    rate. With `rollout_params` ∇loss_u is taken there, and ∇h still at `params`. For the other
+    arguments see `influence`.
     """
     found = policy_kernel(
         model,
@@ -155,6 +157,7 @@ def contributions(
         weights=-np.asarray(weights),
         temperature=temperature,
         places=places,
+        rollout_params=rollout_params,
         preconditioner=metric,
         **execution,
     )

@@ -96,9 +96,11 @@ def strips(high: int, wide: int, square: bool, devices: int) -> list[list[Tile]]
 class _Worker:
     """One device's operands and the tiles that it holds prepared: at most the two of a pair."""
 
-    def __init__(self, device, operands, prepare, contract):
+    def __init__(self, device, operands, others, prepare, contract):
         here = lambda x: jax.device_put(x, device) if is_local(x) else x
-        self.device, self.operands = device, jax.tree.map(here, operands)
+        mine = jax.tree.map(here, operands)
+        self.device = device
+        self.sides = mine, mine if others is None else jax.tree.map(here, others)
         self.prepare, self.contract = prepare, contract
         self.held: dict[tuple, Any] = {}
 
@@ -108,13 +110,12 @@ class _Worker:
         keys = [(id(rows), first) for rows, first, _ in sides]
         # What this pair does not need is freed before anything new is made.
         self.held = {key: self.held[key] for key in keys if key in self.held}
-        for key, (rows, first, many) in zip(keys, sides, strict=True):
+        for key, (rows, first, many), operands in zip(keys, sides, self.sides, strict=False):
             if key not in self.held:
-                self.held[key] = self.prepare(
-                    self.operands, jax.device_put(rows.take(first, many), self.device)
-                )
+                tile = jax.device_put(rows.take(first, many), self.device)
+                self.held[key] = self.prepare(operands, tile)
         other = None if right is None else self.held[keys[1]]
-        return self.contract(self.operands, self.held[keys[0]], other)
+        return self.contract(self.sides[0], self.held[keys[0]], other)
 
 
 def assemble(
@@ -124,21 +125,24 @@ def assemble(
     prepare: Callable[[Any, Rows], Any],
     contract: Callable[[Any, Any, Any], dict[str, Any]],
     execution: Execution,
+    others: Any = None,
 ) -> dict[str, np.ndarray]:
     """`contract(operands, left, right)` of all pairs of tiles: arrays [..., N, K, M, J] by name.
 
     `left` and `right` are tiles of rows and columns after `prepare(operands, tile)`. Without
     columns they are the rows: `contract` gets None for them on the diagonal, and the tiles above
-    it are transposed to below. The operands are copied to every device; `kind` tells this kernel
+    it are transposed to below. Columns are prepared with `others`, where these are given, in the
+    operands' place. The operands are copied to every device; `kind` tells this kernel
     from others of the same rows where finished tiles are kept.
 
     Of many processes each takes tiles of its own if it has the whole operands; if these are divided
     among the processes, all do every tile together. All get all tiles; the first keeps them.
     """
+    sides = operands, operands if others is None else others
     rows, columns, square = given.rows, given.columns or given.rows, given.columns is None
     n, m = len(rows.tokens), len(columns.tokens)
     devices = list(execution.get("devices") or [None])
-    apart = all(map(is_local, jax.tree.leaves(operands)))
+    apart = all(map(is_local, jax.tree.leaves(sides)))
     lanes = len(devices) * (jax.process_count() if apart else 1)
     divisible = lambda count: -(-count // given.shards) * given.shards
     size = min(given.size, divisible(-(-max(n, m) // lanes)))  # a strip for every device
@@ -164,18 +168,19 @@ def assemble(
         left, right = (rows, tile.row * high, high), (columns, tile.column * wide, wide)
         return worker.start(left, None if square and tile.row == tile.column else right)
 
-    def first_tile(operands, left, right):
-        right = None if right is None else prepare(operands, right)
-        return contract(operands, prepare(operands, left), right)
+    def first_tile(sides, left, right):
+        right = None if right is None else prepare(sides[1], right)
+        return contract(sides[0], prepare(sides[0], left), right)
 
     shapes: dict[str, Any] = {}  # what a process must know of a tile that another one has
     if jax.process_count() > 1:
-        sides = rows.take(0, high), None if square else columns.take(0, wide)
-        shapes = jax.eval_shape(first_tile, operands, *sides)
+        firsts = rows.take(0, high), None if square else columns.take(0, wide)
+        shapes = jax.eval_shape(first_tile, sides, *firsts)
 
     store = None
     if "blocks" in execution:
         content = [kind, size, digest(operands), digest(rows), digest(None if square else columns)]
+        content += [] if others is None else [digest(others)]
         if jax.process_index() == 0:
             store = Store(execution["blocks"], content)
         for tiles in work:
@@ -189,7 +194,7 @@ def assemble(
         progress(done, total)
 
     # Every device gets a tile before the first one's is waited for.
-    workers = [_Worker(device, operands, prepare, contract) for device in devices]
+    workers = [_Worker(device, operands, others, prepare, contract) for device in devices]
     first = len(devices) * (jax.process_index() if apart else 0)
     for at_once in itertools.zip_longest(*work):
         begun = [begin(*pair) for pair in zip(workers, at_once[first:], strict=False)]

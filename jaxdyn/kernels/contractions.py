@@ -206,6 +206,7 @@ def policy_kernel(
     weights: Any,
     temperature: float = 1.0,
     places: Any = None,
+    rollout_params: Params | None = None,
     preconditioner: Params | None = None,
     **execution: Unpack[Execution],
 ) -> Kernel:
@@ -221,6 +222,8 @@ def policy_kernel(
       weights: w [B, C, 2]; slots outside the completion do not count.
       temperature: of the completions' π; 0 is read as 1.
       places: completion slots (j, c) [M, 2], to have them by themselves: then [2, N, M].
+      rollout_params: where the completions' gradients are taken, if not at `params`: an earlier
+        update's, which lives on in momentum.
 
     For the other arguments and what is raised see `sequence_kernel`.
     """
@@ -234,7 +237,8 @@ def policy_kernel(
     columns = with_both(columns, counted[:, None], temperature)
     if places is not None:
         columns = token_rows(columns, places, "places")
-    kernels = _kernels("policy", model, params, rows, columns, preconditioner, execution)
+    given = model, params, rows, columns, preconditioner, execution
+    kernels = _kernels("policy", *given, rollout_params)
     return _kernel(kernels, preconditioner, lambda x: x[..., 0].transpose(1, 0, 2))
 
 
@@ -261,11 +265,13 @@ def _kernels(
     columns: Rows | None,
     preconditioner: Params | None,
     execution: Execution,
+    column_params: Params | None = None,
 ) -> dict[str, np.ndarray]:
     """Representation, cross and the gradient component by kind, [(L,) N, K, M, J]."""
     require_options(execution)
     budget, method = budget_of(execution), method_of(execution)
     view, roots = model.view(params), roots_of(model, params, preconditioner)
+    other = None if column_params is None else model.view(column_params)
     both = [r for r in (rows, columns) if r is not None]
     gradients = sum(len(r.tokens) * r.outputs for r in both) * nbytes(view)
     if method == "plain" or (method == "auto" and gradients <= min(TINY, budget)):
@@ -274,7 +280,7 @@ def _kernels(
                 f"method 'plain' holds {gradients} bytes of gradients, and memory_budget is "
                 f"{budget}; method 'gram' holds none"
             )
-        return fetch(plain_kernels(model, view, roots, rows, columns))
+        return fetch(plain_kernels(model, view, roots, rows, columns, other))
     require_merged(params)
     sizes = [(r.tokens.shape[1], r.positions.shape[1], r.outputs) for r in both]
     held, working = (max(x) for x in zip(*(row_bytes(model, *size) for size in sizes), strict=True))
@@ -294,6 +300,7 @@ def _kernels(
             workspace=tiles.workspace,
         ),
         execution,
+        None if other is None else (other, roots),
     )
 
 

@@ -35,11 +35,20 @@ def _inner(x: jax.Array, y: jax.Array) -> jax.Array:
 
 @functools.partial(jax.jit, static_argnums=0)
 def plain_kernels(
-    model: Model, view: View, roots: Params | None, rows: Rows, columns: Rows | None
+    model: Model,
+    view: View,
+    roots: Params | None,
+    rows: Rows,
+    columns: Rows | None,
+    other: View | None = None,
 ) -> dict[str, jax.Array]:
-    """Kernels by name: representation and cross [N, K, M, J], each kind [L, N, K, M, J]."""
+    """Kernels by name: representation and cross [N, K, M, J], each kind [L, N, K, M, J].
+
+    The columns' gradients are taken at `other`, where it is given.
+    """
     left = gradients(model, view, roots, rows)
-    right = left if columns is None else gradients(model, view, roots, columns)
+    there = view if other is None else other
+    right = left if columns is None else gradients(model, there, roots, columns)
     heads = jax.tree.map(_inner, left["classifier"], right["classifier"])
     representation = functools.reduce(jnp.add, jax.tree.leaves(heads))
 

@@ -19,7 +19,8 @@ COLUMNS = ("clipping", "momentum", "decay", "critic")
 """What else an update adds to the sites, beside the completions."""
 
 _UPDATE = (*COLUMNS, "first_order", "actual")
-_OPTIONAL = (*_UPDATE, "itself", "by_token", "places", "rewards")
+_EARLIER = ("earlier", "earlier_steps", "earlier_prompts", "earlier_completions")
+_OPTIONAL = (*_UPDATE, "itself", "by_token", "places", "rewards", *_EARLIER)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,6 +45,9 @@ class SavedInfluence:
       weights: ∂loss/∂ log π and ∂loss/∂H of these, [U, C, 2], before the first inner epoch.
       itself: what a site's own token did to it, [3, 2, O]; 0 where the site is no completion's.
       by_token: of single tokens `places` (completion, slot) [M, 2], by component [3, 2, O, M].
+      earlier: of the momentum, what the completions of earlier batches did, by component
+        [3, 2, O, B, U]; earlier_steps: the batches' steps [B], and earlier_prompts and
+        earlier_completions [B, U]. What momentum there is beside them is older (or a critic's).
       about: what was computed, of which model, with which options.
     """
 
@@ -79,6 +83,10 @@ class SavedInfluence:
     by_token: np.ndarray | None = None
     places: np.ndarray | None = None
     rewards: np.ndarray | None = None
+    earlier: np.ndarray | None = None
+    earlier_steps: np.ndarray | None = None
+    earlier_prompts: np.ndarray | None = None
+    earlier_completions: np.ndarray | None = None
 
     @property
     def components(self) -> np.ndarray:
@@ -94,6 +102,15 @@ class SavedInfluence:
         """The update's other columns, by component [3, 2, O]."""
         found = {name: getattr(self, name) for name in COLUMNS}
         return {name: x for name, x in found.items() if x is not None}
+
+    @property
+    def by_batch(self) -> dict[str, np.ndarray]:
+        """The momentum by the step of the batch it came from, and the rest of it, [3, 2, O]."""
+        if self.earlier is None or self.earlier_steps is None or self.momentum is None:
+            return {}
+        each = np.moveaxis(self.earlier.sum(axis=-1), -1, 0)
+        found = dict(zip([f"momentum_of_{n}" for n in self.earlier_steps], each, strict=True))
+        return found | {"momentum_older": self.momentum - each.sum(axis=0)}
 
     @property
     def residual(self) -> np.ndarray | None:
@@ -130,6 +147,11 @@ def load_influence(path: str | Path) -> SavedInfluence:
     shapes: dict[str, tuple] = {name: (2, sites, count) for name in COMPONENTS}
     shapes |= {name: (3, 2, sites) for name in (*COLUMNS, "itself")}
     shapes |= {name: (2, sites) for name in ("first_order", "actual")}
+    if "earlier" in arrays:
+        require_arrays(path, WHAT, _EARLIER, arrays)
+        batches = np.shape(arrays["earlier_prompts"])[:2]
+        shapes |= {"earlier": (3, 2, sites, *batches), "earlier_completions": batches}
+        shapes |= {"earlier_steps": batches[:1]}
     for name, shape in shapes.items():
         if name in arrays:
             require_shape(path, name, arrays[name], shape)

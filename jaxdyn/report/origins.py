@@ -65,7 +65,7 @@ def summarize_influence(saved: SavedInfluence) -> dict[str, Any]:
     else there is. What is not defined is left out.
     """
     columns = {**by_origin(saved), **{f"advantage_{k}": x for k, x in by_sign(saved).items()}}
-    columns |= saved.others
+    columns |= {**saved.others, **saved.by_batch}
     ends = {"completions": saved.total.sum(axis=-1)}
     for name in ("first_order", "residual", "second_order", "actual"):
         if (x := getattr(saved, name)) is not None:

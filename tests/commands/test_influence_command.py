@@ -1,5 +1,6 @@
 """`jaxdyn influence`: its file against the run's own probe, what it says, what it refuses."""
 
+import dataclasses
 import json
 
 import jax
@@ -121,6 +122,24 @@ def test_a_step_at_its_own_completions(tied_run, tmp_path, capsys):
     assert origins == pytest.approx(mean["completions"]["total"], abs=1e-7)
 
 
+def test_momentum_traced_to_its_batches(root, tmp_path, capsys):
+    """With b1 = 0.01 the batch of the step before is all of it but 0.01 of the rest."""
+    changes = {"train__checkpoint_every": 2, "optim__b1": 0.01}
+    path = run_rl(tiny_runs.rl_config(root, "momentum", **changes))
+    given = InfluenceOptions(str(path), step=4, momentum=1, output=str(tmp_path / "out"))
+    saved = load_influence(run(given))
+    closes(saved, 1e-3)
+    assert "momentum of 3" in capsys.readouterr().out and saved.earlier_steps.tolist() == [3]
+    assert saved.earlier.shape == (3, 2, 12, 1, 8)
+    logged = [r for r in tiny_runs.lines(path, "completions.jsonl") if r["step"] == 3]
+    assert [r["completion"] for r in logged] == saved.earlier_completions[0].tolist()
+    assert [r["prompt"] for r in logged] == saved.earlier_prompts[0].tolist()
+    older, whole = saved.by_batch["momentum_older"], saved.momentum
+    assert 0 < np.abs(older).max() < 0.1 * np.abs(whole).max()
+    with pytest.raises(JaxdynError, match=r"--momentum 3 begins with step 1, and no checkpoint"):
+        run(dataclasses.replace(given, momentum=3))
+
+
 def test_a_classifier_stage_moves_through_the_representation_alone(root, tmp_path):
     changes = {"optim__schedule": "classifier_only", "optim__classifier_steps": 0}
     path = run_rl(tiny_runs.rl_config(root, "head", **changes))
@@ -183,6 +202,7 @@ def test_parquet_is_read_as_json_lines_are(root, completions, tmp_path):
         ({"run": "r", "model": "m"}, "give a RUN or --model, not both"),
         ({"model": "m"}, "--model needs --completions"),
         ({"model": "m", "completions": "c", "step": 3}, "--step is of a run"),
+        ({"model": "m", "completions": "c", "momentum": 2}, "--momentum is of a run"),
         ({"model": "m", "completions": "c", "sites": "probe"}, "--sites probe is of a run"),
         ({"run": "r", "aggregation": "token-mean"}, "--aggregation goes with .* got token-mean"),
         ({"run": "r", "memory_budget": "much"}, "memory_budget must be a size"),

@@ -10,6 +10,7 @@ import pytest
 import tiny_runs
 from test_update import C, tiny_batch
 
+from jaxdyn.commands.influence_momentum import decay_of, earlier_of, traced
 from jaxdyn.dynamics import delta_logits, influence, sites_from_rollout
 from jaxdyn.kernels.rows import statistics_of
 from jaxdyn.optim import Stage
@@ -56,7 +57,7 @@ def widened(task):
 
 
 def taken(root, stage, tied=False, **changes):
-    """The task, the batch's completions, and the updates of a second step, which has momentum."""
+    """The task, the batch's completions, and the updates of two steps by it."""
     config = tiny_runs.rl_config(root, "unused", tied=tied, **changes)
     sampling = SamplingConfig(max_completion_length=C, temperature=0.7)
     task = widened(open_task(dataclasses.replace(config, sampling=sampling)))
@@ -74,8 +75,9 @@ def taken(root, stage, tied=False, **changes):
         )
     features = features if stage.name == "classifier" else None
     prepared = Prepared(None, batch, features, 3e-3, {})
+    updates: list = []
     for _ in range(2):
-        updates = list(take_updates(task, state, stage, prepared))
+        updates += take_updates(task, state, stage, prepared)
         state = updates[-1].state
     return task, batch_rollout(prepared), updates
 
@@ -85,9 +87,11 @@ def test_the_columns_are_the_update(stage, changes, root, x64):
     """Their sum is the product along the applied update, component by component."""
     task, rollout, updates = taken(root, stage, **changes)
     model, sites = task.model, sites_from_rollout(rollout, 1, 0)
-    assert len(updates) == task.config.train.num_iterations
+    many = task.config.train.num_iterations
+    assert len(updates) == 2 * many
+    history = [earlier_of(n // many, rollout, update) for n, update in enumerate(updates)]
     share = 0
-    for update in updates:
+    for number, update in enumerate(updates[many:], start=many):
         found = influence(
             model,
             update.before,
@@ -126,6 +130,14 @@ def test_the_columns_are_the_update(stage, changes, root, x64):
         if stage == "joint" and "optim__max_grad_norm" in changes:
             assert update.clip < 1 and sizes["clipping"] > 1e-3 * scale
         assert sizes["momentum"] > 1e-3 * scale
+        if "critic" not in sizes:  # whose gradients are in the momentum, and in no completion
+            beta = decay_of(task.config.optim)
+            parts = traced(model, update, sites, history[:number], beta)
+            assert set(parts) == ({0, 1} if number > many else {0})
+            for name in ("representation", "gradient", "cross"):
+                back = sum(getattr(x, name).sum(axis=-1) for x in parts.values())
+                wanted = getattr(found.others["momentum"], name)
+                np.testing.assert_allclose(back, wanted, rtol=0, atol=1e-10 * scale, err_msg=name)
         if "optim__weight_decay" in changes:
             assert sizes["decay"] > 1e-6 * scale
         assert ("critic" in sizes) == ("ppo" in changes.values())
