@@ -8,7 +8,8 @@ With Θ(s, s') = (∂f(s)/∂θ)(∂f(s')/∂θ)ᵀ, all that is here is g_iᵀ 
 (Tomihari 2026, arXiv 2601.04670, the NTK's decomposition; a classifier bias adds 1 to ⟨φ, φ'⟩, and
 the tied case is ours). In a preconditioner's metric Θ_P = D P D'ᵀ and ⟨φ, φ'⟩ I is the diagonal
 [Σ_j P_kj φ_j φ'_j]_k. Two methods: "plain" forms every row's whole gradient; "gram" never does
-(`jaxdyn.kernels.gram`). "auto" is plain where the gradients are small.
+(`jaxdyn.kernels.gram`). "auto" is plain where the gradients are small, or where adapters are, which
+"gram" cannot follow. Gradients are of what a metric moves.
 
 These functions run on the host, tile by tile: they are not to be called inside `jax.jit`.
 """
@@ -19,6 +20,7 @@ from typing import Any, Unpack
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax.traverse_util import flatten_dict
 
 from jaxdyn.hosts import fetch
 from jaxdyn.kernels.blocks import assemble, tiling
@@ -31,8 +33,8 @@ from jaxdyn.kernels.execution import (
 )
 from jaxdyn.kernels.gram import contract, factorize
 from jaxdyn.kernels.memory import attention_bytes, nbytes
-from jaxdyn.kernels.parts import require_merged
-from jaxdyn.kernels.plain import plain_kernels
+from jaxdyn.kernels.parts import has_adapters, require_merged
+from jaxdyn.kernels.plain import moving_leaves, plain_kernels
 from jaxdyn.kernels.preconditioner import roots_of
 from jaxdyn.kernels.result import Kernel
 from jaxdyn.kernels.rows import (
@@ -273,14 +275,17 @@ def _kernels(
     view, roots = model.view(params), roots_of(model, params, preconditioner)
     other = None if column_params is None else model.view(column_params)
     both = [r for r in (rows, columns) if r is not None]
-    gradients = sum(len(r.tokens) * r.outputs for r in both) * nbytes(view)
-    if method == "plain" or (method == "auto" and gradients <= min(TINY, budget)):
+    leaves = moving_leaves(view, roots)
+    moved = sum(x.nbytes for path, x in flatten_dict(view).items() if path in leaves)
+    gradients = sum(len(r.tokens) * r.outputs for r in both) * moved
+    small = budget if has_adapters(params) else min(TINY, budget)
+    if method == "plain" or (method == "auto" and gradients <= small):
         if gradients > budget:
             raise JaxdynError(
                 f"method 'plain' holds {gradients} bytes of gradients, and memory_budget is "
                 f"{budget}; method 'gram' holds none"
             )
-        return fetch(plain_kernels(model, view, roots, rows, columns, other))
+        return fetch(plain_kernels(model, view, roots, rows, columns, other, leaves=leaves))
     require_merged(params)
     sizes = [(r.tokens.shape[1], r.positions.shape[1], r.outputs) for r in both]
     held, working = (max(x) for x in zip(*(row_bytes(model, *size) for size in sizes), strict=True))

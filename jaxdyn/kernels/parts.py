@@ -5,9 +5,14 @@ from flax.traverse_util import flatten_dict
 from jaxdyn.types import JaxdynError, Params
 
 
+def has_adapters(params: Params) -> bool:
+    """Whether the parameters hold low-rank adapters."""
+    return any(path[-1] == "lora_a" for path in flatten_dict(params))
+
+
 def require_merged(params: Params) -> None:
     """Refuse low-rank adapters, whose gradients are in none of the engine's layers."""
-    if any(path[-1] == "lora_a" for path in flatten_dict(params)):
+    if has_adapters(params):
         raise JaxdynError(
             "the parameters hold low-rank adapters, which only method 'plain', apply_kernel and "
             "top_eigenpairs follow; merge_adapters gives the same function without them"

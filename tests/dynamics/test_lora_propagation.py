@@ -153,6 +153,33 @@ def test_an_update_of_adapters_is_their_kernel_times_the_cotangents(x64):
             np.testing.assert_allclose(getattr(applied, part), wanted, atol=1e-11 * scale)
 
 
+def test_a_metric_that_moves_adapters_alone_forms_no_other_gradient(x64):
+    """Within a budget that the whole gradients exceed; against the Jacobian of log π."""
+    model, params = oracles.adapted_model("llama-tied", jnp.float64)
+    sites = oracles.tiny_sites()
+    metric = of_adapters(params, lambda x: 0.5 + jnp.arange(x.size, dtype=x.dtype).reshape(x.shape))
+
+    def log_probs(params):
+        logits = oracles.site_logits(model, model.view(params), sites)
+        return jax.nn.log_softmax(logits)[jnp.arange(len(logits)), sites.targets]
+
+    jacobian = once(lambda _, params: jax.jacrev(log_probs)(params))(None, params)
+    flat = lambda tree: np.concatenate(
+        [np.asarray(x).reshape(len(sites.rows), -1) for x in jax.tree.leaves(tree)], axis=1
+    )
+    rows = flat(jacobian)
+    one = jax.tree.map(lambda p: jnp.broadcast_to(p, (len(sites.rows), *p.shape)), metric)
+    wanted = (rows * flat(one)) @ rows.T
+    bytes_moved = 8 * sum(int((p != 0).sum()) for p in jax.tree.leaves(metric)) * len(sites.rows)
+    given = {"preconditioner": metric, "memory_budget": bytes_moved}
+    found = log_prob_kernel(model, params, sites, **given).total
+    np.testing.assert_allclose(found, wanted, rtol=0, atol=1e-11 * np.abs(wanted).max())
+    with pytest.raises(JaxdynError, match=f"holds {bytes_moved} bytes .* is {bytes_moved - 1}"):
+        less = bytes_moved - 1
+        given |= {"memory_budget": less, "method": "plain"}
+        log_prob_kernel(model, params, sites, **given)
+
+
 def test_engines_without_a_form_for_adapters_say_so():
     model, params = oracles.adapted_model("gpt_neox-untied", jnp.float32)
     sites = oracles.tiny_sites()
