@@ -7,7 +7,7 @@ import tyro
 
 from jaxdyn.commands.kernel_options import bytes_of
 from jaxdyn.errors import JaxdynError
-from jaxdyn.grammar import at_least
+from jaxdyn.grammar import LARGEST_SEED, MOST_TOKENS, at_least
 
 Quantity = Literal["log_prob", "entropy", "confidence", "margin", "kl"]
 
@@ -65,8 +65,9 @@ class LedgerOptions:
     seed: int = 0
 
     def __post_init__(self):
-        at_least(0, self, "", "limit", "alternatives", "temperature", "seed")
-        at_least(1, self, "", "max_prompt_length", "max_completion_length")
+        at_least(0, self, "", "limit", "alternatives", "temperature")
+        at_least(0, self, "", "seed", most=LARGEST_SEED)
+        at_least(1, self, "", "max_prompt_length", "max_completion_length", most=MOST_TOKENS)
         if self.alternatives % 2:
             raise JaxdynError(
                 f"--alternatives are half raised, half lowered: an even number is wanted, got "

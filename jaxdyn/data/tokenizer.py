@@ -12,7 +12,7 @@ import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, processors
 
 from jaxdyn.data.templates import Rendered
-from jaxdyn.grammar import read_object
+from jaxdyn.reading import read_object
 from jaxdyn.types import JaxdynError
 
 TEMPLATE = "chat_template.jinja"

@@ -20,7 +20,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from jaxdyn.grammar import read_object
+from jaxdyn.reading import read_object
 from jaxdyn.models.config import ModelConfig
 from jaxdyn.models.families import family_of
 from jaxdyn.models.hf_config import config_from_hf, config_to_hf, token_ids

@@ -12,7 +12,7 @@ import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 from safetensors import SafetensorError, safe_open
 
-from jaxdyn.grammar import read_object
+from jaxdyn.reading import read_object
 from jaxdyn.models.hf_layout import stored_tensors
 from jaxdyn.models.model import LanguageModel
 from jaxdyn.types import JaxdynError, Params
