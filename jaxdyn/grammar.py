@@ -98,7 +98,9 @@ def _value(hint: Any, value: Any, where: str) -> Any:
             raise JaxdynError(f"{where}: expected {len(kinds)} values, got {shown(value)}")
         pairs = zip(kinds, value, strict=True)
         return tuple(_value(k, v, f"{where}[{i}]") for i, (k, v) in enumerate(pairs))
-    if hint is float and type(value) is int and abs(value) <= MOST:
+    if hint is float and type(value) is int:
+        if abs(value) > MOST:
+            raise JaxdynError(f"{where} must lie in [{-MOST:g}, {MOST:g}], got {shown(value)}")
         return float(value)
     kind = getattr(hint, "__name__", str(hint))
     if origin is not None or not isinstance(value, hint) or type(value) is bool is not hint:

@@ -40,7 +40,7 @@ def require_name(text: str, what: str = "a path") -> str:
     try:
         text.encode()
     except UnicodeEncodeError:
-        raise JaxdynError(f"{what} must be valid Unicode, got {ascii(text):.80}") from None
+        raise JaxdynError(f"{what} must be valid Unicode, got {text!a:.80}") from None
     return text
 
 
@@ -77,6 +77,22 @@ def require_writable(path: AnyPath) -> None:
         raise JaxdynError(f"{path} needs the package gcsfs: pip install gcsfs") from error
     except Exception as error:  # its client raises many kinds
         raise JaxdynError(f"cannot write to {path}: {one_line(error)}") from error
+
+
+def is_directory(path: AnyPath) -> bool:
+    """Whether there is such a directory.
+
+    Raises:
+      JaxdynError: if a bucket cannot be asked, naming the package to install, or what it said.
+    """
+    try:
+        return path.is_dir()
+    except OSError:
+        raise
+    except ImportError as error:
+        raise JaxdynError(f"{path} needs the package gcsfs: pip install gcsfs") from error
+    except Exception as error:  # its client raises many kinds
+        raise JaxdynError(f"cannot read {path}: {one_line(error)}") from error
 
 
 def write_whole(path: AnyPath, text: str) -> None:

@@ -204,7 +204,7 @@ def _refuse_bomb(path: AnyPath, total: int, packed: int) -> NoReturn:
 # -- memory ---------------------------------------------------------------------------------------
 
 
-def require_room(path: AnyPath, wanted: int) -> None:
+def require_room(path: AnyPath | str, wanted: int) -> None:
     """JaxdynError if what a file says it holds would not fit the memory that is left."""
     there = available_memory()
     if wanted > there:

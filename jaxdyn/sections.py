@@ -187,6 +187,7 @@ class EvaluationConfig:
             values = getattr(self, name)
             if len(set(values)) < len(values):
                 raise JaxdynError(f"evaluation.{name} names one twice: {values}")
+        at_least(1, self, "evaluation", "pass_at")
         for k in self.pass_at:
             if not 1 <= k <= self.num_generations:
                 raise JaxdynError(

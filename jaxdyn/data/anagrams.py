@@ -51,7 +51,8 @@ class AnagramsConfig:
                 f"data.anagrams.length must make at most {MOST_SETS} sets of {len(self.letters)} "
                 f"letters, got {self.length}, which makes {sets}"
             )
-        if not 1 <= self.test_examples < sets:
+        at_least(1, self, "data.anagrams", "test_examples", most=MOST_SETS)
+        if self.test_examples >= sets:
             raise JaxdynError(
                 f"data.anagrams.test_examples must hold out at least 1 of the {sets} sets of "
                 f"letters and leave one, got {self.test_examples}"

@@ -4,7 +4,6 @@ It imports no JAX, so that a file is read anywhere.
 """
 
 import json
-import zipfile
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -12,8 +11,8 @@ from typing import Any
 import numpy as np
 
 from jaxdyn.errors import JaxdynError
-
-_UNREADABLE = (OSError, ValueError, EOFError, AttributeError, TypeError, zipfile.BadZipFile)
+from jaxdyn.paths import open_path
+from jaxdyn.reading import parse_json, read_arrays
 
 
 def write_archive(
@@ -37,16 +36,12 @@ def read_archive(
       JaxdynError: if it cannot be read, or is of another kind.
     """
     try:
-        # NumPy leaves a file open that it opened itself and could not read.
-        with open(path, "rb") as file, np.load(file, allow_pickle=False) as saved:
-            arrays = {name: saved[name] for name in saved.files}
+        arrays = read_arrays(open_path(path), what)
     except FileNotFoundError as error:
         raise JaxdynError(f"no such {what.split(' ', 1)[1]}: {path}") from error
-    except _UNREADABLE as error:
-        raise JaxdynError(f"{path} is not {what}: {error}") from error
     try:
-        about = json.loads(str(arrays.pop("about", "")))
-    except ValueError as error:
+        about = parse_json(str(arrays.pop("about", "")), str(path))
+    except JaxdynError as error:
         raise JaxdynError(f"{path} is not {what}: it has no description") from error
     found = about.pop("format", None) if isinstance(about, dict) else None
     if found not in kinds:
