@@ -73,7 +73,7 @@ def from_dict(kind: type[Config], data: Any, where: str = "config") -> Config:
     fields = {f.name: f.type for f in dataclasses.fields(kind)}  # type: ignore[arg-type]
     for name in data:
         if name not in fields:
-            raise JaxdynError(f"{where}: unknown field {name!r}{nearest(name, fields)}")
+            raise JaxdynError(f"{where}: unknown field {name!r:.60}{nearest(name, fields)}")
     hints = typing.get_type_hints(kind)
     return kind(**{n: _value(hints[n], v, f"{where}: {n}") for n, v in data.items()})
 

@@ -200,11 +200,11 @@ def bomb(rng, content):
     """Few bytes that unpack to a gigabyte."""
     file = io.BytesIO()
     header = {"descr": "<f4", "fortran_order": False, "shape": (2**28,)}
-    with zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as archive:
-        with archive.open("a.npy", "w") as array:
-            np.lib.format.write_array_header_1_0(array, header)
-            for _ in range(2**6):
-                array.write(bytes(2**24))
+    packed = zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED)
+    with packed as archive, archive.open("a.npy", "w") as array:
+        np.lib.format.write_array_header_1_0(array, header)
+        for _ in range(2**6):
+            array.write(bytes(2**24))
     return file.getvalue()
 
 

@@ -32,7 +32,7 @@ def require_text(row: dict[str, Any], field: str, role: str, where: str) -> str:
     """The non-empty text of a field that has a role; JaxdynError if it holds none."""
     if field not in row:
         raise JaxdynError(
-            f"{where} has no field {field!r} for the {role}; it has {', '.join(row) or 'none'}"
+            f"{where} has no field {field!r} for the {role}; it has {', '.join(row) or 'none':.200}"
         )
     value = row[field]
     if not isinstance(value, str) or not value:

@@ -3,6 +3,7 @@
 It imports no JAX, so that a file is read anywhere.
 """
 
+import fnmatch
 import json
 from collections.abc import Iterable
 from pathlib import Path
@@ -57,7 +58,27 @@ def require_arrays(path: str | Path, what: str, wanted: Iterable[str], there: An
             raise JaxdynError(f"{path} is not {whole}: it has no {name}")
 
 
-def require_shape(path: str | Path, name: str, x: np.ndarray, shape: tuple[int, ...]) -> None:
-    """JaxdynError for an array of another shape."""
-    if x.shape != shape:
-        raise JaxdynError(f"{path}: {name} should be {list(shape)}, got {list(x.shape)}")
+Forms = dict[str, tuple[str, str]]
+"""Of arrays by name, where a * stands for anything: NumPy's letters of the dtype's kind, and the
+axes: numbers, or names of sizes that must agree in a file but for those in brackets."""
+
+
+def require_forms(path: str | Path, arrays: dict[str, np.ndarray], forms: Forms) -> dict[str, int]:
+    """The sizes by their names; JaxdynError for an array of another shape or kind."""
+    sizes: dict[str, int] = {}
+    for pattern, (kinds, axes) in forms.items():
+        for name in fnmatch.filter(arrays, pattern):
+            x, names = arrays[name], axes.split()
+            agree = x.ndim == len(names)
+            for axis, size in zip(names, x.shape, strict=True) if agree else ():
+                if axis[0] != "(":
+                    agree &= size == sizes.setdefault(axis, int(axis) if axis.isdigit() else size)
+            if not agree:
+                wanted = ", ".join(str(sizes.get(axis, axis)) for axis in names)
+                raise JaxdynError(f"{path}: {name} should be [{wanted}], got {list(x.shape)}")
+            if x.dtype.kind not in kinds:
+                raise JaxdynError(f"{path}: {name} should be {_KINDS[kinds]}, got {x.dtype}")
+    return sizes
+
+
+_KINDS = {"f": "floats", "iu": "integers", "b": "booleans", "U": "texts"}
