@@ -35,8 +35,10 @@ LAST_STEP = 10**9
 Record = dict[str, Any]
 
 
-def read_bytes(path: AnyPath, limit: int = SETTINGS_BYTES) -> bytes:
-    """A file's content; JaxdynError if it cannot be read, or holds more than `limit`."""
+def read_bytes(path: AnyPath, limit: int | None = None) -> bytes:
+    """A file's content; JaxdynError if it cannot be read, or holds more than `limit` bytes, by
+    default `SETTINGS_BYTES`."""
+    limit = SETTINGS_BYTES if limit is None else limit
     try:
         with path.open("rb") as file:
             content = file.read(limit + 1)
@@ -187,7 +189,11 @@ def read_arrays(path: AnyPath, what: str = "a readable file of arrays") -> dict[
                 _refuse_bomb(path, sum(sizes.values()), packed)
             file.seek(0)
             with np.load(file, allow_pickle=False) as saved:
-                return {name: np.asarray(saved[name]) for name in saved.files}
+                found = {name: saved[name] for name in saved.files}
+        for name, x in found.items():
+            if not isinstance(x, np.ndarray):  # what is no array comes back as bytes
+                raise ValueError(f"{name} is no array")
+        return found
     except (FileNotFoundError, JaxdynError):
         raise
     except Exception as error:  # NumPy and zipfile raise many kinds

@@ -194,8 +194,8 @@ def damaged(what: str, names: tuple[str, ...], ways: tuple[Callable, ...], refus
 
     def kind(rng: np.random.Generator, place: Place) -> Case:
         part = getattr(place, what)
-        files = [p for name in names for p in sorted(part.rglob(name))] if names else [part]
-        path, way = damage.one(rng, files), damage.one(rng, ways)
+        found = [p for name in names for p in sorted(part.rglob(name)) if p.is_file()]
+        path, way = damage.one(rng, found or [part]), damage.one(rng, ways)
         content = path.read_bytes()
         with contextlib.suppress(ValueError):
             content = way(rng, content)

@@ -196,15 +196,15 @@ def arrays_swapped(rng, content):
     return _rewritten(rng, content, change)
 
 
-def bomb(rng, content):
+def bomb(rng, content, size=2**30):
     """Few bytes that unpack to a gigabyte."""
     file = io.BytesIO()
-    header = {"descr": "<f4", "fortran_order": False, "shape": (2**28,)}
+    header = {"descr": "<f4", "fortran_order": False, "shape": (size // 4,)}
     packed = zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED)
     with packed as archive, archive.open("a.npy", "w") as array:
         np.lib.format.write_array_header_1_0(array, header)
-        for _ in range(2**6):
-            array.write(bytes(2**24))
+        for _ in range(size // 2**20):
+            array.write(bytes(2**20))
     return file.getvalue()
 
 
