@@ -162,8 +162,8 @@ def keep_compiled_programs() -> None:
 
 
 def fail(message: str, code: int = 2) -> None:
-    """One line on standard error, and the exit code."""
-    print(f"jaxdyn: {' '.join(message.split())}", file=sys.stderr)
+    """One line on standard error, and the exit code; of what a long one quotes, its beginning."""
+    print(f"jaxdyn: {' '.join(message.split()):.1000}", file=sys.stderr)
     sys.exit(code)
 
 

@@ -66,7 +66,7 @@ class Case(NamedTuple):
 def make(root: Path) -> Place:
     """The tiny model, prompts, and a run of two steps."""
     place = place_at(root)
-    changes = {"train__steps": 2, "evaluation__every": 0, "probe__num_prompts": 2}
+    changes = {"train__steps": 2, "train__checkpoint_every": 1, "evaluation__every": 0}
     config = tiny_runs.rl_config(root, "run", **changes)
     save_config(config, place.config)
     changes = {"train__steps": 2, "evaluation__every": 0}
