@@ -18,6 +18,7 @@ from typing import Any, Literal, NamedTuple
 from jaxdyn.commands.arguments import parse
 from jaxdyn.errors import JaxdynError, Preempted
 from jaxdyn.grammar import nearest
+from jaxdyn.paths import one_line, require_name
 
 
 class Command(NamedTuple):
@@ -136,6 +137,8 @@ def run_or_fail(arguments: list[str]) -> None:
     except OSError as error:
         where = f" ({error.filename})" if error.filename else ""
         fail(f"{error.strerror or error}{where}")
+    except MemoryError as error:
+        fail(f"not enough memory: {one_line(error, kind=False)}")
     except Preempted as stop:
         print(f"jaxdyn: {stop}; the same command goes on from there", file=sys.stderr)
         sys.exit(stop.exit_code)
@@ -159,8 +162,8 @@ def keep_compiled_programs() -> None:
 
 
 def fail(message: str, code: int = 2) -> None:
-    """One line on standard error, and the exit code."""
-    print(f"jaxdyn: {' '.join(message.split())}", file=sys.stderr)
+    """One line on standard error, and the exit code; of what a long one quotes, its beginning."""
+    print(f"jaxdyn: {' '.join(message.split()):.1000}", file=sys.stderr)
     sys.exit(code)
 
 
@@ -215,6 +218,8 @@ def has_work(command: str, arguments: list[str]) -> bool:
 
 def run_command(arguments: list[str]) -> None:
     """Do what the first word says, with the options that the others do."""
+    for argument in arguments:
+        require_name(argument, "an argument")
     if not arguments or arguments[0] in ("-h", "--help"):
         print("usage: jaxdyn COMMAND [options]\n\nWhat one RL update does to a language model.\n")
         for name, command in COMMANDS.items():

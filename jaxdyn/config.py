@@ -11,7 +11,7 @@ import tyro
 
 from jaxdyn.data import DataConfig
 from jaxdyn.dynamics import ProbeConfig
-from jaxdyn.grammar import at_least
+from jaxdyn.grammar import LARGEST_SEED, at_least
 from jaxdyn.models import LoraConfig
 from jaxdyn.optim import OptimConfig
 from jaxdyn.rewards import RewardConfig
@@ -46,7 +46,8 @@ class Config:
     mesh: MeshConfig = MeshConfig()
 
     def __post_init__(self):
-        at_least(0, self, "", "seed", "profile")
+        at_least(0, self, "", "seed", most=LARGEST_SEED)
+        at_least(0, self, "", "profile")
 
     @property
     def title(self) -> str:

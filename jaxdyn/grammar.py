@@ -4,8 +4,10 @@ Their `__post_init__` checks fields in one style, each raising `JaxdynError`:
 
     at_least(1, self, "train", "num_prompts")      train.num_prompts must be at least 1, got 0
 
-A field may be a number or a tuple of numbers; None was not given and passes. NaN and infinity pass
-no check of a range. A section of "" is the top level.
+A field may be a number or a tuple of numbers; None was not given and passes, as does a name that
+may stand for a number. NaN and infinity pass no check of a range, and every range has an end: where
+a field has none of its own, it is `MOST_WHOLE` of whole numbers and `MOST` of others. A section of
+"" is the top level.
 
 Imports no JAX, so that options can be read and refused before anything heavy is.
 """
@@ -21,29 +23,24 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 from jaxdyn.errors import JaxdynError
-from jaxdyn.paths import AnyPath
+from jaxdyn.paths import AnyPath, require_name
+from jaxdyn.reading import read_object, shown
 
 Config = TypeVar("Config")
+
+MOST_WHOLE, MOST = 10**9, 1e30
+"""The largest numbers of fields without a bound of their own: a float32 has room for their sums."""
+
+LARGEST_SEED = 2**32 - 1
+"""Beyond it `jax.random.key` begins again at 0."""
+
+MOST_ROWS, MOST_TOKENS = 10**6, 10**7
+"""The most prompts, or completions of one, that are held at once, and tokens of a text."""
 
 
 def save_config(config: Any, path: Path) -> None:
     """Write the configuration as JSON."""
     path.write_text(json.dumps(dataclasses.asdict(config), indent=2) + "\n")
-
-
-def read_object(path: AnyPath) -> dict[str, Any]:
-    """The object that a JSON file holds.
-
-    Raises:
-      JaxdynError: for a file that cannot be read, or holds anything else.
-    """
-    try:
-        data = json.loads(path.read_bytes())
-    except (OSError, ValueError) as error:
-        raise JaxdynError(f"{path} cannot be read as JSON: {error}") from error
-    if not isinstance(data, dict):
-        raise JaxdynError(f"{path} should hold a JSON object, got {data!r:.60}")
-    return data
 
 
 def load_config(kind: type[Config] | Mapping[str, type[Config]], path: AnyPath) -> Config:
@@ -72,11 +69,11 @@ def nearest(name: str, known: Iterable[str]) -> str:
 def from_dict(kind: type[Config], data: Any, where: str = "config") -> Config:
     """Build a configuration from plain data, refusing unknown fields and wrong types by name."""
     if not isinstance(data, dict):
-        raise JaxdynError(f"{where}: expected an object with fields, got {data!r}")
+        raise JaxdynError(f"{where}: expected an object with fields, got {shown(data)}")
     fields = {f.name: f.type for f in dataclasses.fields(kind)}  # type: ignore[arg-type]
     for name in data:
         if name not in fields:
-            raise JaxdynError(f"{where}: unknown field {name!r}{nearest(name, fields)}")
+            raise JaxdynError(f"{where}: unknown field {name!r:.60}{nearest(name, fields)}")
     hints = typing.get_type_hints(kind)
     return kind(**{n: _value(hints[n], v, f"{where}: {n}") for n, v in data.items()})
 
@@ -92,34 +89,41 @@ def _value(hint: Any, value: Any, where: str) -> Any:
         (inner,) = (a for a in arguments if a is not type(None))
         return _value(inner, value, where)
     if origin is Literal:
-        if value not in arguments:
-            raise JaxdynError(f"{where}: expected one of {arguments}, got {value!r}")
+        if not isinstance(value, str) or value not in arguments:
+            raise JaxdynError(f"{where}: expected one of {arguments}, got {shown(value)}")
         return value
     if origin is tuple and isinstance(value, list | tuple):
         kinds = [arguments[0]] * len(value) if arguments[-1] is Ellipsis else arguments
         if len(kinds) != len(value):
-            raise JaxdynError(f"{where}: expected {len(kinds)} values, got {value!r}")
+            raise JaxdynError(f"{where}: expected {len(kinds)} values, got {shown(value)}")
         pairs = zip(kinds, value, strict=True)
         return tuple(_value(k, v, f"{where}[{i}]") for i, (k, v) in enumerate(pairs))
-    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+    if hint is float and type(value) is int:
+        if abs(value) > MOST:
+            raise JaxdynError(f"{where} must lie in [{-MOST:g}, {MOST:g}], got {shown(value)}")
         return float(value)
-    if not isinstance(value, hint) or (hint is not bool and isinstance(value, bool)):
-        raise JaxdynError(f"{where}: expected {hint.__name__}, got {value!r}")
-    return value
+    kind = getattr(hint, "__name__", str(hint))
+    if origin is not None or not isinstance(value, hint) or type(value) is bool is not hint:
+        raise JaxdynError(f"{where}: expected {kind}, got {shown(value)}")
+    return require_name(value, where) if isinstance(value, str) else value
 
 
 # -- checks of fields ----------------------------------------------------------------------------
 
 
-def at_least(least: int | float, config: Any, section: str, *names: str) -> None:
-    """Each field is finite and x >= least."""
-    _check(lambda x: x >= least, f"be at least {least}", config, section, names)
+def at_least(
+    least: int | float, config: Any, section: str, *names: str, most: int | float | None = None
+) -> None:
+    """Each field is finite and x >= least, and at most `most`."""
+    _check(lambda x: x >= least, f"be at least {least}", config, section, names, most)
 
 
-def above(bound: int | float, config: Any, section: str, *names: str) -> None:
-    """Each field is finite and x > bound."""
+def above(
+    bound: int | float, config: Any, section: str, *names: str, most: int | float | None = None
+) -> None:
+    """Each field is finite and x > bound, and at most `most`."""
     wanted = f"be above {bound}" if bound else "be positive"
-    _check(lambda x: x > bound, wanted, config, section, names)
+    _check(lambda x: x > bound, wanted, config, section, names, most)
 
 
 def between(
@@ -129,12 +133,12 @@ def between(
     lower = lambda x: x >= low if ends[0] == "[" else x > low
     upper = lambda x: x <= high if ends[1] == "]" else x < high
     wanted = f"lie in {ends[0]}{low}, {high}{ends[1]}"
-    _check(lambda x: lower(x) and upper(x), wanted, config, section, names)
+    _check(lambda x: lower(x) and upper(x), wanted, config, section, names, high)
 
 
 def finite(config: Any, section: str, *names: str) -> None:
-    """Each field is neither infinite nor NaN."""
-    _check(lambda x: True, "be finite", config, section, names)
+    """Each field is neither infinite nor NaN, and -MOST <= x <= MOST."""
+    _check(lambda x: x >= -MOST, f"be at least {-MOST:g}", config, section, names)
 
 
 def one_of(choices: Iterable[Any], config: Any, section: str, *names: str) -> None:
@@ -147,15 +151,25 @@ def one_of(choices: Iterable[Any], config: Any, section: str, *names: str) -> No
 
 
 def _check(
-    holds: Callable[[float], bool], wanted: str, config: Any, section: str, names: Iterable[str]
+    holds: Callable[[float], bool],
+    wanted: str,
+    config: Any,
+    section: str,
+    names: Iterable[str],
+    most: int | float | None = None,
 ) -> None:
     for name in names:
         value = getattr(config, name)
         for x in value if isinstance(value, tuple) else (value,):
-            if x is not None and not math.isfinite(x):
+            if x is None or isinstance(x, str):
+                continue
+            if isinstance(x, float) and not math.isfinite(x):
                 _refuse(section, name, "be finite", x)
-            if x is not None and not holds(x):
-                _refuse(section, name, wanted, x)
+            if not holds(x):
+                _refuse(section, name, wanted, shown(x))
+            end = most if most is not None else MOST if isinstance(x, float) else MOST_WHOLE
+            if x > end:
+                _refuse(section, name, f"be at most {end}", shown(x))
 
 
 def _refuse(section: str, name: str, wanted: str, got: Any) -> None:

@@ -22,14 +22,26 @@ def open_path(text: str | os.PathLike) -> AnyPath:
     """The path that a text names: `gs://BUCKET/…`, or on disk.
 
     Raises:
-      JaxdynError: for another store, or no bucket.
+      JaxdynError: for another store, no bucket, or a text that names no path.
     """
+    require_name(os.fspath(text))
     scheme, separator, rest = os.fspath(text).partition("://")
     if not separator:
         return Path(text)
     if scheme != "gs" or not rest.strip("/"):
         raise JaxdynError(f"expected a directory or gs://BUCKET/FOLDER, got {os.fspath(text)}")
     return epath.Path(text)
+
+
+def require_name(text: str, what: str = "a path") -> str:
+    """The text; JaxdynError if it has a NUL or half a character, which no file system takes."""
+    if "\0" in text:
+        raise JaxdynError(f"{what} cannot have a NUL in it, got {text!r:.80}")
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise JaxdynError(f"{what} must be valid Unicode, got {text!a:.80}") from None
+    return text
 
 
 def absolute(path: AnyPath) -> AnyPath:
@@ -67,6 +79,22 @@ def require_writable(path: AnyPath) -> None:
         raise JaxdynError(f"cannot write to {path}: {one_line(error)}") from error
 
 
+def is_directory(path: AnyPath) -> bool:
+    """Whether there is such a directory.
+
+    Raises:
+      JaxdynError: if a bucket cannot be asked, naming the package to install, or what it said.
+    """
+    try:
+        return path.is_dir()
+    except OSError:
+        raise
+    except ImportError as error:
+        raise JaxdynError(f"{path} needs the package gcsfs: pip install gcsfs") from error
+    except Exception as error:  # its client raises many kinds
+        raise JaxdynError(f"cannot read {path}: {one_line(error)}") from error
+
+
 def write_whole(path: AnyPath, text: str) -> None:
     """Write a file that is there whole, whatever happens, or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -82,6 +110,7 @@ PROBE = "writable"
 """The object that `require_writable` leaves for a moment."""
 
 
-def one_line(error: BaseException) -> str:
-    """An error's kind and text, on a line."""
-    return " ".join(f"{type(error).__name__}: {error}".split())[:200]
+def one_line(error: BaseException, kind: bool = True) -> str:
+    """An error's kind, unless it goes without saying, and text, on a line."""
+    text = f"{type(error).__name__}: {error}" if kind or not str(error) else str(error)
+    return " ".join(text.split())[:200]

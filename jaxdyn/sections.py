@@ -8,10 +8,12 @@ import math
 from typing import Literal
 
 from jaxdyn.errors import JaxdynError
-from jaxdyn.grammar import at_least, finite
+from jaxdyn.grammar import MOST_ROWS, MOST_TOKENS, at_least, finite
 
 AXES = ("data", "fsdp", "tensor")
 """The axes of a mesh."""
+
+MOST_DEVICES = 10**6
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,9 +60,10 @@ class MeshConfig:
         for name, size in sizes.items():
             if size < 1 and size != -1:
                 raise JaxdynError(f"mesh.{name} must be at least 1, or -1, got {size}")
+        at_least(-1, self, "mesh", *AXES, most=MOST_DEVICES)
         if list(sizes.values()).count(-1) > 1:
             raise JaxdynError(f"only one of mesh.{', mesh.'.join(AXES)} may be -1, got {sizes}")
-        at_least(0, self, "mesh", "devices")
+        at_least(0, self, "mesh", "devices", most=MOST_DEVICES)
 
     def sizes(self, devices: int) -> tuple[int, int, int]:
         """The mesh's shape on so many devices; JaxdynError if they cannot be divided so."""
@@ -102,7 +105,8 @@ class LoopConfig:
     keep_best: str = ""
 
     def __post_init__(self):
-        at_least(1, self, "train", "num_prompts", "microbatches", "max_prompt_length")
+        at_least(1, self, "train", "num_prompts", "microbatches", most=MOST_ROWS)
+        at_least(1, self, "train", "max_prompt_length", most=MOST_TOKENS)
         at_least(1, self, "train", "checkpoint_every")
         at_least(0, self, "train", "steps", "keep_checkpoints", "target_reward")
         if self.keep_best and not self.keep_best.startswith("eval_"):
@@ -140,7 +144,8 @@ class TrainConfig(LoopConfig):
     update: Literal["jit", "pmap"] = "jit"
 
     def __post_init__(self):
-        at_least(1, self, "train", "num_generations", "num_iterations")
+        at_least(1, self, "train", "num_generations", most=MOST_ROWS)
+        at_least(1, self, "train", "num_iterations", most=1000)
         at_least(0, self, "train", "save_completions")
         super().__post_init__()
 
@@ -175,13 +180,14 @@ class EvaluationConfig:
     temperatures: tuple[float, ...] = ()
 
     def __post_init__(self):
-        at_least(1, self, "evaluation", "num_prompts", "num_generations")
+        at_least(1, self, "evaluation", "num_prompts", "num_generations", most=MOST_ROWS)
         at_least(0, self, "evaluation", "every", "temperatures")
         finite(self, "evaluation", "success_threshold")
         for name in ("metrics", "pass_at", "temperatures"):
             values = getattr(self, name)
             if len(set(values)) < len(values):
                 raise JaxdynError(f"evaluation.{name} names one twice: {values}")
+        at_least(1, self, "evaluation", "pass_at")
         for k in self.pass_at:
             if not 1 <= k <= self.num_generations:
                 raise JaxdynError(

@@ -93,7 +93,7 @@ def test_complaints_name_the_field_and_the_value(name, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize(
     "text, message",
-    [("{", "cannot be read as JSON"), ("[1]", "should hold a JSON object, got [1]")],
+    [("{", "is not JSON: Expecting property name"), ("[1]", "should hold a JSON object, got [1]")],
 )
 def test_files_that_hold_no_configuration(text, message, tmp_path):
     path = tmp_path / "config.json"

@@ -6,6 +6,7 @@ from typing import Annotated, Literal
 import tyro
 
 from jaxdyn.errors import JaxdynError
+from jaxdyn.grammar import LARGEST_SEED, MOST_ROWS, at_least, finite
 from jaxdyn.paths import AnyPath, open_path
 
 
@@ -48,6 +49,10 @@ class EvaluateOptions:
     output: str | None = None
 
     def __post_init__(self):
+        at_least(0, self, "", "step", "temperatures")
+        at_least(0, self, "", "seed", most=LARGEST_SEED)
+        at_least(1, self, "", "num_prompts", "num_generations", "pass_at", most=MOST_ROWS)
+        finite(self, "", "success_threshold")
         if (self.run is None) == (self.model is None):
             raise JaxdynError("give a RUN or --model, " + ("not both" if self.run else "got none"))
         if self.model is None:

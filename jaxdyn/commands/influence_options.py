@@ -8,7 +8,7 @@ import tyro
 
 from jaxdyn.commands.kernel_options import bytes_of
 from jaxdyn.errors import JaxdynError
-from jaxdyn.grammar import at_least
+from jaxdyn.grammar import LARGEST_SEED, MOST_TOKENS, at_least
 
 Aggregation = Literal[
     "sequence-mean-token-mean",
@@ -67,10 +67,10 @@ class InfluenceOptions:
     seed: int = 0
 
     def __post_init__(self):
-        at_least(0, self, "", "site_completions", "sites_per_completion", "momentum")
-        at_least(0, self, "", "seed", "limit")
-        at_least(0, self, "", "temperature")
-        at_least(1, self, "", "max_prompt_length", "max_completion_length")
+        at_least(0, self, "", "site_completions", "sites_per_completion", "limit", "step")
+        at_least(0, self, "", "temperature", "by_token", "momentum")
+        at_least(0, self, "", "seed", most=LARGEST_SEED)
+        at_least(1, self, "", "max_prompt_length", "max_completion_length", most=MOST_TOKENS)
         bytes_of(self.memory_budget)
         if (self.run is None) == (self.model is None):
             raise JaxdynError("give a RUN or --model, " + ("not both" if self.run else "got none"))

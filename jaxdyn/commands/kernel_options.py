@@ -5,7 +5,8 @@ import re
 from typing import Literal
 
 from jaxdyn.errors import JaxdynError
-from jaxdyn.grammar import at_least
+from jaxdyn.grammar import LARGEST_SEED, MOST_TOKENS, at_least
+from jaxdyn.sections import MOST_DEVICES
 
 NATS = "nats per unit of learning rate × advantage"
 ENTRIES = {  # what an entry of the kernel is, and its unit
@@ -77,8 +78,12 @@ class KernelOptions:
     seed: int = 0
 
     def __post_init__(self):
-        at_least(0, self, "", "limit", "sites_per_completion", "devices", "seed")
-        at_least(1, self, "", "max_prompt_length", "max_completion_length", "fsdp", "tensor")
+        at_least(0, self, "", "limit", "sites_per_completion", "step")
+        at_least(0, self, "", "seed", most=LARGEST_SEED)
+        at_least(0, self, "", "devices", most=MOST_DEVICES)
+        at_least(1, self, "", "fsdp", "tensor", most=MOST_DEVICES)
+        at_least(1, self, "", "max_prompt_length", "max_completion_length", most=MOST_TOKENS)
+        at_least(1, self, "", "num_probes", most=2**20)
         if (self.model is None) == (self.run is None):
             raise JaxdynError("give --model or --run, " + ("not both" if self.run else "got none"))
         if self.fsdp * self.tensor > 1 and (self.run is not None or self.devices != 1):

@@ -7,7 +7,7 @@ import tyro
 
 from jaxdyn.commands.kernel_options import bytes_of
 from jaxdyn.errors import JaxdynError
-from jaxdyn.grammar import at_least
+from jaxdyn.grammar import LARGEST_SEED, MOST_TOKENS, at_least, between
 
 Quantity = Literal["log_prob", "entropy", "confidence", "margin", "kl"]
 
@@ -65,15 +65,15 @@ class LedgerOptions:
     seed: int = 0
 
     def __post_init__(self):
-        at_least(0, self, "", "limit", "alternatives", "temperature", "seed")
-        at_least(1, self, "", "max_prompt_length", "max_completion_length")
+        at_least(0, self, "", "limit", "alternatives", "temperature")
+        at_least(0, self, "", "seed", most=LARGEST_SEED)
+        at_least(1, self, "", "max_prompt_length", "max_completion_length", most=MOST_TOKENS)
         if self.alternatives % 2:
             raise JaxdynError(
                 f"--alternatives are half raised, half lowered: an even number is wanted, got "
                 f"{self.alternatives}"
             )
-        if not 0 < self.tolerance < 1:
-            raise JaxdynError(f"--tolerance must be between 0 and 1, got {self.tolerance}")
+        between(0, 1, self, "", "tolerance", ends="()")
         if self.completion_field is not None and self.sample is not None:
             raise JaxdynError("give --completion-field or --sample, not both")
         bytes_of(self.memory_budget)

@@ -6,6 +6,7 @@ from typing import Annotated, Literal
 import tyro
 
 from jaxdyn.errors import JaxdynError
+from jaxdyn.grammar import LARGEST_SEED, at_least
 
 
 @dataclasses.dataclass(frozen=True)
@@ -20,6 +21,9 @@ class QuickstartOptions:
 
     output: str = "runs/quickstart"
     seed: int = 0
+
+    def __post_init__(self):
+        at_least(0, self, "", "seed", most=LARGEST_SEED)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,3 +69,6 @@ class ExportOptions:
     run: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
     output: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="OUTPUT")]
     step: int | Literal["best"] | None = None
+
+    def __post_init__(self):
+        at_least(0, self, "", "step")

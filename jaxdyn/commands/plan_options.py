@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 
 import tyro
 
-from jaxdyn.grammar import at_least
+from jaxdyn.grammar import MOST_ROWS, MOST_TOKENS, at_least
 from jaxdyn.sections import MeshConfig, ModelSource, TrainConfig
 
 
@@ -43,3 +43,5 @@ class PlanOptions:
 
     def __post_init__(self):
         at_least(1, self, "", "meshes")
+        at_least(1, self, "", "num_prompts", "num_generations", "microbatches", most=MOST_ROWS)
+        at_least(1, self, "", "max_prompt_length", "max_completion_length", most=MOST_TOKENS)

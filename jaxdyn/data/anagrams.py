@@ -14,7 +14,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from jaxdyn.grammar import at_least, between
+from jaxdyn.grammar import LARGEST_SEED, at_least, between
 from jaxdyn.types import JaxdynError
 
 MOST_SETS = 1_000_000
@@ -51,13 +51,14 @@ class AnagramsConfig:
                 f"data.anagrams.length must make at most {MOST_SETS} sets of {len(self.letters)} "
                 f"letters, got {self.length}, which makes {sets}"
             )
-        if not 1 <= self.test_examples < sets:
+        at_least(1, self, "data.anagrams", "test_examples", most=MOST_SETS)
+        if self.test_examples >= sets:
             raise JaxdynError(
                 f"data.anagrams.test_examples must hold out at least 1 of the {sets} sets of "
                 f"letters and leave one, got {self.test_examples}"
             )
-        at_least(1, self, "data.anagrams", "train_examples")
-        at_least(0, self, "data.anagrams", "seed")
+        at_least(1, self, "data.anagrams", "train_examples", most=10**7)
+        at_least(0, self, "data.anagrams", "seed", most=LARGEST_SEED)
 
 
 def anagrams(config: AnagramsConfig, split: str) -> Iterator[dict[str, str]]:

@@ -8,7 +8,7 @@ import contextlib
 import hashlib
 import os
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -19,8 +19,10 @@ from jaxdyn.data.source import cache_root
 from jaxdyn.data.templates import Rendered
 from jaxdyn.types import JaxdynError
 
-CHUNK = 1024
-"""Prompts that are tokenized at a time."""
+CHUNK, CHARACTERS = 1024, 2**21
+"""Prompts that are read at a time, and about how much of them is tokenized at once."""
+
+UNANSWERED = "supervised training needs a text under 'completion' in every example, and it has none"
 
 
 class Fitted(NamedTuple):
@@ -35,7 +37,8 @@ def fit_prompts(prompts: Prompts, max_prompt_length: int, max_length: int | None
 
     Those with more than `max_prompt_length` tokens are refused, left out, or kept for
     `encode_prompts` to cut, as `data.overlong` says. Of a supervised run, a prompt that has more
-    than `max_length` with its completion and a stop token is refused or left out.
+    than `max_length` with its completion and a stop token is refused or left out, and one without
+    a completion refused.
 
     Raises:
       JaxdynError: for a prompt without a token; for one that is too long, or if no other is left.
@@ -50,6 +53,7 @@ def fit_prompts(prompts: Prompts, max_prompt_length: int, max_length: int | None
     lost = over if how == "drop" else np.zeros_like(over)
     if max_length is not None:
         answers = token_counts(prompts, "completion")
+        _refuse(prompts, answers < 0, lambda place: UNANSWERED)
         rows = np.minimum(lengths, max_prompt_length) + answers + 1
         long = ~lost & (rows > max_length)
         if how == "error":
@@ -81,13 +85,14 @@ def token_counts(
 ) -> Int[np.ndarray, " N"]:
     """How many tokens each prompt has, or its completion apart; from the cache if they are there.
 
-    Together, where tokens merge across the seam, the two have hardly ever more.
+    -1 where there is none. Together, where tokens merge across the seam, the two have hardly ever
+    more.
     """
-    name = f"{_key(prompts)}-{of}.npy"
+    name = f"{_key(prompts)}-{of}-counts.npy"
     path = cache_root(prompts.config) / "lengths" / name
-    with contextlib.suppress(OSError, ValueError):
+    with contextlib.suppress(Exception):  # NumPy raises many kinds; what is damaged is made again
         kept = np.load(path, allow_pickle=False)
-        if kept.shape == (len(prompts),):
+        if kept.shape == (len(prompts),) and kept.dtype == np.int64 and kept.min() >= -1:
             return kept
     counts = np.empty(len(prompts), np.int64)
     for start in range(0, len(prompts), CHUNK):
@@ -95,13 +100,29 @@ def token_counts(
         texts = [text if isinstance(text, str) else "" for text in found]
         if of == "completion":  # begins nothing
             texts = [Rendered(text) for text in texts]
-        counts[start : start + len(texts)] = prompts.tokenizer.lengths(texts)
+        lengths = [n for part in _portions(texts) for n in prompts.tokenizer.lengths(part)]
+        there = [isinstance(text, str) for text in found]
+        counts[start : start + len(texts)] = np.where(there, lengths, -1)
     with contextlib.suppress(OSError):  # a cache that cannot be written only costs time
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
             np.save(file, counts, allow_pickle=False)
         os.replace(file.name, path)
     return counts
+
+
+def _portions(texts: list[str]) -> Iterator[list[str]]:
+    """The texts in their order, few enough at a time for what the tokenizer makes of them."""
+    portion: list[str] = []
+    held = 0
+    for text in texts:
+        if portion and held + len(text) > CHARACTERS:
+            yield portion
+            portion, held = [], 0
+        portion.append(text)
+        held += len(text)
+    if portion:
+        yield portion
 
 
 def _key(prompts: Prompts) -> str:

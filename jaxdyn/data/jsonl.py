@@ -3,7 +3,11 @@
 import dataclasses
 from typing import Any
 
+from jaxdyn.reading import shown
 from jaxdyn.types import JaxdynError
+
+LONGEST_TEXT = 2**20
+"""The most characters of a text: to tokenize one takes some hundred bytes each."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,16 +32,18 @@ def require_text(row: dict[str, Any], field: str, role: str, where: str) -> str:
     """The non-empty text of a field that has a role; JaxdynError if it holds none."""
     if field not in row:
         raise JaxdynError(
-            f"{where} has no field {field!r} for the {role}; it has {', '.join(row) or 'none'}"
+            f"{where} has no field {field!r} for the {role}; it has {', '.join(row) or 'none':.200}"
         )
     value = row[field]
     if not isinstance(value, str) or not value:
-        raise JaxdynError(f"{where}: {field!r} should be a non-empty text, got {value!r:.60}")
+        raise JaxdynError(f"{where}: {field!r} should be a non-empty text, got {shown(value)}")
     return require_unicode(value, f"{where}: {field!r}")
 
 
 def require_unicode(value: str, where: str) -> str:
-    """The text; JaxdynError for one that holds half a character."""
+    """The text; JaxdynError for one that holds half a character, or is longer than any prompt."""
+    if len(value) > LONGEST_TEXT:
+        raise JaxdynError(f"{where} has {len(value)} characters; a text has at most {LONGEST_TEXT}")
     try:
         value.encode()
     except UnicodeEncodeError as error:

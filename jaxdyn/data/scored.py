@@ -4,7 +4,6 @@ The columns have TRL's names: prompt, completion, advantage.
 """
 
 import itertools
-import math
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -12,6 +11,8 @@ import numpy as np
 
 from jaxdyn.data.files import line_rows, parquet_rows
 from jaxdyn.data.jsonl import require_texts
+from jaxdyn.grammar import MOST
+from jaxdyn.reading import is_number, shown
 from jaxdyn.types import JaxdynError
 
 FIELDS = {"prompt": "prompt", "completion": "completion"}
@@ -53,8 +54,9 @@ def advantage_of(row: dict[str, Any], where: str) -> float:
       JaxdynError: if it has none, or it is no finite number.
     """
     if "advantage" not in row:
-        raise JaxdynError(f"{where} has no field 'advantage'; it has {', '.join(row)}")
+        raise JaxdynError(f"{where} has no field 'advantage'; it has {', '.join(row):.200}")
     value = row["advantage"]
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-        raise JaxdynError(f"{where}: 'advantage' should be a finite number, got {value!r:.60}")
+    if not is_number(value) or abs(value) > MOST:
+        what = f"a finite number, in size at most {MOST:g}"
+        raise JaxdynError(f"{where}: 'advantage' should be {what}, got {shown(value)}")
     return float(value)

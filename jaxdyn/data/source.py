@@ -23,6 +23,7 @@ from jaxdyn.data.jsonl import JsonlFile
 from jaxdyn.data.public import PUBLIC, PublicFiles, public_examples, public_files
 from jaxdyn.data.stories import StoriesConfig, stories
 from jaxdyn.grammar import between
+from jaxdyn.reading import parse_json
 from jaxdyn.types import JaxdynError
 
 
@@ -82,8 +83,8 @@ class DataConfig:
     def __post_init__(self):
         between(0, 1, self, "data", "held_out", ends="()")
         try:
-            told = json.loads(self.chat_template_kwargs)
-        except ValueError:
+            told = parse_json(self.chat_template_kwargs, "data.chat_template_kwargs")
+        except JaxdynError:
             told = None
         if not isinstance(told, dict):
             raise JaxdynError(

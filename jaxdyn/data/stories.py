@@ -9,7 +9,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from jaxdyn.grammar import at_least
+from jaxdyn.grammar import LARGEST_SEED, at_least
 from jaxdyn.types import JaxdynError
 
 OPENINGS = (
@@ -49,7 +49,7 @@ class StoriesConfig:
 
     def __post_init__(self):
         at_least(1, self, "data.stories", "train_prompts", "test_prompts")
-        at_least(0, self, "data.stories", "seed")
+        at_least(0, self, "data.stories", "seed", most=LARGEST_SEED)
 
 
 def openings() -> dict[str, str]:

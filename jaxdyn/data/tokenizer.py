@@ -3,7 +3,7 @@
 import dataclasses
 import json
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,8 @@ import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, processors
 
 from jaxdyn.data.templates import Rendered
-from jaxdyn.grammar import read_object
+from jaxdyn.paths import one_line
+from jaxdyn.reading import SETTINGS_BYTES, read_bytes, read_object, shown
 from jaxdyn.types import JaxdynError
 
 TEMPLATE = "chat_template.jinja"
@@ -41,6 +42,11 @@ class Tokenizer:
     def vocab_size(self) -> int:
         """How many ids there are, special tokens included."""
         return self.backend.get_vocab_size(with_added_tokens=True)
+
+    @cached_property
+    def largest_id(self) -> int:
+        """The largest id; there may be gaps below it."""
+        return max(self.backend.get_vocab(with_added_tokens=True).values(), default=-1)
 
     def encode(self, text: str, special_tokens: bool = True) -> list[int]:
         """Token ids of `text`, after the beginning-of-sequence token if the tokenizer adds one.
@@ -172,16 +178,12 @@ def load_tokenizer(directory: str | Path) -> Tokenizer:
     path = directory / "tokenizer.json"
     if not path.is_file():
         raise JaxdynError(f"no tokenizer.json in {directory}")
-    try:
-        backend = tokenizers.Tokenizer.from_file(str(path))
-    except Exception as error:  # the library raises bare Exceptions
-        raise JaxdynError(f"cannot read {path}: {' '.join(str(error).split())}") from error
-    backend.no_truncation()
-    backend.no_padding()
-
+    backend = _read_backend(path)
     read = lambda name: read_object(directory / name) if (directory / name).is_file() else {}
     settings, model = read("tokenizer_config.json"), read("config.json")
     generation = read("generation_config.json")
+    _require_tokens(settings, directory / "tokenizer_config.json")
+    files = ((generation, "generation_config.json"), (model, "config.json"))
 
     def named(role: str) -> list[int]:
         content = _content(settings.get(role))
@@ -189,7 +191,8 @@ def load_tokenizer(directory: str | Path) -> Tokenizer:
         return [] if index is None else [index]
 
     eos = named("eos_token")
-    stops = _ids(generation.get("eos_token_id")) or eos or _ids(model.get("eos_token_id"))
+    ends = [_ids(data, "eos_token_id", directory / name) for data, name in files]
+    stops = ends[0] or eos or ends[1]
     if not stops:
         raise JaxdynError(
             f"nothing in {directory} names a stop token: give eos_token_id in "
@@ -197,8 +200,8 @@ def load_tokenizer(directory: str | Path) -> Tokenizer:
         )
     # The tokenizer's own end-of-sequence token comes first: generation may stop at others too.
     stops = [i for i in eos if i in stops] + stops
-    pads = [i for config in (model, generation) for i in _ids(config.get("pad_token_id"))]
-    begins = [i for config in (generation, model) for i in _ids(config.get("bos_token_id"))]
+    pads = [i for data, n in files[::-1] for i in _ids(data, "pad_token_id", directory / n)]
+    begins = [i for data, n in files for i in _ids(data, "bos_token_id", directory / n)]
     bos_id = next(iter(named("bos_token") + begins), None)
     if bos_id is not None and backend.id_to_token(bos_id) is not None:
         _set_beginning(backend, bos_id, settings.get("add_bos_token"))
@@ -251,16 +254,16 @@ def _read_template(directory: Path, settings: dict[str, Any]) -> str | None:
     if not path.is_file():
         return _default_template(settings.get("chat_template"), directory)
     try:
-        return path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
+        return read_bytes(path).decode("utf-8")
+    except UnicodeDecodeError as error:
         raise JaxdynError(f"cannot read {path}: {error}") from error
 
 
 def _default_template(value: Any, directory: Path) -> str | None:
     """The text under `chat_template`, or of several by name the default's."""
     if isinstance(value, list):
-        named = {t.get("name"): t.get("template") for t in value if isinstance(t, dict)}
-        value = named.get("default")
+        defaults = (t for t in value if isinstance(t, dict) and t.get("name") == "default")
+        value = next((t.get("template") for t in defaults), None)
     if value is not None and not isinstance(value, str):
         raise JaxdynError(
             f"{directory / 'tokenizer_config.json'}: chat_template should be a text, got "
@@ -269,11 +272,39 @@ def _default_template(value: Any, directory: Path) -> str | None:
     return value
 
 
-def _ids(value: int | Iterable[int] | None) -> list[int]:
+def _read_backend(path: Path) -> tokenizers.Tokenizer:
+    content = read_bytes(path, 8 * SETTINGS_BYTES)
+    try:
+        backend = tokenizers.Tokenizer.from_buffer(content)
+        backend.no_truncation()
+        backend.no_padding()
+        return backend
+    except BaseException as error:  # the library raises bare Exceptions, and panics
+        if isinstance(error, KeyboardInterrupt | SystemExit):
+            raise
+        raise JaxdynError(f"cannot read {path}: {one_line(error, kind=False)}") from error
+
+
+def _require_tokens(settings: dict[str, Any], path: Path) -> None:
+    """That what names tokens in `tokenizer_config.json` are texts, and a flag is one."""
+    for role in SPECIAL:
+        if not isinstance(_content(settings.get(role)), str | None):
+            raise JaxdynError(f"{path}: {role} should be a text, got {shown(settings[role])}")
+    if not isinstance(settings.get("add_bos_token"), bool | None):
+        flag = shown(settings["add_bos_token"])
+        raise JaxdynError(f"{path}: add_bos_token should be true or false, got {flag}")
+
+
+def _ids(data: dict[str, Any], name: str, path: Path) -> list[int]:
     """One id or several as a list; some configs write -1 for none."""
-    if value is None:
-        return []
-    return [i for i in ([value] if isinstance(value, int) else value) if i >= 0]
+    value = data.get(name)
+    ids = value if isinstance(value, list) else [] if value is None else [value]
+    for i in ids:
+        if type(i) is not int or not -1 <= i < 2**31:
+            raise JaxdynError(
+                f"{path}: {name} should be a token's id, a whole number, or several, got {shown(i)}"
+            )
+    return [i for i in ids if i >= 0]
 
 
 def _write_json(path: Path, content: dict[str, Any]) -> None:

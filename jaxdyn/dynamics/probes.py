@@ -2,7 +2,7 @@
 
 import dataclasses
 
-from jaxdyn.grammar import at_least
+from jaxdyn.grammar import MOST_ROWS, at_least
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,5 +28,6 @@ class ProbeConfig:
     ledger: bool = True
 
     def __post_init__(self):
-        at_least(0, self, "probe", "every", "sites_per_completion")
-        at_least(2, self, "probe", "num_prompts")
+        at_least(0, self, "probe", "every")
+        at_least(0, self, "probe", "sites_per_completion", most=MOST_ROWS)
+        at_least(2, self, "probe", "num_prompts", most=MOST_ROWS)

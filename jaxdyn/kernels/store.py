@@ -3,7 +3,6 @@
 import hashlib
 import json
 import os
-import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxdyn.hosts import fetch
+from jaxdyn.reading import read_arrays, read_bytes
 from jaxdyn.types import JaxdynError
 
 
@@ -35,19 +35,17 @@ class Store:
         said = json.dumps(content)
         if not manifest.exists():
             self._write(manifest, lambda file: file.write(said.encode()))
-        elif manifest.read_text() != said:
+        elif read_bytes(manifest) != said.encode():
             raise JaxdynError(
                 f"{self.directory} holds finished tiles of another kernel (other parameters, "
                 "sites, options or memory budget): name another directory, or delete this one"
             )
 
     def load(self, row: int, column: int) -> dict[str, np.ndarray] | None:
-        """A finished tile, or None."""
-        path = self._path(row, column)
+        """A finished tile, or None: one that cannot be read is made again."""
         try:
-            with path.open("rb") as file, np.load(file, allow_pickle=False) as saved:
-                return dict(saved)
-        except (FileNotFoundError, zipfile.BadZipFile, EOFError, ValueError):
+            return read_arrays(self._path(row, column)) or None
+        except (FileNotFoundError, JaxdynError):
             return None
 
     def save(self, row: int, column: int, tile: dict[str, np.ndarray]) -> None:

@@ -31,7 +31,7 @@ def config_from_hf(data: dict[str, Any]) -> ModelConfig:
     Raises JaxdynError naming the field, its value and what is supported, where the config asks for
     something the decoder does not compute.
     """
-    if (name := data.get("model_type")) in REFUSED:
+    if isinstance(name := data.get("model_type"), str) and name in REFUSED:
         refuse("model_type", name, f"{', '.join(FAMILIES)}; {REFUSED[name]}")
     family = FAMILIES[one_of(data, "model_type", REQUIRED, FAMILIES)]
     for name, good in _FIXED.items():

@@ -1,41 +1,49 @@
 """Reading one field of a `config.json`; every refusal names the field, its value and the choice."""
 
 import dataclasses
-import math
 from collections.abc import Callable
 from typing import Any, NoReturn
 
+from jaxdyn.reading import shown
 from jaxdyn.types import JaxdynError
 
 REQUIRED = object()
 """The default of a field that has none."""
 
+MOST_SIZE, MOST_NUMBER, MOST_LAYERS = 2**31 - 1, 1e30, 10_000
+"""The largest whole number, other number and number of layers."""
+
 
 def refuse(name: str, value: Any, supported: str) -> NoReturn:
-    raise JaxdynError(f"config.json: {name} = {value!r} is not supported; supported: {supported}")
+    said = f"config.json: {name} = {shown(value)} is not supported; supported: {supported}"
+    raise JaxdynError(said)
 
 
 def get(data: dict[str, Any], name: str, default: Any) -> Any:
     """A field's value; absent and null both mean the default. Dots reach into nested objects."""
     value: Any = data
     for key in name.split("."):
-        value = value.get(key)
+        value = value.get(key) if isinstance(value, dict) else None
     if value is None and default is REQUIRED:
         raise JaxdynError(f"config.json has no {name}")
     return default if value is None else value
 
 
-def size(data: dict[str, Any], name: str, default: Any = REQUIRED) -> Any:
+def size(data: dict[str, Any], name: str, default: Any = REQUIRED, most: int = MOST_SIZE) -> Any:
     value = get(data, name, default)
-    if value is not default and (type(value) is not int or value < 1):
-        refuse(name, value, "a whole number from 1")
+    if value is not default and (type(value) is not int or not 1 <= value <= most):
+        refuse(name, value, f"a whole number from 1 to {most}")
     return value
+
+
+def layers(data: dict[str, Any], name: str, default: Any = REQUIRED) -> Any:
+    return size(data, name, default, MOST_LAYERS)
 
 
 def number(data: dict[str, Any], name: str, default: Any = REQUIRED) -> float:
     value = get(data, name, default)
-    if type(value) not in (int, float) or not 0 < value < math.inf:
-        refuse(name, value, "a number above 0")
+    if type(value) not in (int, float) or not 0 < value <= MOST_NUMBER:
+        refuse(name, value, f"a number above 0, up to {MOST_NUMBER:g}")
     return float(value)
 
 

@@ -39,6 +39,8 @@ def rotary_from_hf(data: dict[str, Any], family: Family) -> dict[str, Any]:
         base = number(data, beside, base)
         if nested:
             inside = f"{where}.{WINDOWED}"
+            if not all(isinstance(x, dict | None) for x in rope.values()):
+                refuse(where, rope, "a set of parameters for each kind of layer")
             data[where] = rope = {WINDOWED: {}, WHOLE: {}} | {k: v or {} for k, v in rope.items()}
             base = number(data, f"{inside}.rope_theta", base)
             one_of(data, _kind_in(rope[WINDOWED], inside), "default", ("default",))

@@ -8,6 +8,7 @@ last, so a save that was cut short has no `config.json` and loads nowhere.
 import contextlib
 import itertools
 import json
+import math
 import os
 import re
 from collections.abc import Iterator, Sequence
@@ -17,20 +18,21 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.numpy import save_file
 
-from jaxdyn.grammar import read_object
 from jaxdyn.models.config import ModelConfig
 from jaxdyn.models.families import family_of
 from jaxdyn.models.hf_config import config_from_hf, config_to_hf, token_ids
 from jaxdyn.models.hf_layout import StoredTensor, stored_tensors
 from jaxdyn.models.model import LanguageModel
+from jaxdyn.models.tensors import Tensor, open_tensors
+from jaxdyn.paths import require_name
+from jaxdyn.reading import read_object, require_room
 from jaxdyn.types import JaxdynError, Params
 
 _WEIGHTS = "model.safetensors"
 _INDEX = "model.safetensors.index.json"
-_FLOATS = ("F64", "F32", "F16", "BF16")
 _PARTIAL = ".partial"
 # Constants that older versions of transformers kept in checkpoints beside the weights.
 _CONSTANTS = re.compile(r"(attention|attn)\.(masked_)?bias$|rotary_emb\.inv_freq$")
@@ -40,8 +42,11 @@ def local_directory(name_or_path: str | os.PathLike) -> Path:
     """A directory as it is; else the hub's model of that name, fetched: JSON, safetensors and the
     chat template, nothing else.
 
-    Raises JaxdynError where it is neither.
+    Raises JaxdynError where it is neither, or no name at all.
     """
+    if not os.fspath(name_or_path):
+        raise JaxdynError("no model is named: give a Hugging Face directory or a hub name, got ''")
+    require_name(os.fspath(name_or_path), "the name of a model")
     path = Path(name_or_path).expanduser()
     if path.is_dir():
         return path
@@ -84,27 +89,11 @@ def pretrained_config(directory: Path) -> ModelConfig:
     return config_from_hf(read_object(directory / "config.json"))
 
 
-class _Tensor:
-    """One tensor of an open file, known by its header until it is read."""
-
-    def __init__(self, path: Path, handle: Any, name: str):
-        self.path, self._handle, self._name = path, handle, name
-        header = handle.get_slice(name)
-        self.shape, self.dtype = tuple(header.get_shape()), header.get_dtype()
-
-    def read(self) -> np.ndarray:
-        return self._handle.get_tensor(self._name)
-
-
-def _open_tensors(directory: Path, stack: contextlib.ExitStack) -> dict[str, _Tensor]:
+def _open_tensors(directory: Path, stack: contextlib.ExitStack) -> dict[str, Tensor]:
     """All tensors of a checkpoint by name; its files stay open as long as `stack`."""
-    tensors: dict[str, _Tensor] = {}
+    tensors: dict[str, Tensor] = {}
     for path in _weight_files(directory):
-        try:
-            handle = stack.enter_context(safe_open(path, framework="numpy"))
-        except (SafetensorError, OSError) as error:
-            raise JaxdynError(f"{path} is not a whole safetensors file: {error}") from error
-        tensors |= {name: _Tensor(path, handle, name) for name in handle.keys()}  # noqa: SIM118
+        tensors |= open_tensors(path, stack)
     return tensors
 
 
@@ -118,6 +107,7 @@ def _weight_files(directory: Path) -> list[Path]:
         raise JaxdynError(f"{directory / _INDEX} has no weight_map from tensors to files")
     files = sorted({str(name) for name in index.values()})
     for name in files:
+        require_name(name, f"{directory / _INDEX}: a file's name")
         if Path(name).name != name:
             raise JaxdynError(f"{directory / _INDEX} names {name!r}, not a file beside it")
         if not (directory / name).is_file():
@@ -125,7 +115,12 @@ def _weight_files(directory: Path) -> list[Path]:
     return [directory / name for name in files]
 
 
-def _read_weights(model: LanguageModel, tensors: dict[str, _Tensor]) -> Params:
+def _read_weights(model: LanguageModel, tensors: dict[str, Tensor]) -> Params:
+    if model.config.num_layers > len(tensors):  # before a name is made for each of them
+        raise JaxdynError(
+            f"config.json promises {model.config.num_layers} layers, and the checkpoint holds "
+            f"{len(tensors)} tensors"
+        )
     modules = family_of(model.config.architecture).modules
     prefix, head = modules["backbone/embed"].split(".")[0] + ".", modules["classifier"] + "."
     if not any(name.startswith(prefix) for name in tensors):  # a checkpoint of the bare body
@@ -144,7 +139,7 @@ def _read_weights(model: LanguageModel, tensors: dict[str, _Tensor]) -> Params:
 
 
 def _check(
-    model: LanguageModel, stored: Sequence[StoredTensor], tensors: dict[str, _Tensor]
+    model: LanguageModel, stored: Sequence[StoredTensor], tensors: dict[str, Tensor]
 ) -> None:
     """That the headers promise exactly the tensors this model has."""
     wanted = {name: s.shape for s in stored for name in s.names}
@@ -171,11 +166,8 @@ def _check(
                 f"{tensor.path}: the tensor {name} has shape {list(tensor.shape)}, "
                 f"wanted {list(shape)}"
             )
-        if tensor.dtype not in _FLOATS:
-            raise JaxdynError(
-                f"{tensor.path}: the tensor {name} has type {tensor.dtype}, "
-                f"wanted one of {', '.join(_FLOATS)}"
-            )
+        tensor.require_floats()
+    require_room(tensor.path, 4 * sum(math.prod(shape) for shape in wanted.values()))
 
 
 def _and_more(names: Sequence[str]) -> str:

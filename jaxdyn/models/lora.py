@@ -42,7 +42,7 @@ class LoraConfig:
     targets: tuple[Target, ...] = get_args(Target)
 
     def __post_init__(self):
-        at_least(1, self, "lora", "rank")
+        at_least(1, self, "lora", "rank", most=2**16)
         above(0, self, "lora", "alpha")
         unknown = [name for name in self.targets if name not in get_args(Target)]
         if unknown or not self.targets:

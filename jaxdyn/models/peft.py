@@ -5,16 +5,17 @@ matrix has `base_model.model.NAME.lora_A.weight` [r, in] and `…lora_B.weight` 
 α / r, or α / √r with `use_rslora` (Kalajdzievski 2023, arXiv 2312.03732).
 """
 
+import contextlib
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
-from safetensors import SafetensorError, safe_open
 
-from jaxdyn.grammar import read_object
 from jaxdyn.models.hf_layout import stored_tensors
 from jaxdyn.models.model import LanguageModel
+from jaxdyn.models.tensors import open_tensors
+from jaxdyn.reading import is_number, read_object, shown
 from jaxdyn.types import JaxdynError, Params
 
 CONFIG = "adapter_config.json"
@@ -55,7 +56,7 @@ def add_peft(model: LanguageModel, params: Params, directory: Path) -> Params:
             )
         tensor, layer = stored[name]
         wanted = tensor.shape[::-1] if turned else tensor.shape
-        if a.ndim != 2 or b.ndim != 2 or (b.shape[0], a.shape[1]) != wanted:
+        if a.ndim != 2 or b.ndim != 2 or (b.shape[0], a.shape[1]) != wanted or len(a) != len(b.T):
             raise JaxdynError(
                 f"{directory} adapts {name} as {[b.shape[0], a.shape[-1]]}; the model's is "
                 f"{list(wanted)}: it belongs to another base model"
@@ -73,13 +74,16 @@ def _read_config(path: Path) -> tuple[float, bool]:
     """s, and whether the adapted matrices are stored [in, out]."""
     config = read_object(path)
     if config.get("peft_type") != "LORA":
-        raise JaxdynError(f"{path}: peft_type must be LORA, got {config.get('peft_type')!r}")
+        raise JaxdynError(f"{path}: peft_type must be LORA, got {shown(config.get('peft_type'))}")
     for name, nothing in _UNSUPPORTED.items():
         if config.get(name) not in (nothing, None) and config.get(name) != []:
-            raise JaxdynError(f"{path}: {name} is not supported, got {config[name]!r}")
+            raise JaxdynError(f"{path}: {name} is not supported, got {shown(config[name])}")
     rank, alpha = config.get("r"), config.get("lora_alpha")
-    if not isinstance(rank, int) or rank < 1 or not isinstance(alpha, int | float):
-        raise JaxdynError(f"{path} needs a rank r and lora_alpha, got {rank!r} and {alpha!r}")
+    if type(rank) is not int or not 1 <= rank <= 2**16 or not is_number(alpha):
+        raise JaxdynError(
+            f"{path} needs a rank r of 1 to {2**16} and a number lora_alpha, got {shown(rank)} and "
+            f"{shown(alpha)}"
+        )
     scale = alpha / (rank**0.5 if config.get("use_rslora") else rank)
     return scale, bool(config.get("fan_in_fan_out"))
 
@@ -87,14 +91,11 @@ def _read_config(path: Path) -> tuple[float, bool]:
 def _read_factors(path: Path) -> dict[str, tuple[np.ndarray, np.ndarray]]:
     """{name of the adapted tensor: (A, B)}, float32."""
     found: dict[str, dict[str, Any]] = {}
-    try:
-        with safe_open(path, framework="numpy") as file:
-            for name in file.keys():  # noqa: SIM118, it is no mapping
-                base, _, factor = name.removeprefix(_PREFIX).partition(".lora_")
-                factor = factor.removeprefix("embedding_")
-                found.setdefault(base, {})[factor[:1]] = file.get_tensor(name).astype(np.float32)
-    except (SafetensorError, OSError, TypeError) as error:
-        raise JaxdynError(f"{path} is not a whole safetensors file: {error}") from error
+    with contextlib.ExitStack() as stack:
+        for name, tensor in open_tensors(path, stack).items():
+            base, _, factor = name.removeprefix(_PREFIX).partition(".lora_")
+            factor = factor.removeprefix("embedding_")
+            found.setdefault(base, {})[factor[:1]] = tensor.read().astype(np.float32)
     for name, factors in found.items():
         if set(factors) != {"A", "B"}:
             raise JaxdynError(f"{path} has not both factors, lora_A and lora_B, of {name}")

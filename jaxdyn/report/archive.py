@@ -3,8 +3,8 @@
 It imports no JAX, so that a file is read anywhere.
 """
 
+import fnmatch
 import json
-import zipfile
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 
 from jaxdyn.errors import JaxdynError
-
-_UNREADABLE = (OSError, ValueError, EOFError, AttributeError, TypeError, zipfile.BadZipFile)
+from jaxdyn.paths import open_path
+from jaxdyn.reading import parse_json, read_arrays
 
 
 def write_archive(
@@ -37,16 +37,12 @@ def read_archive(
       JaxdynError: if it cannot be read, or is of another kind.
     """
     try:
-        # NumPy leaves a file open that it opened itself and could not read.
-        with open(path, "rb") as file, np.load(file, allow_pickle=False) as saved:
-            arrays = {name: saved[name] for name in saved.files}
+        arrays = read_arrays(open_path(path), what)
     except FileNotFoundError as error:
         raise JaxdynError(f"no such {what.split(' ', 1)[1]}: {path}") from error
-    except _UNREADABLE as error:
-        raise JaxdynError(f"{path} is not {what}: {error}") from error
     try:
-        about = json.loads(str(arrays.pop("about", "")))
-    except ValueError as error:
+        about = parse_json(str(arrays.pop("about", "")), str(path))
+    except JaxdynError as error:
         raise JaxdynError(f"{path} is not {what}: it has no description") from error
     found = about.pop("format", None) if isinstance(about, dict) else None
     if found not in kinds:
@@ -62,7 +58,27 @@ def require_arrays(path: str | Path, what: str, wanted: Iterable[str], there: An
             raise JaxdynError(f"{path} is not {whole}: it has no {name}")
 
 
-def require_shape(path: str | Path, name: str, x: np.ndarray, shape: tuple[int, ...]) -> None:
-    """JaxdynError for an array of another shape."""
-    if x.shape != shape:
-        raise JaxdynError(f"{path}: {name} should be {list(shape)}, got {list(x.shape)}")
+Forms = dict[str, tuple[str, str]]
+"""Of arrays by name, where a * stands for anything: NumPy's letters of the dtype's kind, and the
+axes: numbers, or names of sizes that must agree in a file but for those in brackets."""
+
+
+def require_forms(path: str | Path, arrays: dict[str, np.ndarray], forms: Forms) -> dict[str, int]:
+    """The sizes by their names; JaxdynError for an array of another shape or kind."""
+    sizes: dict[str, int] = {}
+    for pattern, (kinds, axes) in forms.items():
+        for name in fnmatch.filter(arrays, pattern):
+            x, names = arrays[name], axes.split()
+            agree = x.ndim == len(names)
+            for axis, size in zip(names, x.shape, strict=True) if agree else ():
+                if axis[0] != "(":
+                    agree &= size == sizes.setdefault(axis, int(axis) if axis.isdigit() else size)
+            if not agree:
+                wanted = ", ".join(str(sizes.get(axis, axis)) for axis in names)
+                raise JaxdynError(f"{path}: {name} should be [{wanted}], got {list(x.shape)}")
+            if x.dtype.kind not in kinds:
+                raise JaxdynError(f"{path}: {name} should be {_KINDS[kinds]}, got {x.dtype}")
+    return sizes
+
+
+_KINDS = {"f": "floats", "iu": "integers", "b": "booleans", "U": "texts"}

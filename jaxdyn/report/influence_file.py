@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from jaxdyn import COMPONENTS
-from jaxdyn.report.archive import read_archive, require_arrays, require_shape, write_archive
+from jaxdyn.report.archive import Forms, read_archive, require_arrays, require_forms, write_archive
 
 FORMAT = "jaxdyn influence 1"
 WHAT = "an influence file"
@@ -17,6 +17,30 @@ FUNCTIONS = ("log_prob", "entropy")
 
 COLUMNS = ("clipping", "momentum", "decay", "critic")
 """What else an update adds to the sites, beside the completions."""
+
+FORMS: Forms = {
+    "contexts": ("U", "O"),
+    "group": ("iu", "U"),
+    **{name: ("f", "2 O U") for name in COMPONENTS},
+    **{name: ("f", "3 2 O") for name in (*COLUMNS, "itself")},
+    **{name: ("f", "2 O") for name in ("first_order", "actual")},
+    "tokens": ("iu", "B T"),
+    "mask": ("b", "B T"),
+    **{name: ("iu", "O") for name in ("rows", "positions", "targets")},
+    **{name: ("iu", "O") for name in ("site_completion", "site_slot", "site_group")},
+    "is_prompt": ("b", "O"),
+    "target_texts": ("U", "O"),
+    **{name: ("U", "U") for name in ("prompts", "completions")},
+    "completion_ids": ("iu", "U C"),
+    "completion_mask": ("b", "U C"),
+    "weights": ("f", "U C 2"),
+    "rewards": ("f", "U"),
+    "by_token": ("f", "3 2 O M"),
+    "places": ("iu", "M 2"),
+    "earlier": ("f", "3 2 O P U"),
+    "earlier_steps": ("iu", "P"),
+    **{name: ("U", "P U") for name in ("earlier_prompts", "earlier_completions")},
+}
 
 _UPDATE = (*COLUMNS, "first_order", "actual")
 _EARLIER = ("earlier", "earlier_steps", "earlier_prompts", "earlier_completions")
@@ -143,16 +167,5 @@ def load_influence(path: str | Path) -> SavedInfluence:
     arrays, about = read_archive(path, WHAT, (FORMAT,))
     wanted = [f.name for f in dataclasses.fields(SavedInfluence) if f.name != "about"]
     require_arrays(path, WHAT, [name for name in wanted if name not in _OPTIONAL], arrays)
-    sites, count = len(arrays["contexts"]), len(arrays["group"])
-    shapes: dict[str, tuple] = {name: (2, sites, count) for name in COMPONENTS}
-    shapes |= {name: (3, 2, sites) for name in (*COLUMNS, "itself")}
-    shapes |= {name: (2, sites) for name in ("first_order", "actual")}
-    if "earlier" in arrays:
-        require_arrays(path, WHAT, _EARLIER, arrays)
-        batches = np.shape(arrays["earlier_prompts"])[:2]
-        shapes |= {"earlier": (3, 2, sites, *batches), "earlier_completions": batches}
-        shapes |= {"earlier_steps": batches[:1]}
-    for name, shape in shapes.items():
-        if name in arrays:
-            require_shape(path, name, arrays[name], shape)
+    require_forms(path, arrays, FORMS)
     return SavedInfluence(**{n: arrays[n] for n in wanted if n in arrays}, about=about)

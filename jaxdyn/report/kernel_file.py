@@ -7,11 +7,25 @@ from typing import Any
 import numpy as np
 
 from jaxdyn import COMPONENTS
-from jaxdyn.report.archive import read_archive, require_arrays, require_shape, write_archive
+from jaxdyn.report.archive import Forms, read_archive, require_arrays, require_forms, write_archive
 
 FORMAT = "jaxdyn kernel 2"
 WHAT = "a kernel file"
 WITHOUT_STATISTICS = "jaxdyn kernel 1"
+
+FORMS: Forms = {
+    "contexts": ("U", "N"),
+    **{name: ("f", "N N") for name in (*COMPONENTS, "standard_error")},
+    "part_*": ("f", "(layers) N N"),
+    "tokens": ("iu", "B T"),
+    "mask": ("b", "B T"),
+    **{name: ("iu", "M") for name in ("rows", "positions", "targets")},
+    "is_prompt": ("b", "M"),
+    "features": ("f", "N D"),
+    "target_texts": ("U", "N"),
+    **{name: ("U", "B") for name in ("prompts", "completions")},
+    "spectrum/*": ("f", "(eigenvalues)"),
+}
 
 _PART = "part_"
 _OPTIONAL = ("standard_error", "features")
@@ -81,8 +95,6 @@ def load_kernel(path: str | Path) -> SavedKernel:
     apart = ("about", "parts", "statistics")
     wanted = [f.name for f in dataclasses.fields(SavedKernel) if f.name not in apart]
     require_arrays(path, WHAT, [name for name in wanted if name not in _OPTIONAL], arrays)
-    size = len(arrays["contexts"])
-    for name in COMPONENTS:
-        require_shape(path, name, arrays[name], (size, size))
+    require_forms(path, arrays, FORMS)
     known = {name: arrays[name] for name in wanted if name in arrays}
     return SavedKernel(**known, parts=parts, statistics=statistics, about=about)

@@ -7,10 +7,30 @@ from typing import Any
 import numpy as np
 
 from jaxdyn.errors import JaxdynError
-from jaxdyn.report.archive import read_archive, require_arrays, require_shape, write_archive
+from jaxdyn.report.archive import Forms, read_archive, require_arrays, require_forms, write_archive
 
 FORMAT = "jaxdyn ledger 1"
 WHAT = "a ledger file"
+
+FORMS: Forms = {
+    "names": ("U", "checkpoints"),
+    "rows": ("iu", "N"),
+    "nodes": ("iu", "segments B"),
+    "parts/*/*": ("f", "segments N"),
+    "values/*": ("f", "checkpoints N"),
+    "tokens": ("iu", "B T"),
+    "mask": ("b", "B T"),
+    **{name: ("iu", "N") for name in ("positions", "targets")},
+    "is_prompt": ("b", "N"),
+    "prompts": ("U", "B"),
+    "pieces": ("U", "N"),
+    "by_layer/*/*": ("f", "segments B (layers)"),
+    "by_token/*": ("f", "segments layers N"),
+    "alternatives": ("iu", "N A"),
+    "alternative_pieces": ("U", "N A"),
+    "alternative_values": ("f", "checkpoints N A"),
+    "alternative_parts/*": ("f", "segments N A"),
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,6 +106,7 @@ def load_ledger(path: str | Path) -> SavedLedger:
       JaxdynError: if it cannot be read, or is not a whole ledger file.
     """
     arrays, about = read_archive(path, WHAT, (FORMAT,))
+    sizes = require_forms(path, arrays, FORMS)
     tree: dict[str, Any] = {}
     for name, x in arrays.items():
         *above, last = name.split("/")
@@ -99,12 +120,14 @@ def load_ledger(path: str | Path) -> SavedLedger:
     fields = [f.name for f in dataclasses.fields(SavedLedger)]
     require_arrays(path, WHAT, [name for name in fields if name not in optional], tree)
     known = {name: tree[name] for name in fields if name in tree}
-    saved = SavedLedger(**known, about=about)
-    shape = (len(saved.names) - 1, len(saved.rows))
-    for quantity, parts in saved.parts.items():
-        for part, x in parts.items():
-            require_shape(path, f"parts/{quantity}/{part}", x, shape)
-    return saved
+    if sizes["checkpoints"] != sizes["segments"] + 1:
+        raise JaxdynError(
+            f"{path}: {sizes['checkpoints']} checkpoints have one segment less between them, got "
+            f"{sizes['segments']}"
+        )
+    if lost := [name for name in known["parts"] if name not in known["values"]]:
+        raise JaxdynError(f"{path} is not a whole ledger file: it has no values/{lost[0]}")
+    return SavedLedger(**known, about=about)
 
 
 def _flat(name: str, tree: Any) -> dict[str, np.ndarray]:

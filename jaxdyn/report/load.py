@@ -1,19 +1,15 @@
 """A run directory as a frozen `Run`, tolerant of what an aborted or older run lacks."""
 
-import json
-import math
 import re
 import zipfile
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
 from jaxdyn.errors import JaxdynError
-from jaxdyn.paths import AnyPath, absolute, common_parent, open_path
-
-Record = dict[str, Any]
+from jaxdyn.paths import AnyPath, absolute, common_parent, is_directory, open_path
+from jaxdyn.reading import Record, is_number, read_arrays, read_object, read_records
 
 CLASSIFIER_STAGE = 1  # the value of "cfrl/stage" while only the classifier is trained
 
@@ -75,12 +71,7 @@ class Run:
 
     def probe(self, step: int) -> dict[str, np.ndarray]:
         """The arrays over probe sites saved at a step."""
-        path = self.probe_files[step]
-        try:
-            with path.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
-                return {key: arrays[key] for key in arrays.files}
-        except (ValueError, OSError, EOFError, zipfile.BadZipFile) as error:
-            raise JaxdynError(f"{path} is not a readable file of arrays: {error}") from error
+        return read_arrays(self.probe_files[step])
 
 
 def load_runs(directories: Sequence[AnyPath]) -> list[Run]:
@@ -100,50 +91,21 @@ def load_run(directory: str | AnyPath, name: str | None = None) -> Run:
     that was logged twice, before and after a restart, counts as logged last.
     """
     directory = open_path(directory)
-    if not directory.is_dir():
+    if not is_directory(directory):
         raise JaxdynError(f"{directory} is not a directory; a report needs a run's directory")
     path = directory / "config.json"
     if not path.is_file():
         raise JaxdynError(f"{directory} is not a run: it has no config.json")
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise JaxdynError(f"{path} is not JSON: {error}") from error
-    if not isinstance(config, dict):
-        raise JaxdynError(f"{path} must hold an object, got {type(config).__name__}")
     return Run(
         directory=directory,
         name=name or directory.name,
-        config=config,
-        metrics=_by_step(_read_lines(directory / "metrics.jsonl")),
-        dynamics=_by_step(_read_lines(directory / "dynamics.jsonl")),
-        samples=_read_lines(directory / "samples.jsonl"),
-        temperatures=_read_lines(directory / "temperatures.jsonl"),
+        config=read_object(path),
+        metrics=_by_step(read_records(directory / "metrics.jsonl")),
+        dynamics=_by_step(read_records(directory / "dynamics.jsonl")),
+        samples=read_records(directory / "samples.jsonl"),
+        temperatures=read_records(directory / "temperatures.jsonl"),
         probe_files=_find_probes(directory / "dynamics"),
     )
-
-
-def _read_lines(path: AnyPath) -> list[Record]:
-    """The objects of a JSONL file, each with an integer "step"."""
-    if not path.is_file():
-        return []
-    lines = path.read_bytes().decode("utf-8", errors="replace").split("\n")
-    while lines and not lines[-1].strip():
-        lines.pop()
-    records = []
-    for number, line in enumerate(lines, start=1):
-        try:
-            record = json.loads(line)
-        except ValueError as error:
-            if number == len(lines):
-                break
-            raise JaxdynError(f"{path}, line {number} is not JSON: {error}") from error
-        if not isinstance(record, dict) or type(record.get("step")) is not int:
-            raise JaxdynError(
-                f'{path}, line {number} must be an object with an integer "step", got {line[:60]}'
-            )
-        records.append(record)
-    return records
 
 
 def _by_step(records: list[Record]) -> list[Record]:
@@ -152,7 +114,8 @@ def _by_step(records: list[Record]) -> list[Record]:
 
 
 def _find_probes(directory: AnyPath) -> dict[int, AnyPath]:
-    matches = [(re.fullmatch(r"step_(-?\d+)\.npz", p.name), p) for p in directory.glob("*.npz")]
+    number = re.compile(r"step_(-?\d{1,12})\.npz")
+    matches = [(number.fullmatch(p.name), p) for p in directory.glob("*.npz")]
     files = dict(sorted((int(match[1]), path) for match, path in matches if match))
     if files:
         with files[max(files)].open("rb") as newest:
@@ -160,8 +123,3 @@ def _find_probes(directory: AnyPath) -> dict[int, AnyPath]:
         if not whole:
             files.pop(max(files))  # cut short by a kill
     return files
-
-
-def is_number(value: Any) -> bool:
-    """Whether a logged value is a finite number."""
-    return type(value) in (int, float) and math.isfinite(value)

@@ -56,6 +56,12 @@ a { color: #0b57a4; }
   figure, tr { break-inside: avoid; } h2 { break-after: avoid; } }
 """
 
+POLICY = (
+    "default-src 'none'; img-src data:; style-src 'unsafe-inline'; base-uri 'none'; "
+    "form-action 'none'"
+)
+"""No script at all, no network; the figures are in the page."""
+
 INTRODUCTION = f"""
 <p class="lead">What each reinforcement-learning update did to a language model, split into what
 moved through its last layer and what moved through the rest.</p>
@@ -124,6 +130,7 @@ def _embedded(image: bytes, title: str) -> str:
 def _page(sections: Sequence[str]) -> str:
     return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">\n'
+        f'<meta http-equiv="Content-Security-Policy" content="{POLICY}">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
         f"<title>jaxdyn: what the RL updates did</title>\n<style>{CSS}</style></head>\n<body>\n"
         f"<h1>What the RL updates did</h1>\n{INTRODUCTION}\n"

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float
 
-from jaxdyn.grammar import finite
+from jaxdyn.grammar import MOST, finite
 from jaxdyn.rewards import verifiable
 from jaxdyn.rewards.verifiable import RewardFunction, Texts
 from jaxdyn.types import JaxdynError
@@ -109,6 +109,12 @@ def make_reward(config: RewardConfig, scorers: Mapping[str, RewardFunction] = {}
         total = np.zeros(len(completions))
         for name, weight in weights.items():
             total += weight * values[name] if weight else 0.0
+        if np.any(np.abs(total) > MOST):
+            index = int(np.argmax(np.abs(total) > MOST))
+            raise JaxdynError(
+                f"the rewards' weighted sum is {total[index]:g}{_example(index, prompts)}, which "
+                f"is beyond {MOST:g}; smaller reward.weights would help"
+            )
         return RewardOutput(total, values)
 
     return reward
@@ -144,6 +150,11 @@ def _evaluate(
             raise JaxdynError(
                 f"reward {name!r} returned {value!r:.60}{_example(index, prompts)}, "
                 "wanted a finite number or None"
+            )
+        if abs(values[index]) > MOST:
+            raise JaxdynError(
+                f"reward {name!r} returned {value!r:.60}{_example(index, prompts)}, which is "
+                f"beyond {MOST:g}: sums of it would not be finite"
             )
     return values
 

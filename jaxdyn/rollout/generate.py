@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import PRNGKeyArray
 
-from jaxdyn.grammar import at_least, between
+from jaxdyn.grammar import MOST_TOKENS, at_least, between
 from jaxdyn.rollout.sampling import sample_token
 from jaxdyn.types import JaxdynError, Model, Params, PromptBatch, Rollout
 
@@ -38,7 +38,7 @@ class SamplingConfig:
     stop: tuple[str, ...] = ()
 
     def __post_init__(self):
-        at_least(1, self, "sampling", "max_completion_length")
+        at_least(1, self, "sampling", "max_completion_length", most=MOST_TOKENS)
         at_least(0, self, "sampling", "temperature", "top_k")
         between(0, 1, self, "sampling", "top_p", ends="(]")
         between(0, 1, self, "sampling", "min_p")

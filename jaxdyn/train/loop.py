@@ -9,15 +9,16 @@ preempted run's ledger has a segment more, since it is saved at a step of its ow
 import dataclasses
 import math
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_args
 
 import jax
 
 from jaxdyn.config import Config
 from jaxdyn.errors import Preempted
 from jaxdyn.grammar import nearest
-from jaxdyn.optim import Stage, stage_at, stages
+from jaxdyn.optim import Stage, StageName, stage_at, stages
 from jaxdyn.paths import AnyPath, open_path, require_writable
+from jaxdyn.reading import is_number, shown
 from jaxdyn.train.checkpoint import Checkpoints, require_finite
 from jaxdyn.train.evaluate import evaluate, sweep_temperatures
 from jaxdyn.train.frozen import reference_of
@@ -231,17 +232,17 @@ def begin_or_resume(
     loaded: LoadedModel, config: Config, checkpoints: Checkpoints, step: int | None = None
 ) -> tuple[TrainState, dict[str, Any]]:
     """The state and position of a checkpoint (the newest), or those a run starts with."""
+    position = {
+        "step": 0,
+        "seed": config.seed,
+        "stage": plan_of(config)[0].name,
+        "num_tokens": 0,
+        "time/wall": 0.0,
+        "reached": False,
+    }
     if saved := checkpoints.steps():
-        position = checkpoints.position(saved[-1] if step is None else step)
-    else:
-        position = {
-            "step": 0,
-            "seed": config.seed,
-            "stage": plan_of(config)[0].name,
-            "num_tokens": 0,
-            "time/wall": 0.0,
-            "reached": False,
-        }
+        found = checkpoints.position(saved[-1] if step is None else step)
+        position = require_position(found, position, checkpoints)
     fresh = lambda params: fresh_state(
         loaded.model, params, config.optim, position["stage"], config.critic
     )
@@ -249,6 +250,23 @@ def begin_or_resume(
         like = loaded.layout.shapes(jax.eval_shape(fresh, loaded.params))
         return checkpoints.state(position["step"], like), position
     return loaded.layout.place(fresh(loaded.params)), position
+
+
+def require_position(found: Any, like: dict[str, Any], checkpoints: Checkpoints) -> dict[str, Any]:
+    """A checkpoint's position, if it has all fields of the start's, of their types."""
+    there = found if isinstance(found, dict) else {}
+    for name, value in like.items():
+        got = there.get(name)
+        whole = is_number(got) and isinstance(value, float)
+        if not (type(got) is type(value) or whole) or (is_number(got) and got < 0):
+            raise JaxdynError(
+                f"a position in {checkpoints.directory} is damaged: its {name} is {shown(got)}"
+            )
+    if there["stage"] not in get_args(StageName):
+        raise JaxdynError(
+            f"a position in {checkpoints.directory} is damaged: its stage is {there['stage']!r:.40}"
+        )
+    return there
 
 
 def require_measured(metric: str, baseline: dict[str, float]) -> None:

@@ -18,6 +18,7 @@ from tensorboardX import SummaryWriter
 from jaxdyn.errors import Closing, JaxdynError
 from jaxdyn.grammar import load_config, save_config
 from jaxdyn.paths import PROBE, AnyPath, in_bucket, one_line, open_path, write_whole
+from jaxdyn.reading import read_records
 
 
 class RunDirectory(Closing):
@@ -103,10 +104,7 @@ class RunDirectory(Closing):
 
     def read(self, name: str) -> list[dict[str, Any]]:
         """The records of a log so far."""
-        path = self.local / name
-        if not path.exists():
-            return []
-        return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        return read_records(self.local / name)
 
     def save_arrays(self, step: int, arrays: dict[str, np.ndarray]) -> None:
         """The per-site arrays of a probed step."""

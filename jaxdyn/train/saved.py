@@ -16,7 +16,7 @@ from jaxdyn.distributed import make_mesh
 from jaxdyn.grammar import load_config
 from jaxdyn.models import LanguageModel, merge_adapters
 from jaxdyn.optim import Stage, stage_at
-from jaxdyn.paths import AnyPath, open_path
+from jaxdyn.paths import AnyPath, is_directory, open_path
 from jaxdyn.sections import MeshConfig
 from jaxdyn.train.checkpoint import Checkpoints
 from jaxdyn.train.loop import STEPS, begin_or_resume, plan_of
@@ -115,7 +115,7 @@ def open_run(path: str | PathLike) -> Iterator[SavedRun]:
       JaxdynError: if the directory holds no run, or a run without a whole checkpoint.
     """
     directory = open_path(path)
-    if not (directory / "config.json").exists():
+    if not is_directory(directory) or not (directory / "config.json").exists():
         raise JaxdynError(f"{directory} holds no run: it has no config.json")
     config = load_config(KINDS, directory / "config.json")
     try:

@@ -166,6 +166,11 @@ def open_tokenizer(directory: Path, model: LanguageModel) -> Tokenizer:
             f"the tokenizer in {directory} has {tokenizer.vocab_size} tokens, more than the "
             f"model's vocabulary of {model.config.vocab_size}"
         )
+    if tokenizer.largest_id >= model.config.vocab_size:
+        raise JaxdynError(
+            f"the tokenizer in {directory} has a token of the id {tokenizer.largest_id}, outside "
+            f"the model's vocabulary of {model.config.vocab_size}"
+        )
     outside = [i for i in (tokenizer.pad_id, *tokenizer.stop_ids) if i >= model.config.vocab_size]
     if outside:
         raise JaxdynError(

@@ -237,7 +237,7 @@ def test_pieces_decode_each_token_a_few_times():
         ({}, "no tokenizer.json"),
         ({"tokenizer.json": "{"}, "cannot read .*tokenizer.json"),
         ({"tokenizer.json": None}, "names a stop token"),
-        ({"tokenizer.json": None, "config.json": "{,"}, "config.json cannot be read as JSON"),
+        ({"tokenizer.json": None, "config.json": "{,"}, "config.json is not JSON"),
         ({"tokenizer.json": None, "config.json": "[]"}, "should hold a JSON object, got "),
     ],
 )

@@ -154,8 +154,8 @@ def test_only_json_safetensors_and_the_template_are_fetched(tmp_path, monkeypatc
 @pytest.mark.parametrize(
     ("content", "said"),
     [
-        (None, "cannot be read as JSON"),
-        ("{", "cannot be read as JSON"),
+        (None, "cannot be read: No such file"),
+        ("{", "is not JSON"),
         ("[1]", "should hold a JSON object, got [1]"),
     ],
 )
@@ -255,7 +255,7 @@ def test_a_truncated_shard(checkpoint, tmp_path):
         ("{}", "has no weight_map"),
         ('{"weight_map": {}}', "has no weight_map"),
         ('{"weight_map": {"a": "../secret.safetensors"}}', "'../secret.safetensors', not a file"),
-        ("{", "cannot be read as JSON"),
+        ("{", "is not JSON"),
     ],
 )
 def test_an_index_that_makes_no_sense(index, said, checkpoint):

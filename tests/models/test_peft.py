@@ -75,7 +75,7 @@ def test_what_is_no_such_adapter_is_named(tmp_path):
         (factors, {"peft_type": "IA3"}, "peft_type must be LORA, got 'IA3'"),
         (factors, {"use_dora": True}, "use_dora is not supported, got True"),
         (factors, {"modules_to_save": ["lm_head"]}, "modules_to_save is not supported"),
-        (factors, {"r": 0}, "needs a rank r and lora_alpha, got 0 and 6"),
+        (factors, {"r": 0}, "needs a rank r of 1 to 65536 and a number lora_alpha, got 0 and 6"),
         (alone, {}, "has not both factors, lora_A and lora_B"),
         ({}, {}, "holds no adapter"),
         (wide, {}, "it belongs to another base model"),

@@ -51,7 +51,7 @@ def test_what_a_kill_cuts_short_is_ignored(tmp_path):
     ("file", "text", "message"),
     [
         ("config.json", "{", "config.json is not JSON"),
-        ("config.json", "[]", "must hold an object, got list"),
+        ("config.json", "[]", r"should hold a JSON object, got \[\]"),
         ("metrics.jsonl", '{"step": 0}\n{"ste\n{"step": 2}\n', "metrics.jsonl, line 2 is not JSON"),
         ("dynamics.jsonl", '{"reward": 1}\n', 'line 1 must be an object with an integer "step"'),
         ("samples.jsonl", '{"step": 0}\n3\n', "samples.jsonl, line 2 must be an object"),

@@ -5,7 +5,7 @@ from collections.abc import Callable
 from typing import Any
 
 from jaxdyn.models.config import ModelConfig
-from jaxdyn.models.hf_fields import REQUIRED, Field, activation, flag, number
+from jaxdyn.models.hf_fields import REQUIRED, Field, activation, flag, layers, number
 from jaxdyn.types import JaxdynError
 
 
@@ -89,7 +89,7 @@ class Family:
 SIZES = (
     Field("vocab_size", "vocab_size"),
     Field("hidden_size", "width"),
-    Field("num_hidden_layers", "num_layers"),
+    Field("num_hidden_layers", "num_layers", layers),
     Field("num_attention_heads", "num_heads"),
     Field("intermediate_size", "mlp_width"),
     Field("max_position_embeddings", "max_positions"),

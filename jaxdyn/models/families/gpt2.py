@@ -1,7 +1,7 @@
 """GPT-2: learned positions, and matrices that checkpoints keep as we do."""
 
 from jaxdyn.models.families.family import Family
-from jaxdyn.models.hf_fields import Field, activation, flag, number
+from jaxdyn.models.hf_fields import Field, activation, flag, layers, number
 
 GPT2 = Family(
     model_type="gpt2",
@@ -9,7 +9,7 @@ GPT2 = Family(
     fields=(
         Field("vocab_size", "vocab_size"),
         Field("n_embd", "width"),
-        Field("n_layer", "num_layers"),
+        Field("n_layer", "num_layers", layers),
         Field("n_head", "num_heads"),
         Field("n_head", "num_kv_heads"),
         Field("n_inner", "mlp_width", default=None),
