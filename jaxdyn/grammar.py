@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 from jaxdyn.errors import JaxdynError
+from jaxdyn.files import write_file
 from jaxdyn.paths import AnyPath
 
 Config = TypeVar("Config")
@@ -28,7 +29,7 @@ Config = TypeVar("Config")
 
 def save_config(config: Any, path: Path) -> None:
     """Write the configuration as JSON."""
-    path.write_text(json.dumps(dataclasses.asdict(config), indent=2) + "\n")
+    write_file(path, json.dumps(dataclasses.asdict(config), indent=2) + "\n")
 
 
 def read_object(path: AnyPath) -> dict[str, Any]:
