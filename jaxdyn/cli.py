@@ -111,6 +111,13 @@ COMMANDS = {
         "report: {}",
         done_by="first",
     ),
+    "check": Command(
+        "whether a run's directory is whole: its logs, its arrays, its checkpoints by checksum",
+        "commands.options:CheckOptions",
+        "commands.check:check",
+        "whole: {}",
+        done_by="first",
+    ),
     "export": Command(
         "write a run's model as a Hugging Face directory",
         "commands.options:ExportOptions",

@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 from jaxdyn.errors import JaxdynError
+from jaxdyn.files import write_file
 from jaxdyn.paths import AnyPath, require_name
 from jaxdyn.reading import read_object, shown
 
@@ -40,7 +41,7 @@ MOST_ROWS, MOST_TOKENS = 10**6, 10**7
 
 def save_config(config: Any, path: Path) -> None:
     """Write the configuration as JSON."""
-    path.write_text(json.dumps(dataclasses.asdict(config), indent=2) + "\n")
+    write_file(path, json.dumps(dataclasses.asdict(config), indent=2) + "\n")
 
 
 def load_config(kind: type[Config] | Mapping[str, type[Config]], path: AnyPath) -> Config:

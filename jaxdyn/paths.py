@@ -60,25 +60,6 @@ def in_bucket(path: AnyPath) -> bool:
     return not isinstance(path, Path)
 
 
-def require_writable(path: AnyPath) -> None:
-    """Write an object to the bucket and delete it again; nothing for a path on disk.
-
-    Raises:
-      JaxdynError: naming the package to install, or what the bucket said.
-    """
-    if not in_bucket(path):
-        return
-    probe = path / PROBE
-    try:
-        probe.parent.mkdir(parents=True, exist_ok=True)
-        probe.write_text("")
-        probe.unlink(missing_ok=True)
-    except ImportError as error:
-        raise JaxdynError(f"{path} needs the package gcsfs: pip install gcsfs") from error
-    except Exception as error:  # its client raises many kinds
-        raise JaxdynError(f"cannot write to {path}: {one_line(error)}") from error
-
-
 def is_directory(path: AnyPath) -> bool:
     """Whether there is such a directory.
 
@@ -93,21 +74,6 @@ def is_directory(path: AnyPath) -> bool:
         raise JaxdynError(f"{path} needs the package gcsfs: pip install gcsfs") from error
     except Exception as error:  # its client raises many kinds
         raise JaxdynError(f"cannot read {path}: {one_line(error)}") from error
-
-
-def write_whole(path: AnyPath, text: str) -> None:
-    """Write a file that is there whole, whatever happens, or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    if in_bucket(path):
-        path.write_text(text)
-        return
-    partial = path.with_suffix(".partial")
-    partial.write_text(text, encoding="utf-8")
-    partial.replace(path)
-
-
-PROBE = "writable"
-"""The object that `require_writable` leaves for a moment."""
 
 
 def one_line(error: BaseException, kind: bool = True) -> str:

@@ -72,6 +72,7 @@ def test_help_lists_the_commands(arguments, capsys):
         "ledger": "CHECKPOINT --prompts --sample --through --by-layer --by-token --tolerance",
         "plan": "PRESET --topology --mesh.fsdp --meshes --num-prompts --remat --no-largest",
         "report": "RUN --output",
+        "check": "RUN",
         "export": "RUN OUTPUT --step",
     }.items(),
 )

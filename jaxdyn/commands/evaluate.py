@@ -17,8 +17,9 @@ from rich.table import Table
 
 from jaxdyn.commands.evaluate_options import EvaluateOptions
 from jaxdyn.config import KINDS, Config
+from jaxdyn.files import require_writable, write_file
 from jaxdyn.grammar import load_config
-from jaxdyn.paths import AnyPath, open_path, write_whole
+from jaxdyn.paths import AnyPath, open_path
 from jaxdyn.presets import RL, preset
 from jaxdyn.sections import ModelSource
 from jaxdyn.train.evaluate import sample_held_out
@@ -38,6 +39,7 @@ def run(options: EvaluateOptions, progress: Progress | None = None) -> AnyPath:
     path = options.destination
     if path.exists():
         raise JaxdynError(f"{path} already exists; choose another --output")
+    require_writable(path.parent)
     progress = progress or Progress()
     task, params, step = open_policy(options)
     config = task.config
@@ -56,7 +58,7 @@ def run(options: EvaluateOptions, progress: Progress | None = None) -> AnyPath:
     about = {"run": options.run, "model": options.model, "step": step}
     if jax.process_index() == 0:
         found = {**about, "config": dataclasses.asdict(config), "temperatures": lines}
-        write_whole(path, json.dumps(found, ensure_ascii=False) + "\n")
+        write_file(path, json.dumps(found, ensure_ascii=False) + "\n")
     print_table(name if step is None else f"{name}, step {step}", config, lines)
     return path
 

@@ -25,17 +25,17 @@ from jaxdyn.commands.influence_account import (
     step_of,
 )
 from jaxdyn.commands.influence_options import InfluenceOptions
-from jaxdyn.commands.influence_page import write_page
+from jaxdyn.commands.influence_page import pages_of
 from jaxdyn.commands.output import refuse_others
 from jaxdyn.dynamics import site_texts
-from jaxdyn.paths import write_whole
-from jaxdyn.report.influence_file import COLUMNS, FUNCTIONS, SavedInfluence
+from jaxdyn.files import write_files
+from jaxdyn.report.influence_file import COLUMNS, FUNCTIONS, SavedInfluence, load_influence
 from jaxdyn.report.origins import ORIGINS, summarize_influence
 from jaxdyn.train.progress import Progress
 from jaxdyn.train.saved import open_run
 from jaxdyn.types import COMPONENTS, Sites
 
-FILES = {"influence.npz", "influence.json", "influence.html", "influence.partial"}
+FILES = {"influence.npz", "influence.json", "influence.html"}
 
 
 def run(options: InfluenceOptions, progress: Progress | None = None) -> Path:
@@ -47,36 +47,45 @@ def run(options: InfluenceOptions, progress: Progress | None = None) -> Path:
     progress = progress or Progress()
     if options.run is None:
         output = options.destination(None)
-        refuse_others(output, FILES)
+        refuse_strangers(output)
         return write(account_of_file(options, progress), options, output)
     with open_run(options.run) as saved:
         step = step_of(options, saved)
         output = options.destination(step)
-        refuse_others(output, FILES)
+        refuse_strangers(output)
         return write(account_of_step(options, saved, step, progress), options, output)
 
 
 # -- the files and the table ----------------------------------------------------------------------
 
 
+def refuse_strangers(output: Path) -> None:
+    """JaxdynError if the output holds anything but an earlier account, which is replaced."""
+    pages = {page.name for page in output.glob("influence-*.html")}
+    known = (output / "influence.npz").exists()
+    refuse_others(output, FILES | pages if known else set())
+    if known:
+        load_influence(output / "influence.npz")
+
+
 def write(account: Account, options: InfluenceOptions, output: Path) -> Path:
-    """Write both files and print the table; returns the first one's path."""
+    """Write the files and print the table; returns the first one's path."""
     saved = to_save(account, options)
     path = output / "influence.npz"
     if jax.process_index() > 0:
         return path
-    output.mkdir(parents=True, exist_ok=True)
-    partial = output / "influence.partial"
-    saved.write(partial)
-    partial.replace(path)
     summary = summarize_influence(saved)
     told = {"about": saved.about, "sites": len(saved.rows), "completions": len(saved.group)}
-    write_whole(output / "influence.json", json.dumps(told | summary, indent=1) + "\n")
-    print_summary(saved, summary)
+    page = output / "influence.html"
+    shown: dict[Path, str] = {}
     if account.ledger is not None:
-        page = output / "influence.html"
-        written = write_page(saved, account.ledger, account.tokenizer, account.sites, page)
-        print(f"every token: {written[0]}")
+        shown = pages_of(saved, account.ledger, account.tokenizer, account.sites, page)
+    # The first says whose the files beside it are.
+    described = json.dumps(told | summary, indent=1) + "\n"
+    write_files({path: saved.packed(), output / "influence.json": described, **shown})
+    print_summary(saved, summary)
+    if shown:
+        print(f"every token: {page}")
     return path
 
 

@@ -12,7 +12,7 @@ from jaxdyn.data import Tokenizer
 from jaxdyn.dynamics import Ledger, ledger
 from jaxdyn.report.influence_file import FUNCTIONS, SavedInfluence
 from jaxdyn.report.ledger_file import SavedLedger
-from jaxdyn.report.microscope import Influence, write_microscope
+from jaxdyn.report.microscope import Influence, microscope_pages
 from jaxdyn.types import COMPONENTS, Model, Params, Sites
 
 
@@ -42,10 +42,10 @@ def step_ledger(model: Model, before: Params, after: Params, sites: Sites, budge
     return ledger(model, given, every_token(sites), through="features", memory_budget=budget)
 
 
-def write_page(
+def pages_of(
     saved: SavedInfluence, found: Ledger, tokenizer: Tokenizer, sites: Sites, path: Path
-) -> list[Path]:
-    """Write the page, and those it is continued on."""
+) -> dict[Path, str]:
+    """The page at `path`, and those it is continued on."""
     whole = every_token(sites)
     fields = [field.name for field in dataclasses.fields(Sites)]
     arrays: dict[str, Any] = {name: np.asarray(getattr(whole, name)) for name in fields}
@@ -94,4 +94,4 @@ def write_page(
         about=f"What each completion of {saved.about['model']} added, to first order; clipping, "
         "momentum, decay and the second order are columns of influence.json.",
     )
-    return write_microscope(seen, path, influence)
+    return microscope_pages(seen, path, influence)

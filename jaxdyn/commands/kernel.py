@@ -6,7 +6,6 @@ given again.
 """
 
 import dataclasses
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -22,11 +21,12 @@ from jaxdyn import kernels
 from jaxdyn.commands.kernel_options import KernelOptions, bytes_of
 from jaxdyn.commands.kernel_places import Places, Texts, completion_places, prompt_places
 from jaxdyn.commands.kernel_subject import Subject, open_subject
-from jaxdyn.commands.output import refuse_others
+from jaxdyn.commands.output import BLOCKS, finish, is_finished, refuse_finished, tidy
 from jaxdyn.data import DataConfig, Example, JsonlFile, Tokenizer, read_examples, written
+from jaxdyn.files import naming
 from jaxdyn.hosts import fetch
-from jaxdyn.report.kernel_figure import draw_kernel
-from jaxdyn.report.kernel_file import SavedKernel
+from jaxdyn.report.kernel_figure import drawn_kernel
+from jaxdyn.report.kernel_file import SavedKernel, load_kernel
 from jaxdyn.train.progress import Progress
 from jaxdyn.types import COMPONENTS, JaxdynError, Sites
 
@@ -39,7 +39,12 @@ def run(options: KernelOptions, progress: Progress | None = None) -> Path:
     """
     progress = progress or Progress()
     output = Path(options.output)
-    refuse_others(output, {"blocks", "kernel.partial", "kernel.png"})
+    path = output / "kernel.npz"
+    refuse_finished(output, {"kernel.npz", "kernel.png"})
+    if is_finished(path, options, lambda there: load_kernel(there).about):
+        tidy(output)
+        print_summary(load_kernel(path), path)
+        return path
     examples = read_file(options, progress)
     with jax.enable_x64(options.dtype == "float64"):
         subject = open_subject(options)
@@ -49,17 +54,14 @@ def run(options: KernelOptions, progress: Progress | None = None) -> Path:
         count = len(places.contexts)
         what = "completions" if places.rollout else "sites"
         progress.console.print(f"{options.quantity} kernel of {count} {what}", highlight=False)
-        output.mkdir(parents=True, exist_ok=True)
+        with naming(output):
+            (output / BLOCKS).mkdir(parents=True, exist_ok=True)
         kernel, parts = compute(options, subject, places, progress)
         saved = to_save(options, subject, texts, places, kernel, parts)
-        path, partial = output / "kernel.npz", output / "kernel.partial"
         if jax.process_index() > 0:
             return path
-        saved.write(partial)
-        if count > 1:
-            draw_kernel(partial, output / "kernel.png")
-        partial.replace(path)
-        shutil.rmtree(output / "blocks", ignore_errors=True)
+        picture = {output / "kernel.png": drawn_kernel(saved)} if count > 1 else {}
+        finish(output, {**picture, path: saved.packed()})
         print_summary(saved, path)
     return path
 
@@ -90,7 +92,7 @@ def compute(
     options: KernelOptions, subject: Subject, places: Places, progress: Progress
 ) -> tuple[kernels.Kernel, dict[str, jax.Array]]:
     """The kernel, and if asked for its gradient component by kind and layer."""
-    model, params, blocks = subject.model, subject.params, Path(options.output) / "blocks"
+    model, params, blocks = subject.model, subject.params, Path(options.output) / BLOCKS
     common: dict[str, Any] = {
         "preconditioner": subject.preconditioner,
         "method": options.method,

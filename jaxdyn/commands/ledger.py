@@ -7,7 +7,6 @@ is finished is kept in `blocks` until then, so that a killed command goes on whe
 
 import dataclasses
 import json
-import shutil
 from pathlib import Path
 
 import jax
@@ -21,10 +20,11 @@ from jaxdyn.commands.checkpoints import Checkpoints, open_checkpoints
 from jaxdyn.commands.kernel_options import bytes_of
 from jaxdyn.commands.ledger_options import LedgerOptions
 from jaxdyn.commands.ledger_texts import LedgerTexts, texts_of
-from jaxdyn.commands.output import refuse_others
+from jaxdyn.commands.output import BLOCKS, finish, is_finished, refuse_finished, tidy
 from jaxdyn.dynamics import Ledger, ledger, most_changed_tokens
-from jaxdyn.report.ledger_file import SavedLedger, summarize_ledger
-from jaxdyn.report.microscope import write_microscope
+from jaxdyn.files import naming
+from jaxdyn.report.ledger_file import SavedLedger, load_ledger, summarize_ledger
+from jaxdyn.report.microscope import microscope_pages
 from jaxdyn.train.progress import Progress
 from jaxdyn.types import Sites
 
@@ -38,8 +38,13 @@ def run(options: LedgerOptions, progress: Progress | None = None) -> Path:
     progress = progress or Progress()
     say = lambda text: progress.console.print(text, highlight=False, soft_wrap=True, markup=False)
     output = Path(options.output)
-    pages = {path.name for path in output.glob("ledger*.html")}
-    refuse_others(output, {"blocks", "ledger.partial", "ledger.json", *pages})
+    path = output / "ledger.npz"
+    pages = {page.name for page in output.glob("ledger*.html")}
+    refuse_finished(output, {"ledger.json", "ledger.npz", *pages})
+    if is_finished(path, options, lambda there: load_ledger(there).about):
+        tidy(output)
+        print_summary(load_ledger(path))
+        return path
     float64 = options.dtype == "float64"
     dtype = np.float64 if float64 else np.float32
     with jax.enable_x64(float64), open_checkpoints(options.checkpoints, dtype) as checkpoints:
@@ -51,18 +56,16 @@ def run(options: LedgerOptions, progress: Progress | None = None) -> Path:
             say(f"the first {options.limit} lines of {options.prompts}; --limit 0 takes all")
         count = len(checkpoints.names)
         say(f"ledger of {count} checkpoints at {len(texts.pieces)} tokens")
-        output.mkdir(parents=True, exist_ok=True)
+        with naming(output):
+            (output / BLOCKS).mkdir(parents=True, exist_ok=True)
         found, ids = compute(options, checkpoints, texts, progress)
         saved = to_save(options, checkpoints, texts, found, ids)
-    path = output / "ledger.npz"
-    saved.write(output / "ledger.partial")
     summary = json.dumps(summarize_ledger(saved), indent=1, ensure_ascii=False)
-    (output / "ledger.json").write_text(summary + "\n", encoding="utf-8")
-    written = write_microscope(saved, output / "ledger.html")
-    (output / "ledger.partial").replace(path)
-    shutil.rmtree(output / "blocks", ignore_errors=True)
+    shown = microscope_pages(saved, output / "ledger.html")
+    finish(output, {output / "ledger.json": summary + "\n", **shown, path: saved.packed()})
     print_summary(saved)
-    say(f"every token: {written[0]}" + (f" and {len(written) - 1} more" if written[1:] else ""))
+    others = f" and {len(shown) - 1} more" if len(shown) > 1 else ""
+    say(f"every token: {output / 'ledger.html'}{others}")
     return path
 
 
@@ -88,7 +91,7 @@ def compute(
             tolerance=options.tolerance,
             memory_budget=budget,
             progress=report,
-            blocks=Path(options.output) / "blocks",
+            blocks=Path(options.output) / BLOCKS,
         )
     return found, ids
 

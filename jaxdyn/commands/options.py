@@ -40,6 +40,18 @@ class AnalyzeOptions:
 
 
 @dataclasses.dataclass(frozen=True)
+class CheckOptions:
+    """Say whether the directory of RUN is whole: its configuration, the logs up to the newest
+    checkpoint, the files of arrays, and the checkpoints by their checksums.
+
+    Attributes:
+      run: the run's directory.
+    """
+
+    run: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
+
+
+@dataclasses.dataclass(frozen=True)
 class ReportOptions:
     """Figures, tables and one self-contained HTML page about the runs.
 

@@ -5,6 +5,7 @@ and prints what each asks of a chip. Times are those of a roofline: no run is fa
 takes about twice as long.
 """
 
+import contextlib
 import json
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,8 @@ import jax
 
 from jaxdyn.commands.plan_options import PlanOptions
 from jaxdyn.config import RunConfig
+from jaxdyn.errors import JaxdynError
+from jaxdyn.files import require_writable, write_file
 from jaxdyn.plan.demand import Demand, Program, demand_of
 from jaxdyn.plan.figures import figures
 from jaxdyn.plan.meshes import Way, candidates, largest_batch
@@ -33,6 +36,8 @@ def run(options: PlanOptions) -> dict[str, Any]:
       JaxdynError: for an unknown preset or topology, a mesh that does not divide the devices, the
         heads or the batch, before anything is compiled.
     """
+    if options.json:
+        refuse_another(Path(options.json))
     shape, config = preset(SHAPES, options.preset), planned_run(options)
     if options.topology != "here":
         jax.config.update("jax_platforms", "cpu")  # the devices are not here; ours are not asked
@@ -64,8 +69,20 @@ def run(options: PlanOptions) -> dict[str, Any]:
     found = figures(options.preset, topology, ways, demands, most)
     show(found)
     if options.json:
-        Path(options.json).write_text(json.dumps(found, indent=1) + "\n")
+        write_file(Path(options.json), json.dumps(found, indent=1) + "\n")
     return found
+
+
+def refuse_another(path: Path) -> None:
+    """JaxdynError if a plan cannot be written to `path`, or something else is there."""
+    require_writable(path.parent)
+    if not path.exists():
+        return
+    with contextlib.suppress(OSError, ValueError):
+        known = json.loads(path.read_bytes())
+        if isinstance(known, dict) and known.keys() >= {"preset", "topology", "programs"}:
+            return
+    raise JaxdynError(f"{path} already exists and is no plan; choose another --json")
 
 
 def planned_run(options: PlanOptions) -> RunConfig:

@@ -16,8 +16,9 @@ from rich.table import Table
 
 from jaxdyn.commands import ledger
 from jaxdyn.commands.ledger_options import LedgerOptions
-from jaxdyn.commands.output import refuse_others
+from jaxdyn.commands.output import BLOCKS, refuse_others
 from jaxdyn.data import AnagramsConfig, character_tokenizer
+from jaxdyn.files import write_file
 from jaxdyn.models import LanguageModel, gpt_neox
 from jaxdyn.optim import Schedule
 from jaxdyn.paths import AnyPath
@@ -61,18 +62,18 @@ def quickstart(output: str | Path, seed: int = 0) -> AnyPath:
 
 def write_ledger(before: str, run: AnyPath, directory: Path, progress: Progress) -> None:
     """The ledger of a run, at held-out prompts that the model before and after it completes."""
-    if (directory / run.name / "ledger.npz").exists():
+    output = directory / run.name
+    if (output / "ledger.npz").exists() and not (output / BLOCKS).exists():
         return
-    directory.mkdir(exist_ok=True)
     with open_run(run) as saved:
         examples = saved.task.test[:LEDGER_PROMPTS]
     prompts = directory / "prompts.jsonl"
     lines = [json.dumps({"prompt": example["prompt"]}) for example in examples]
-    prompts.write_text("".join(line + "\n" for line in lines))
+    write_file(prompts, "".join(line + "\n" for line in lines))
     options = LedgerOptions(
         (before, str(run)),
         prompts=str(prompts),
-        output=str(directory / run.name),
+        output=str(output),
         sample="both",
         limit=LEDGER_PROMPTS,
         max_completion_length=8,

@@ -1,8 +1,8 @@
 """Finished tiles on disk, so that long work goes on where it was killed."""
 
 import hashlib
+import io
 import json
-import os
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxdyn.files import write_file
 from jaxdyn.hosts import fetch
 from jaxdyn.reading import read_arrays, read_bytes
 from jaxdyn.types import JaxdynError
@@ -34,7 +35,7 @@ class Store:
         manifest = self.directory / "kernel.json"
         said = json.dumps(content)
         if not manifest.exists():
-            self._write(manifest, lambda file: file.write(said.encode()))
+            write_file(manifest, said)
         elif read_bytes(manifest) != said.encode():
             raise JaxdynError(
                 f"{self.directory} holds finished tiles of another kernel (other parameters, "
@@ -50,19 +51,12 @@ class Store:
 
     def save(self, row: int, column: int, tile: dict[str, np.ndarray]) -> None:
         """Keep a finished tile."""
-        self._write(
-            self._path(row, column), lambda file: np.savez(file, allow_pickle=False, **tile)
-        )
+        buffer = io.BytesIO()
+        np.savez(buffer, allow_pickle=False, **tile)
+        write_file(self._path(row, column), buffer.getvalue())
 
     def _path(self, row: int, column: int) -> Path:
         return self.directory / f"tile_{row:05d}_{column:05d}.npz"
-
-    def _write(self, path: Path, write: Any) -> None:
-        """Under another name first, so that whatever bears the name is whole."""
-        part = path.with_suffix(".part")
-        with part.open("wb") as file:
-            write(file)
-        os.replace(part, path)
 
 
 @jax.jit

@@ -4,6 +4,7 @@ It imports no JAX, so that a file is read anywhere.
 """
 
 import fnmatch
+import io
 import json
 from collections.abc import Iterable
 from pathlib import Path
@@ -16,13 +17,12 @@ from jaxdyn.paths import open_path
 from jaxdyn.reading import parse_json, read_arrays
 
 
-def write_archive(
-    path: Path, kind: str, about: dict[str, Any], arrays: dict[str, np.ndarray]
-) -> None:
-    """Write arrays by name, compressed, and the description as JSON with its `format` = `kind`."""
+def packed_archive(kind: str, about: dict[str, Any], arrays: dict[str, np.ndarray]) -> bytes:
+    """Arrays by name, compressed, and the description as JSON with its `format` = `kind`."""
     described = json.dumps({"format": kind, **about}, ensure_ascii=False)
-    with path.open("wb") as file:
-        np.savez_compressed(file, allow_pickle=False, about=described, **arrays)
+    buffer = io.BytesIO()
+    np.savez_compressed(buffer, allow_pickle=False, about=described, **arrays)
+    return buffer.getvalue()
 
 
 def read_archive(

@@ -7,7 +7,8 @@ from typing import Any
 import numpy as np
 
 from jaxdyn import COMPONENTS
-from jaxdyn.report.archive import Forms, read_archive, require_arrays, require_forms, write_archive
+from jaxdyn.files import write_file
+from jaxdyn.report.archive import Forms, packed_archive, read_archive, require_arrays, require_forms
 
 FORMAT = "jaxdyn influence 1"
 WHAT = "an influence file"
@@ -152,10 +153,16 @@ class SavedInfluence:
         return self.actual - self.first_order
 
     def write(self, path: Path) -> None:
-        """Write all of it as one compressed .npz, without pickles."""
+        """Write all of it; see `packed`."""
+        write_file(path, self.packed())
+
+    def packed(self) -> bytes:
+        """All of it as one compressed .npz, without pickles."""
         fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
         about = fields.pop("about")
-        write_archive(path, FORMAT, about, {name: x for name, x in fields.items() if x is not None})
+        return packed_archive(
+            FORMAT, about, {name: x for name, x in fields.items() if x is not None}
+        )
 
 
 def load_influence(path: str | Path) -> SavedInfluence:

@@ -1,5 +1,6 @@
 """The picture of a kernel: heat maps ordered by similarity, spectra, the components' shares."""
 
+import io
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -16,6 +17,7 @@ from scipy.spatial.distance import squareform
 
 from jaxdyn import COMPONENTS
 from jaxdyn.errors import JaxdynError
+from jaxdyn.files import write_file
 from jaxdyn.report.kernel_file import SavedKernel, load_kernel
 from jaxdyn.report.plotting import STYLE, draw_cosines, say_empty
 
@@ -44,9 +46,15 @@ def draw_kernel(path: str | Path, png: str | Path) -> None:
     Raises:
       JaxdynError: if it is not a kernel file, or of a single place, which has nothing to compare.
     """
-    saved = load_kernel(path)
+    write_file(Path(png), drawn_kernel(load_kernel(path)))
+
+
+def drawn_kernel(saved: SavedKernel) -> bytes:
+    """The picture as a PNG; raises JaxdynError for a single place, as `draw_kernel`."""
+    buffer = io.BytesIO()
     with matplotlib.rc_context(STYLE):
-        kernel_figure(saved).savefig(png)
+        kernel_figure(saved).savefig(buffer, format="png")
+    return buffer.getvalue()
 
 
 def kernel_figure(saved: SavedKernel) -> Figure:

@@ -7,7 +7,8 @@ from typing import Any
 import numpy as np
 
 from jaxdyn import COMPONENTS
-from jaxdyn.report.archive import Forms, read_archive, require_arrays, require_forms, write_archive
+from jaxdyn.files import write_file
+from jaxdyn.report.archive import Forms, packed_archive, read_archive, require_arrays, require_forms
 
 FORMAT = "jaxdyn kernel 2"
 WHAT = "a kernel file"
@@ -75,12 +76,18 @@ class SavedKernel:
         return self.representation + self.gradient + self.cross
 
     def write(self, path: Path) -> None:
-        """Write all of it as one compressed .npz, without pickles."""
+        """Write all of it; see `packed`."""
+        write_file(path, self.packed())
+
+    def packed(self) -> bytes:
+        """All of it as one compressed .npz, without pickles."""
         fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
         parts = {_PART + kind: x for kind, x in fields.pop("parts").items()}
         about = fields.pop("about")
         fields |= {"total": self.total, **parts, **fields.pop("statistics")}
-        write_archive(path, FORMAT, about, {name: x for name, x in fields.items() if x is not None})
+        return packed_archive(
+            FORMAT, about, {name: x for name, x in fields.items() if x is not None}
+        )
 
 
 def load_kernel(path: str | Path) -> SavedKernel:

@@ -7,7 +7,8 @@ from typing import Any
 import numpy as np
 
 from jaxdyn.errors import JaxdynError
-from jaxdyn.report.archive import Forms, read_archive, require_arrays, require_forms, write_archive
+from jaxdyn.files import write_file
+from jaxdyn.report.archive import Forms, packed_archive, read_archive, require_arrays, require_forms
 
 FORMAT = "jaxdyn ledger 1"
 WHAT = "a ledger file"
@@ -90,13 +91,17 @@ class SavedLedger:
         return sum(self.parts[quantity].values()) - self.change(quantity)
 
     def write(self, path: Path) -> None:
-        """Write all of it as one compressed .npz, without pickles; a tree's names join by "/"."""
+        """Write all of it; see `packed`."""
+        write_file(path, self.packed())
+
+    def packed(self) -> bytes:
+        """All of it as one compressed .npz, without pickles; a tree's names join by "/"."""
         arrays: dict[str, np.ndarray] = {}
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
             if field.name != "about":
                 arrays |= _flat(field.name, value)
-        write_archive(path, FORMAT, self.about, arrays)
+        return packed_archive(FORMAT, self.about, arrays)
 
 
 def load_ledger(path: str | Path) -> SavedLedger:

@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 
 from jaxdyn.errors import JaxdynError
+from jaxdyn.files import write_files
 from jaxdyn.report.ledger_file import SavedLedger
 
 PAGE_BYTES = 4_900_000
@@ -63,12 +64,21 @@ class Influence:
 def write_microscope(
     saved: SavedLedger, path: Path, influence: Influence | None = None
 ) -> list[Path]:
-    """Write the page at `path`, and those of the completions that it has no room for beside it.
+    """Write the pages of `microscope_pages`; raises JaxdynError if one cannot be written."""
+    pages = microscope_pages(saved, path, influence)
+    write_files(pages)
+    return list(pages)
+
+
+def microscope_pages(
+    saved: SavedLedger, path: Path, influence: Influence | None = None
+) -> dict[Path, str]:
+    """The page at `path`, and those of the completions that it has no room for beside it.
 
     Further pages are named after the first: `ledger.html`, `ledger-2.html`, … All are linked.
 
     Raises:
-      JaxdynError: if the ledger has no sites, or a page cannot be written.
+      JaxdynError: if the ledger has no sites.
     """
     if not len(saved.rows):
         raise JaxdynError("a ledger of no sites has nothing to show: wanted at least 1, got 0")
@@ -88,15 +98,10 @@ def write_microscope(
         {"file": p.name, "first": int(first) + 1, "last": int(last)}
         for p, first, last in zip(paths, counts[:-1], counts[1:], strict=True)
     ]
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        for n, (target, page) in enumerate(zip(paths, pages, strict=True)):
-            whole = _page({**common, "pages": links, "page": n, **page}, saved.names)
-            target.write_bytes(whole.encode("utf-8", errors="replace"))
-    except OSError as error:
-        reason = error.strerror or error
-        raise JaxdynError(f"cannot write the microscope to {path}: {reason}") from error
-    return paths
+    return {
+        target: _page({**common, "pages": links, "page": n, **page}, saved.names)
+        for n, (target, page) in enumerate(zip(paths, pages, strict=True))
+    }
 
 
 def _pages(

@@ -9,6 +9,7 @@ import matplotlib
 from matplotlib.figure import Figure
 
 from jaxdyn.errors import JaxdynError
+from jaxdyn.files import write_files
 from jaxdyn.paths import AnyPath
 from jaxdyn.report import figures, samples, sampling_figures, summary, update_figures
 from jaxdyn.report.load import Run
@@ -85,8 +86,22 @@ only the classifier; “extra steps” gives standard RL as many steps as CF-RL 
 """
 
 
+TITLE = "<title>jaxdyn: what the RL updates did</title>"
+"""By which a page of ours is known."""
+
+
 def write_page(runs: Sequence[Run], directory: AnyPath) -> AnyPath:
-    """Write `report.html`, `figures/*.png` and `tables/*.csv`; raises JaxdynError if it cannot."""
+    """Write `report.html`, `figures/*.png` and `tables/*.csv`; an earlier report is replaced.
+
+    The page gets its name first: it says whose the files beside it are.
+
+    Raises:
+      JaxdynError: if it cannot, or if one of these files is there and is not a report's.
+    """
+    path = directory / "report.html"
+    earlier = path.exists()
+    if earlier and TITLE.encode() not in path.read_bytes()[:4000]:
+        raise JaxdynError(f"{path} is not a report of jaxdyn; choose another output")
     tables = {"summary": summary.by_group(runs), "summary_by_run": summary.by_run(runs)}
     sections, images = [_summary_section(runs)], {}
     for draw in EXHIBITS:
@@ -101,19 +116,14 @@ def write_page(runs: Sequence[Run], directory: AnyPath) -> AnyPath:
         sections.append(_section(exhibit, shown))
         tables |= exhibit.tables
     sections.append(_runs_section(runs))
-    try:
-        for folder in ("figures", "tables"):
-            (directory / folder).mkdir(parents=True, exist_ok=True)
-        for name, image in images.items():
-            (directory / "figures" / f"{name}.png").write_bytes(image)
-        for name, table in tables.items():
-            table.write(directory / "tables" / f"{name}.csv")
-        path = directory / "report.html"
-        path.write_bytes(_page(sections).encode("utf-8", errors="replace"))
-        return path
-    except OSError as error:
-        reason = error.strerror or error
-        raise JaxdynError(f"cannot write the report to {directory}: {reason}") from error
+    files: dict[AnyPath, bytes | str] = {path: _page(sections)}
+    files |= {directory / "figures" / f"{name}.png": image for name, image in images.items()}
+    files |= {directory / "tables" / f"{name}.csv": table.csv() for name, table in tables.items()}
+    for file in files:
+        if not earlier and file.exists():
+            raise JaxdynError(f"{file} already exists, beside no report; choose another output")
+    write_files(files)
+    return path
 
 
 def _png(figure: Figure) -> bytes:
@@ -132,7 +142,7 @@ def _page(sections: Sequence[str]) -> str:
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">\n'
         f'<meta http-equiv="Content-Security-Policy" content="{POLICY}">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        f"<title>jaxdyn: what the RL updates did</title>\n<style>{CSS}</style></head>\n<body>\n"
+        f"{TITLE}\n<style>{CSS}</style></head>\n<body>\n"
         f"<h1>What the RL updates did</h1>\n{INTRODUCTION}\n"
         + "\n".join(sections)
         + "\n</body></html>\n"

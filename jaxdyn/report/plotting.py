@@ -17,7 +17,6 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 
-from jaxdyn.paths import AnyPath
 from jaxdyn.report.load import Run
 
 Rows = list[tuple[Any, ...]]
@@ -75,12 +74,13 @@ class Table:
     columns: tuple[str, ...]
     rows: Rows
 
-    def write(self, path: AnyPath) -> None:
+    def csv(self) -> str:
+        """The table as comma-separated values."""
         text = io.StringIO()
         writer = csv.writer(text)
         writer.writerow(self.columns)
         writer.writerows(self.rows)
-        path.write_bytes(text.getvalue().encode("utf-8", errors="replace"))
+        return text.getvalue()
 
 
 @dataclass(frozen=True)

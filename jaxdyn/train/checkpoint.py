@@ -4,22 +4,27 @@ A checkpoint holds the parameters, the optimizer's state, and as JSON the positi
 (which is also the data's position and, with the seed, every random key), the CF-RL stage, and the
 running totals. It is written while training goes on. Orbax writes under a temporary name and
 renames, in a bucket it writes a mark at last, and only then are older ones deleted: so a killed
-save leaves no checkpoint, and the last good one stays.
+save leaves no checkpoint, and the last good one stays. On disk a checkpoint has checksums
+(`jaxdyn.train.seal`), and one that has changed since is not restored.
 """
 
 import contextlib
+import dataclasses
 import logging
 import math
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
 from jax.sharding import SingleDeviceSharding
-from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, BestN, LatestN
+from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, BestN
 
 from jaxdyn.errors import Closing, JaxdynError
+from jaxdyn.files import room
 from jaxdyn.paths import AnyPath, in_bucket, one_line
+from jaxdyn.train.seal import Sealed, damage
 
 # Orbax logs the traceback of every error that it raises; here they end as one line.
 logging.getLogger("absl").addFilter(lambda record: not record.exc_info)
@@ -29,29 +34,38 @@ class Checkpoints(Closing):
     """The checkpoints under one directory.
 
     The newest `keep` are kept (0: all), and the one that was saved with the largest `metric`, the
-    earliest of equals, if one is named.
+    earliest of equals, if one is named. One that was saved because the run was preempted goes with
+    the next: an uninterrupted run has none there.
     """
 
     def __init__(self, directory: AnyPath, keep: int = 0, metric: str = ""):
         self.directory = directory
         self._metric = metric
         value_of = lambda metrics: metrics.get(metric, -math.inf)
-        policies: list[Any] = [LatestN(keep or None)]
+        self._latest = _Latest(keep or None)
+        policies: list[Any] = [self._latest]
         if metric:
             best = BestN(get_metric_fn=value_of, n=1, keep_checkpoints_without_metrics=False)
             policies.append(best)
         options = ocp.CheckpointManagerOptions(
             best_fn=value_of if metric else None,
             preservation_policy=AnyPreservationPolicy(policies),
+            temporary_path_class=None if in_bucket(directory) else Sealed,
         )
         where = directory if in_bucket(directory) else directory.absolute()
         self._manager = ocp.CheckpointManager(where, options=options)
         self._saving: int | None = None
+        self._bytes = 0
         self._best: tuple[float, int | None] = (-math.inf, None)
         if metric and (step := self._manager.best_step()) is not None:
             measured = self._manager.metrics(step) or {}
             if metric in measured:
                 self._best = (measured[metric], step)
+        self._sound: set[int] = set()
+        if saved := self._manager.all_steps():
+            with contextlib.suppress(JaxdynError):  # who restores it is told
+                if self.position(max(saved)).get("preempted"):
+                    self._latest.passing.add(max(saved))
 
     def steps(self) -> list[int]:
         """The steps that have a whole checkpoint, ascending; waits for a save in progress."""
@@ -93,6 +107,8 @@ class Checkpoints(Closing):
             earlier checkpoints stay.
         """
         self.wait()
+        if position.get("preempted"):
+            self._latest.passing.add(step)
         args = ocp.args.Composite(
             state=ocp.args.StandardSave(state), position=ocp.args.JsonSave(dict(position))
         )
@@ -100,7 +116,7 @@ class Checkpoints(Closing):
         if metrics and self.improves(metrics):
             measured = {self._metric: metrics[self._metric]}
             self._best = (metrics[self._metric], step)
-        self._saving = step
+        self._saving, self._bytes = step, sum(x.nbytes for x in jax.tree.leaves(state))
         try:
             self._manager.save(step, args=args, metrics=measured, force=True)
         except Exception as error:  # its storage library raises many kinds
@@ -116,9 +132,9 @@ class Checkpoints(Closing):
     def _not_saved(self, error: Exception) -> JaxdynError:
         with contextlib.suppress(Exception):  # the storage itself may be gone
             self._manager.reload()  # what the save would have replaced is still there
-        return JaxdynError(
-            f"cannot save step {self._saving} in {self.directory}: {one_line(error)}"
-        )
+        said = f"cannot save step {self._saving} in {self.directory}: {one_line(error)}"
+        full = "No space left" in str(error) and not in_bucket(self.directory)
+        return JaxdynError(said + (room(self.directory, self._bytes) if full else ""))
 
     def position(self, step: int) -> dict[str, Any]:
         """The position saved with `step`."""
@@ -143,7 +159,18 @@ class Checkpoints(Closing):
         args = ocp.args.Composite(state=ocp.args.StandardRestore(jax.tree.map(shape, like)))
         return self._restore(step, args)["state"]
 
+    def damage(self, step: int) -> str | None:
+        """What of a checkpoint has changed since it was saved, in words; in a bucket not known."""
+        return None if in_bucket(self.directory) else damage(self.directory / str(step))
+
     def _restore(self, step: int, args: Any) -> Any:
+        if step not in self._sound and jax.process_index() == 0:
+            if found := self.damage(step):
+                raise JaxdynError(
+                    f"cannot restore step {step} from {self.directory}: {found}; put back a copy, "
+                    f"or delete {self.directory / str(step)} to go on from an earlier one"
+                )
+            self._sound.add(step)
         try:
             return self._manager.restore(step, args=args)
         except Exception as error:
@@ -155,6 +182,20 @@ class Checkpoints(Closing):
         """Wait for a save in progress; JaxdynError if it failed."""
         self.wait()
         self._manager.close()
+
+
+@dataclasses.dataclass
+class _Latest:
+    """An Orbax policy: keeps the last `n` (None: all) of those not `passing`, and the very last."""
+
+    n: int | None
+    passing: set[int] = dataclasses.field(default_factory=set)
+
+    def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> list[bool]:
+        lasting = [info.step for info in checkpoints if info.step not in self.passing]
+        kept = set(lasting if self.n is None else lasting[-self.n :])
+        kept |= {info.step for info in checkpoints[-1:]}
+        return [info.step in kept for info in checkpoints]
 
 
 def require_finite(metrics: dict[str, float], step: int, checkpoints: Checkpoints) -> None:

@@ -6,6 +6,7 @@ import jax
 
 from jaxdyn.config import SFTConfig
 from jaxdyn.data import Tokenizer
+from jaxdyn.files import require_writable, whole_directory
 from jaxdyn.hosts import fetch
 from jaxdyn.models import LanguageModel, merge_adapters, save_pretrained
 from jaxdyn.paths import AnyPath, in_bucket, open_path
@@ -22,11 +23,15 @@ from jaxdyn.types import JaxdynError, Params
 def save_policy(
     directory: Path, model: LanguageModel, params: Params, tokenizer: Tokenizer
 ) -> None:
-    """Write model and tokenizer; of many processes the first does."""
+    """Write model and tokenizer, a directory that is there whole; of many processes the first does.
+
+    What the directory held before is replaced.
+    """
     host = fetch(params)
     if jax.process_index() == 0:
-        save_pretrained(directory, model, host, stop_ids=tokenizer.stop_ids)
-        tokenizer.save(directory)
+        with whole_directory(directory) as unfinished:
+            save_pretrained(unfinished, model, host, stop_ids=tokenizer.stop_ids)
+            tokenizer.save(unfinished)
 
 
 def export(run: str | AnyPath, output: str | AnyPath, step: Which = None) -> AnyPath:
@@ -38,10 +43,13 @@ def export(run: str | AnyPath, output: str | AnyPath, step: Which = None) -> Any
     where = open_path(output)
     if in_bucket(where):
         raise JaxdynError(f"a model is written on disk, got {where}")
+    if where.exists() and not where.is_dir():
+        raise JaxdynError(f"{where} is not a directory; choose another output")
     with open_run(run) as saved:
         step = saved.find(step)
         if where.exists() and any(where.iterdir()):
             raise JaxdynError(f"{where} is not empty; choose another output")
+        require_writable(where.parent)
         save_policy(where, *saved.policy(step), saved.loaded.tokenizer)
     return where
 

@@ -15,9 +15,10 @@ import jax
 
 from jaxdyn.config import Config
 from jaxdyn.errors import Preempted
+from jaxdyn.files import require_writable
 from jaxdyn.grammar import nearest
 from jaxdyn.optim import Stage, StageName, stage_at, stages
-from jaxdyn.paths import AnyPath, open_path, require_writable
+from jaxdyn.paths import AnyPath, in_bucket, open_path
 from jaxdyn.reading import is_number, shown
 from jaxdyn.train.checkpoint import Checkpoints, require_finite
 from jaxdyn.train.evaluate import evaluate, sweep_temperatures
@@ -60,7 +61,9 @@ def run(
     """
     plan = plan_of(config)
     require_steps(config.profile, plan[-1].end)
-    require_writable(open_path(config.output))
+    output = open_path(config.output)
+    if in_bucket(output) or jax.process_index() == 0:
+        require_writable(output)
     task = open_task(config)
     require_untied(task, plan)
     keep, metric = config.train.keep_checkpoints, config.train.keep_best
@@ -89,9 +92,11 @@ class Begun(NamedTuple):
 
 def begin(task: Task, directory: RunDirectory, checkpoints: Checkpoints) -> Begun:
     """The newest checkpoint, or the start, which is recorded."""
+    saved = checkpoints.steps()
+    directory.require_whole(task.config, saved[-1] if saved else None)
     state, position = begin_or_resume(task, task.config, checkpoints)
     probe = Probe(task) if task.config.probe.every else None
-    if checkpoints.steps():
+    if saved:
         directory.rewind(position["step"])
     else:
         directory.rewind(-1)
@@ -155,8 +160,9 @@ def train(
 
             preempted = not ends and preemption.reached()
             due = ends or (step + 1) % config.train.checkpoint_every == 0
-            if due or preempted or checkpoints.improves(metrics):
-                position |= {"step": step + 1, "stage": stage.name}
+            due = due or checkpoints.improves(metrics)
+            if due or preempted:
+                position |= {"step": step + 1, "stage": stage.name, "preempted": not due}
                 if ledger and ledger.step <= step:
                     directory.log("ledger.jsonl", ledger.close(state.params, step + 1))
                 directory.publish()

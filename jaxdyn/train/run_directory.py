@@ -2,23 +2,31 @@
 
 Lines are appended and flushed a step at a time. A run that was killed and starts again first drops
 every line from its checkpoint's step on, so that the finished files are those of a run never
-interrupted.
+interrupted. Before that it sees that everything up to there is whole (`jaxdyn.train.records`).
 """
 
+import contextlib
 import dataclasses
+import io
 import json
 import os
+import shutil
 import tempfile
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tensorboardX import SummaryWriter
 
+from jaxdyn.config import Config
 from jaxdyn.errors import Closing, JaxdynError
+from jaxdyn.files import PROBE, is_unfinished, naming, write_file
 from jaxdyn.grammar import load_config, save_config
-from jaxdyn.paths import PROBE, AnyPath, in_bucket, one_line, open_path, write_whole
+from jaxdyn.paths import AnyPath, in_bucket, open_path
 from jaxdyn.reading import read_records
+from jaxdyn.train import lock
+from jaxdyn.train.board import Board
+from jaxdyn.train.lock import Lock
+from jaxdyn.train.records import require_whole
 
 
 class RunDirectory(Closing):
@@ -27,19 +35,21 @@ class RunDirectory(Closing):
     Files are written on disk. A bucket can neither append nor rename, so a run in one is written
     in a scratch directory, of which `publish` uploads whole files; what a killed run had not
     published, it computes again. Of many processes one writes, into the run; what the others
-    write is thrown away.
+    write is thrown away. A run on disk is locked by its writer. What is left of a run that failed
+    before its first line is removed.
 
     Raises:
-      JaxdynError: if the directory holds a run of another configuration, or other files.
+      JaxdynError: if the directory holds a run of another configuration, or other files, cannot be
+        written, or is being written by another process.
     """
 
-    def __init__(self, path: str | AnyPath, config: Any, writes: bool = True):
+    def __init__(self, path: str | AnyPath, config: Config, writes: bool = True):
         self.path = open_path(path)
         self.checkpoints = self.path / "checkpoints"
-        self._board: SummaryWriter | None = None
+        self._board: Board | None = None
+        self._lock: Lock | None = None
         saved = self.path / "config.json"
-        begun = saved.exists()
-        if begun:
+        if saved.exists():
             self._require_same(config, saved)
         elif writes:
             self._require_empty()
@@ -52,19 +62,30 @@ class RunDirectory(Closing):
         else:
             self._scratch = tempfile.TemporaryDirectory(prefix="jaxdyn-")
             self.local = Path(self._scratch.name)
-        self.local.mkdir(parents=True, exist_ok=True)
-        if not begun:
-            partial = self.local / "config.partial"
-            save_config(config, partial)
-            partial.replace(self.local / "config.json")
-            self.publish()
         self.dynamics = self.local / "dynamics"
-        self.dynamics.mkdir(exist_ok=True)
+        self._made = not self.local.exists()
+        with naming(self.local):
+            self.local.mkdir(parents=True, exist_ok=True)
+        try:
+            if self._scratch is None and writes:
+                self._lock = Lock(self.local)
+            if saved.exists():  # perhaps only now: another process may have made it
+                self._require_same(config, saved)
+                if writes and not self.checkpoints.exists():
+                    require_whole(self.path, config, None)
+            else:
+                save_config(config, self.local / "config.json")
+                self.publish()
+            with naming(self.dynamics):
+                self.dynamics.mkdir(exist_ok=True)
+        except JaxdynError:
+            self._remove_unbegun()
+            raise
 
-    def _require_same(self, config: Any, saved: AnyPath) -> None:
+    def _require_same(self, config: Config, saved: AnyPath) -> None:
         # A run may go on elsewhere: where its arrays lie is no part of what it is, nor what is
         # looked at.
-        elsewhere = {"mesh": config.mesh, "profile": config.profile}
+        elsewhere: dict[str, Any] = {"mesh": config.mesh, "profile": config.profile}
         earlier = dataclasses.replace(load_config(type(config), saved), **elsewhere)
         if earlier != config:
             raise JaxdynError(
@@ -73,34 +94,43 @@ class RunDirectory(Closing):
             )
 
     def _require_empty(self) -> None:
-        ours = {"config.partial", PROBE}
-        if self.path.is_dir() and {path.name for path in self.path.iterdir()} - ours:
+        if not self.path.is_dir():
+            return
+        names = {path.name for path in self.path.iterdir() if not is_unfinished(path)}
+        if names - {PROBE, lock.NAME}:
             raise JaxdynError(f"{self.path} is not empty and holds no run; choose another output")
+
+    def require_whole(self, config: Config, newest: int | None) -> None:
+        """JaxdynError, naming the file, if what was logged before a checkpoint is not whole."""
+        if self._bucket is not None or self._scratch is None:
+            require_whole(self.path, config, newest)
 
     def rewind(self, step: int) -> None:
         """Forget everything logged at `step` or later."""
+        if self._board is not None:
+            self._board.close()
         written = self._bucket or self.local
         for log in sorted(written.glob("*.jsonl")):
             # A text may hold other line separators, and a killed run half a character.
             lines = log.read_bytes().decode("utf-8", errors="replace").split("\n")
             kept = [line for line in lines if _before(line, step)]
-            write_whole(self.local / log.name, "".join(line + "\n" for line in kept))
+            write_file(self.local / log.name, "".join(line + "\n" for line in kept))
         for array in (written / "dynamics").glob("step_*.npz"):
             if int(array.stem.removeprefix("step_")) >= step:
                 array.unlink()
-        self._board = SummaryWriter(str(self.local / "tensorboard"), purge_step=max(step, 0))
+        self._board = Board(self.local / "tensorboard", max(step, 0))
 
     def log(self, name: str, *records: dict[str, Any]) -> None:
         """Append records to a log, all on disk at return; scalars also go to TensorBoard."""
-        with open(self.local / name, "a", encoding="utf-8") as file:
-            file.writelines(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
+        lines = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
+        data = lines.encode(errors="replace")
+        with naming(self.local / name, len(data)), open(self.local / name, "ab") as file:
+            file.write(data)
             file.flush()
             os.fsync(file.fileno())
         if name in ("metrics.jsonl", "dynamics.jsonl") and self._board is not None:
             for record in records:
-                for key, value in record.items():
-                    if isinstance(value, int | float) and key != "step":
-                        self._board.add_scalar(key, value, record["step"])
+                self._board.log(record)
 
     def read(self, name: str) -> list[dict[str, Any]]:
         """The records of a log so far."""
@@ -108,11 +138,7 @@ class RunDirectory(Closing):
 
     def save_arrays(self, step: int, arrays: dict[str, np.ndarray]) -> None:
         """The per-site arrays of a probed step."""
-        path = self.dynamics / f"step_{step:06d}.npz"
-        partial = path.with_suffix(".partial")
-        with open(partial, "wb") as file:
-            np.savez_compressed(file, allow_pickle=False, **arrays)
-        partial.replace(path)
+        write_file(self.dynamics / f"step_{step:06d}.npz", packed(arrays))
 
     def publish(self) -> None:
         """Upload what has changed to the run's bucket, if it is in one.
@@ -125,35 +151,61 @@ class RunDirectory(Closing):
         """
         if self._bucket is None:
             return
+        if self._board is not None:
+            self._board.flush()
         for path in sorted(p for p in self.local.rglob("*") if p.is_file()):
             stat = path.stat()
             version = (stat.st_mtime_ns, stat.st_size)
             if self._published.get(path) == version:
                 continue
             target = self._bucket / path.relative_to(self.local).as_posix()
-            try:
-                target.parent.mkdir(parents=True, exist_ok=True)
-                target.write_bytes(path.read_bytes())
-            except Exception as error:  # its client raises many kinds
-                raise JaxdynError(f"cannot write {target}: {one_line(error)}") from error
+            write_file(target, path.read_bytes())
             self._published[path] = version
 
     def close(self) -> None:
-        """Publish the last lines; a scratch directory is removed."""
-        if self._board is not None:
-            self._board.close()
-            self._board = None
+        """Publish the last lines; a scratch directory is removed, and the lock given back."""
+        board, self._board = self._board, None
         try:
+            if board is not None:
+                board.close()
             self.publish()
         finally:
             if self._scratch is not None:
                 self._scratch.cleanup()
+            if self._lock is not None:
+                self._lock.release()
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        metrics = self.local / "metrics.jsonl"
+        begun = not isinstance(error, JaxdynError) or (
+            metrics.exists() and metrics.stat().st_size > 0
+        )
+        super().__exit__(kind, error, trace)
+        if not begun:
+            self._remove_unbegun()
+
+    def _remove_unbegun(self) -> None:
+        """Remove the directory if this process has made it, and nobody else writes there."""
+        if self._lock is not None:
+            if self._made:
+                shutil.rmtree(self.local, ignore_errors=True)
+            self._lock.release()
+        elif self._made:
+            with contextlib.suppress(OSError):  # not empty
+                self.local.rmdir()
+
+
+def packed(arrays: dict[str, np.ndarray]) -> bytes:
+    """Arrays by name as a compressed .npz, without pickles."""
+    buffer = io.BytesIO()
+    np.savez_compressed(buffer, allow_pickle=False, **arrays)
+    return buffer.getvalue()
 
 
 def _before(line: str, step: int) -> bool:
     try:
         return json.loads(line)["step"] < step
-    except (json.JSONDecodeError, KeyError):
+    except (ValueError, KeyError, TypeError):
         return False  # the half-written last line of a killed run
 
 

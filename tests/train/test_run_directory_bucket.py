@@ -13,7 +13,8 @@ from etils.epath import backend, gpath
 from tiny_runs import assert_same_run
 
 from jaxdyn import cli
-from jaxdyn.paths import common_parent, in_bucket, open_path, require_writable
+from jaxdyn.files import require_writable
+from jaxdyn.paths import common_parent, in_bucket, open_path
 from jaxdyn.report import load_run, write_report
 from jaxdyn.train import export, loop, open_run, run_rl
 from jaxdyn.train.run_directory import RunDirectory

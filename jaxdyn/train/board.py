@@ -1,0 +1,59 @@
+"""Scalars for TensorBoard, written by whoever logs them.
+
+tensorboardX's own writer has a thread, which a full disk ends; whoever logs then waits for it for
+ever.
+"""
+
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+from tensorboardX.event_file_writer import EventsWriter
+from tensorboardX.proto.event_pb2 import Event, SessionLog
+from tensorboardX.proto.summary_pb2 import Summary
+from tensorboardX.summary import scalar
+
+from jaxdyn.files import naming
+
+SECONDS = 30.0
+"""How long scalars may be held back; a run is done from its own logs, never from these."""
+
+
+class Board:
+    """A new event file in `directory`: what earlier ones hold from step `first` on is void.
+
+    Everything raises JaxdynError where the file cannot be written.
+    """
+
+    def __init__(self, directory: Path, first: int):
+        self.directory, self._flushed = directory, time.monotonic()
+        with naming(directory):
+            directory.mkdir(parents=True, exist_ok=True)
+            # Two that begin in the same second have files of their own.
+            suffix = f".{os.getpid()}.{time.time_ns()}"
+            self._writer = EventsWriter(str(directory / "events"), suffix)
+            self._write(first, file_version="brain.Event:2")
+            self._write(first, session_log=SessionLog(status=SessionLog.START))
+
+    def log(self, record: dict[str, Any]) -> None:
+        """The numbers of a record, at its step."""
+        numbers = {k: x for k, x in record.items() if isinstance(x, int | float) and k != "step"}
+        values = [value for name, x in numbers.items() for value in scalar(name, x).value]
+        with naming(self.directory):
+            self._write(record["step"], summary=Summary(value=values))
+        if time.monotonic() - self._flushed > SECONDS:
+            self.flush()
+
+    def flush(self) -> None:
+        """Put onto the disk what is held back."""
+        self._flushed = time.monotonic()
+        with naming(self.directory):
+            self._writer.flush()
+
+    def _write(self, step: int, **content: Any) -> None:
+        self._writer.write_event(Event(wall_time=time.time(), step=step, **content))
+
+    def close(self) -> None:
+        with naming(self.directory):
+            self._writer.close()
