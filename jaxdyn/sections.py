@@ -20,6 +20,8 @@ class ModelSource:
 
     Attributes:
       path: a Hugging Face directory, or a hub name.
+      adapter: a PEFT adapter of it, a directory, with which training starts: trained on where the
+        run trains adapters (optim.backbone, optim.classifier lora), else added to the weights.
       untie: give a tied model a classifier of its own (a copy of the embedding).
       dtype: compute dtype; parameters are float32.
       frozen_dtype: of the matrices that never move: the reference policy's, a frozen half's, those
@@ -35,6 +37,7 @@ class ModelSource:
     dtype: Literal["float32", "bfloat16"] = "float32"
     frozen_dtype: Literal["float32", "bfloat16"] = "float32"
     remat: Literal["none", "dots", "full"] = "dots"
+    adapter: str = ""
 
 
 @dataclasses.dataclass(frozen=True)
