@@ -30,6 +30,8 @@ from jaxdyn.types import JaxdynError, Params
 CONFIG = "adapter_config.json"
 _WEIGHTS = "adapter_model.safetensors"
 _PREFIX = "base_model.model."
+# What transformers calls every family's classifier; a checkpoint may call it otherwise (embed_out).
+_HEAD = "lm_head"
 # What changes the product or other weights, and the value with which it does nothing.
 _UNSUPPORTED: dict[str, Any] = {
     "use_dora": False,
@@ -126,11 +128,11 @@ def save_adapters(directory: Path, model: LanguageModel, params: Params, base: s
         raise JaxdynError("the parameters have no adapters to write")
     tensors, targets, ranks = {}, [], {}
     for tensor in adapted:
-        targets.append(_target(tensor.names[0]))
+        targets.append(_HEAD if _is_head(tensor) else _target(tensor.names[0]))
         for layer, name in enumerate(tensor.names):
             a, b = _theirs(tensor, leaves, layer)
             ranks[targets[-1]] = a.shape[0]
-            module = _PREFIX + name.removesuffix(".weight")
+            module = _PREFIX + (_HEAD if _is_head(tensor) else name.removesuffix(".weight"))
             tensors[f"{module}.lora_A.weight"] = np.ascontiguousarray(a, np.float32)
             tensors[f"{module}.lora_B.weight"] = np.ascontiguousarray(b, np.float32)
     rank = min(ranks.values())
@@ -242,8 +244,8 @@ def _ours(
 def _target(name: str) -> str:
     """The module by which PEFT finds a tensor in every layer: what follows the layer's number."""
     module = name.removesuffix(".weight").split(".")
-    numbers = [i for i, word in enumerate(module) if word.isdigit()]
-    return ".".join(module[numbers[-1] + 1 :] if numbers else module[-1:])
+    (number,) = (i for i, word in enumerate(module) if word.isdigit())
+    return ".".join(module[number + 1 :])
 
 
 # -- reading --------------------------------------------------------------------------------------
@@ -260,8 +262,10 @@ def _read(model: LanguageModel, stored: Places, directory: Path) -> dict[str, Fa
     """The adapter's factors by the name of the tensor that they adapt, of the shapes it has."""
     config = read_object(directory / CONFIG)
     scale_of = _scales(config, directory / CONFIG)
+    head = family_of(model.config.architecture).modules["classifier"]
     found = {}
-    for name, (a, b) in _read_factors(directory / _WEIGHTS).items():
+    for written, (a, b) in _read_factors(directory / _WEIGHTS).items():
+        name = f"{head}.weight" if written == f"{_HEAD}.weight" else written
         if name not in stored:
             raise JaxdynError(
                 f"{directory} adapts {name}, which this {model.config.architecture} has not as a "
@@ -279,7 +283,7 @@ def _read(model: LanguageModel, stored: Places, directory: Path) -> dict[str, Fa
             raise JaxdynError(
                 f"{directory}: A and B of {name} have ranks {a.shape[0]} and {b.shape[1]}"
             )
-        found[name] = Factors(a, b, scale_of(name.removesuffix(".weight")))
+        found[name] = Factors(a, b, scale_of(written.removesuffix(".weight")))
     return found
 
 

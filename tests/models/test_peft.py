@@ -6,9 +6,8 @@ import jax
 import numpy as np
 import pytest
 import tiny_checkpoints
-from safetensors.numpy import save_file
-
 from flax.traverse_util import flatten_dict
+from safetensors.numpy import save_file
 
 from jaxdyn.models import LoraConfig, add_adapters, load_pretrained, merge_adapters
 from jaxdyn.models.peft import add_peft, load_adapters, peft_directory, save_adapters
