@@ -93,6 +93,7 @@ class LoopConfig:
       keep_checkpoints: how many of the newest to keep; 0 keeps all, for `jaxdyn analyze`.
       keep_best: a metric of the evaluations, like eval_reward: the checkpoint in which it was
         largest is kept beside the newest (`jaxdyn export RUN OUTPUT --step best`).
+      trackers: who is told the metrics beside the run's own files; trackio and wandb are extras.
     """
 
     steps: int = 200
@@ -103,11 +104,14 @@ class LoopConfig:
     checkpoint_every: int = 50
     keep_checkpoints: int = 2
     keep_best: str = ""
+    trackers: tuple[Literal["tensorboard", "trackio", "wandb"], ...] = ("tensorboard",)
 
     def __post_init__(self):
         at_least(1, self, "train", "num_prompts", "microbatches", "max_prompt_length")
         at_least(1, self, "train", "checkpoint_every")
         at_least(0, self, "train", "steps", "keep_checkpoints", "target_reward")
+        if len(set(self.trackers)) < len(self.trackers):
+            raise JaxdynError(f"train.trackers names one twice: {self.trackers}")
         if self.keep_best and not self.keep_best.startswith("eval_"):
             raise JaxdynError(
                 "train.keep_best must name a metric of the evaluations, such as eval_reward, got "

@@ -30,6 +30,7 @@ from jaxdyn.train.sft import take_supervised_step
 from jaxdyn.train.state import TrainState, begin_stage, fresh_state
 from jaxdyn.train.step import Taken, take_step
 from jaxdyn.train.task import LoadedModel, Task, open_task
+from jaxdyn.train.trackers import require_trackers
 from jaxdyn.types import JaxdynError
 
 STEPS: dict[str, Callable[[Any, TrainState, Stage, int], Taken]] = {
@@ -59,6 +60,7 @@ def run(
     """
     plan = plan_of(config)
     require_steps(config.profile, plan[-1].end)
+    require_trackers(config.train.trackers)
     require_writable(open_path(config.output))
     task = open_task(config)
     require_untied(task, plan)

@@ -13,11 +13,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tensorboardX import SummaryWriter
 
 from jaxdyn.errors import Closing, JaxdynError
 from jaxdyn.grammar import load_config, save_config
 from jaxdyn.paths import PROBE, AnyPath, in_bucket, one_line, open_path, write_whole
+from jaxdyn.train.trackers import Tracker, open_trackers
 
 
 class RunDirectory(Closing):
@@ -35,7 +35,8 @@ class RunDirectory(Closing):
     def __init__(self, path: str | AnyPath, config: Any, writes: bool = True):
         self.path = open_path(path)
         self.checkpoints = self.path / "checkpoints"
-        self._board: SummaryWriter | None = None
+        self._config, self._writes = config, writes
+        self._trackers: list[Tracker] = []
         saved = self.path / "config.json"
         begun = saved.exists()
         if begun:
@@ -62,9 +63,11 @@ class RunDirectory(Closing):
 
     def _require_same(self, config: Any, saved: AnyPath) -> None:
         # A run may go on elsewhere: where its arrays lie is no part of what it is, nor what is
-        # looked at.
-        elsewhere = {"mesh": config.mesh, "profile": config.profile}
-        earlier = dataclasses.replace(load_config(type(config), saved), **elsewhere)
+        # looked at, or who is told.
+        earlier = load_config(type(config), saved)
+        train = dataclasses.replace(earlier.train, trackers=config.train.trackers)
+        elsewhere = {"mesh": config.mesh, "profile": config.profile, "train": train}
+        earlier = dataclasses.replace(earlier, **elsewhere)
         if earlier != config:
             raise JaxdynError(
                 f"{self.path} already holds another run ({differences(earlier, config)}); "
@@ -87,19 +90,22 @@ class RunDirectory(Closing):
         for array in (written / "dynamics").glob("step_*.npz"):
             if int(array.stem.removeprefix("step_")) >= step:
                 array.unlink()
-        self._board = SummaryWriter(str(self.local / "tensorboard"), purge_step=max(step, 0))
+        if self._writes:
+            where = written, self.local
+            self._trackers = open_trackers(self._config, *where, self.path.name, step)
 
     def log(self, name: str, *records: dict[str, Any]) -> None:
-        """Append records to a log, all on disk at return; scalars also go to TensorBoard."""
+        """Append records to a log, all on disk at return; scalars also go to the trackers."""
         with open(self.local / name, "a", encoding="utf-8") as file:
             file.writelines(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
             file.flush()
             os.fsync(file.fileno())
-        if name in ("metrics.jsonl", "dynamics.jsonl") and self._board is not None:
+        if name in ("metrics.jsonl", "dynamics.jsonl"):
             for record in records:
-                for key, value in record.items():
-                    if isinstance(value, int | float) and key != "step":
-                        self._board.add_scalar(key, value, record["step"])
+                scalars = {k: v for k, v in record.items() if isinstance(v, int | float)}
+                step = scalars.pop("step")
+                for tracker in self._trackers:
+                    tracker.log(step, scalars)
 
     def read(self, name: str) -> list[dict[str, Any]]:
         """The records of a log so far."""
@@ -142,9 +148,9 @@ class RunDirectory(Closing):
 
     def close(self) -> None:
         """Publish the last lines; a scratch directory is removed."""
-        if self._board is not None:
-            self._board.close()
-            self._board = None
+        for tracker in self._trackers:
+            tracker.close()
+        self._trackers = []
         try:
             self.publish()
         finally:
