@@ -8,7 +8,7 @@ import math
 from typing import Literal
 
 from jaxdyn.errors import JaxdynError
-from jaxdyn.grammar import at_least, finite
+from jaxdyn.grammar import at_least, between, finite
 
 AXES = ("data", "fsdp", "tensor")
 """The axes of a mesh."""
@@ -137,6 +137,10 @@ class TrainConfig(LoopConfig):
       num_generations: completions a prompt (G).
       num_iterations: inner epochs over a rollout batch.
       save_completions: training completions written a step.
+      redraw_rounds: how many times at most a step draws other prompts in the place of those whose
+        completions all score alike (DAPO's dynamic sampling); 0: never.
+      reference_every: steps after which the KL's reference follows the policy; 0: it stays.
+      reference_mixup: by how much: α of (1 - α) of the reference + α of the policy.
       update: how the update is compiled for several devices: by jit, over any mesh, or by pmap,
         which copies the parameters to each.
     """
@@ -144,11 +148,20 @@ class TrainConfig(LoopConfig):
     num_generations: int = 8
     num_iterations: int = 1
     save_completions: int = 2
+    redraw_rounds: int = 0
+    reference_every: int = 0
+    reference_mixup: float = 0.6
     update: Literal["jit", "pmap"] = "jit"
 
     def __post_init__(self):
         at_least(1, self, "train", "num_generations", "num_iterations")
-        at_least(0, self, "train", "save_completions")
+        at_least(0, self, "train", "save_completions", "redraw_rounds", "reference_every")
+        between(0, 1, self, "train", "reference_mixup", ends="(]")
+        if self.reference_mixup != 0.6 and not self.reference_every:
+            raise JaxdynError(
+                "train.reference_mixup needs train.reference_every, which is 0; got "
+                f"{self.reference_mixup}"
+            )
         super().__post_init__()
 
     @property

@@ -20,11 +20,11 @@ from jaxdyn.optim import Stage, stage_at, stages
 from jaxdyn.paths import AnyPath, open_path, require_writable
 from jaxdyn.train.checkpoint import Checkpoints, require_finite
 from jaxdyn.train.evaluate import evaluate, sweep_temperatures
-from jaxdyn.train.frozen import reference_of
 from jaxdyn.train.preemption import Preemption
 from jaxdyn.train.probe import Probe, RunLedger, remember
 from jaxdyn.train.profile import profiled, require_steps
 from jaxdyn.train.progress import Progress
+from jaxdyn.train.reference import reference_of, with_reference
 from jaxdyn.train.run_directory import RunDirectory
 from jaxdyn.train.sft import take_supervised_step
 from jaxdyn.train.state import TrainState, begin_stage, fresh_state
@@ -244,9 +244,11 @@ def begin_or_resume(
             "time/wall": 0.0,
             "reached": False,
         }
-    fresh = lambda params: fresh_state(
-        loaded.model, params, config.optim, position["stage"], config.critic
-    )
+
+    def fresh(params):
+        about = config.optim, position["stage"], config.critic
+        return with_reference(fresh_state(loaded.model, params, *about), config)
+
     if saved:
         like = loaded.layout.shapes(jax.eval_shape(fresh, loaded.params))
         return checkpoints.state(position["step"], like), position

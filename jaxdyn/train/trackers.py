@@ -29,7 +29,7 @@ class TensorBoard:
     def __init__(self, directory: Path, step: int):
         self._writer = SummaryWriter(str(directory / "tensorboard"), purge_step=max(step, 0))
 
-    def log(self, step: int, scalars: dict[str, float]) -> None:
+    def log(self, step: int, scalars: dict[str, int | float]) -> None:
         for name, value in scalars.items():
             self._writer.add_scalar(name, value, step)
 
@@ -60,7 +60,7 @@ class Remote:
             # Its own count may neither go back nor begin at -1.
             self._run.define_metric("*", step_metric="step")
 
-    def log(self, step: int, scalars: dict[str, float]) -> None:
+    def log(self, step: int, scalars: dict[str, int | float]) -> None:
         if self._steps:
             self._run.log({"step": step, **scalars})
         else:

@@ -1,4 +1,4 @@
-"""Who is told a run's metrics: modules of the surface that Trackio and wandb share, and refusals."""
+"""Who is told a run's metrics: modules of the surface that Trackio and wandb share; refusals."""
 
 import dataclasses
 import sys
@@ -97,9 +97,9 @@ def test_what_is_refused(tmp_path, fakes, monkeypatch):
     said = (
         r"^train.trackers: wandb would not begin: RuntimeError: api_key not configured \(no-tty\)$"
     )
-    with RunDirectory(tmp_path / "run", config(tmp_path, "wandb")) as directory:
-        with pytest.raises(JaxdynError, match=said):
-            directory.rewind(-1)
+    directory = RunDirectory(tmp_path / "run", config(tmp_path, "wandb"))
+    with directory, pytest.raises(JaxdynError, match=said):
+        directory.rewind(-1)
     with pytest.raises(JaxdynError, match="names one twice"):
         LoopConfig(trackers=("wandb", "wandb"))
     with pytest.raises(JaxdynError, match=r"trackers\[0\]: expected one of .*got 'comet'"):
