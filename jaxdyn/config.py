@@ -11,11 +11,12 @@ import tyro
 
 from jaxdyn.data import DataConfig
 from jaxdyn.dynamics import ProbeConfig
+from jaxdyn.errors import JaxdynError
 from jaxdyn.grammar import LARGEST_SEED, at_least
 from jaxdyn.models import LoraConfig
 from jaxdyn.optim import OptimConfig
 from jaxdyn.rewards import RewardConfig
-from jaxdyn.rl import AdvantageConfig, LossConfig, check_combination
+from jaxdyn.rl import AdvantageConfig, LossConfig, check_combination, compares_generations
 from jaxdyn.rollout import SamplingConfig
 from jaxdyn.sections import EvaluationConfig, LoopConfig, MeshConfig, ModelSource, TrainConfig
 
@@ -85,6 +86,35 @@ class RunConfig(Config):
         super().__post_init__()
         sizes = self.train.num_generations, self.sampling.max_completion_length
         check_combination(self.loss, self.advantage, *sizes)
+        self._check_redraw()
+        self._check_reference()
+
+    def _check_redraw(self):
+        alone = not compares_generations(self.loss, self.advantage)
+        if self.train.redraw_rounds and alone:
+            raise JaxdynError(
+                f"train.redraw_rounds is of no use to loss {self.loss.loss_type} with advantages "
+                "that compare no generations of a prompt: equal ones have a signal, got "
+                f"{self.train.redraw_rounds}"
+            )
+
+    def _check_reference(self):
+        if not (every := self.train.reference_every):
+            return
+        if not self.loss.beta:
+            raise JaxdynError(
+                f"train.reference_every is {every} but loss.beta is 0: there is no reference"
+            )
+        if "lora" in (self.optim.backbone, self.optim.classifier):
+            raise JaxdynError(
+                "train.reference_every mixes weights, and mixed factors of adapters are none of "
+                f"them: optim.backbone and optim.classifier must not be lora, got {every}"
+            )
+        if self.model.frozen_dtype != "float32":
+            raise JaxdynError(
+                f"train.reference_every is {every}: a reference that moves is not frozen, and "
+                f"model.frozen_dtype must be float32, got {self.model.frozen_dtype}"
+            )
 
     @property
     def critic(self) -> bool:

@@ -8,7 +8,7 @@ import math
 from typing import Literal
 
 from jaxdyn.errors import JaxdynError
-from jaxdyn.grammar import MOST_ROWS, MOST_TOKENS, at_least, finite
+from jaxdyn.grammar import MOST_ROWS, MOST_TOKENS, at_least, between, finite
 
 AXES = ("data", "fsdp", "tensor")
 """The axes of a mesh."""
@@ -22,6 +22,8 @@ class ModelSource:
 
     Attributes:
       path: a Hugging Face directory, or a hub name.
+      adapter: a PEFT adapter of it, a directory, with which training starts: trained on where the
+        run trains adapters (optim.backbone, optim.classifier lora), else added to the weights.
       untie: give a tied model a classifier of its own (a copy of the embedding).
       dtype: compute dtype; parameters are float32.
       frozen_dtype: of the matrices that never move: the reference policy's, a frozen half's, those
@@ -37,6 +39,7 @@ class ModelSource:
     dtype: Literal["float32", "bfloat16"] = "float32"
     frozen_dtype: Literal["float32", "bfloat16"] = "float32"
     remat: Literal["none", "dots", "full"] = "dots"
+    adapter: str = ""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,6 +96,7 @@ class LoopConfig:
       keep_checkpoints: how many of the newest to keep; 0 keeps all, for `jaxdyn analyze`.
       keep_best: a metric of the evaluations, like eval_reward: the checkpoint in which it was
         largest is kept beside the newest (`jaxdyn export RUN OUTPUT --step best`).
+      trackers: who is told the metrics beside the run's own files; trackio and wandb are extras.
     """
 
     steps: int = 200
@@ -103,12 +107,15 @@ class LoopConfig:
     checkpoint_every: int = 50
     keep_checkpoints: int = 2
     keep_best: str = ""
+    trackers: tuple[Literal["tensorboard", "trackio", "wandb"], ...] = ("tensorboard",)
 
     def __post_init__(self):
         at_least(1, self, "train", "num_prompts", "microbatches", most=MOST_ROWS)
         at_least(1, self, "train", "max_prompt_length", most=MOST_TOKENS)
         at_least(1, self, "train", "checkpoint_every")
         at_least(0, self, "train", "steps", "keep_checkpoints", "target_reward")
+        if len(set(self.trackers)) < len(self.trackers):
+            raise JaxdynError(f"train.trackers names one twice: {self.trackers}")
         if self.keep_best and not self.keep_best.startswith("eval_"):
             raise JaxdynError(
                 "train.keep_best must name a metric of the evaluations, such as eval_reward, got "
@@ -134,6 +141,10 @@ class TrainConfig(LoopConfig):
       num_generations: completions a prompt (G).
       num_iterations: inner epochs over a rollout batch.
       save_completions: training completions written a step.
+      redraw_rounds: how many times at most a step draws other prompts in the place of those whose
+        completions all score alike (DAPO's dynamic sampling); 0: never.
+      reference_every: steps after which the KL's reference follows the policy; 0: it stays.
+      reference_mixup: by how much: α of (1 - α) of the reference + α of the policy.
       update: how the update is compiled for several devices: by jit, over any mesh, or by pmap,
         which copies the parameters to each.
     """
@@ -141,12 +152,22 @@ class TrainConfig(LoopConfig):
     num_generations: int = 8
     num_iterations: int = 1
     save_completions: int = 2
+    redraw_rounds: int = 0
+    reference_every: int = 0
+    reference_mixup: float = 0.6
     update: Literal["jit", "pmap"] = "jit"
 
     def __post_init__(self):
         at_least(1, self, "train", "num_generations", most=MOST_ROWS)
         at_least(1, self, "train", "num_iterations", most=1000)
-        at_least(0, self, "train", "save_completions")
+        at_least(0, self, "train", "save_completions", "reference_every")
+        at_least(0, self, "train", "redraw_rounds", most=1000)
+        between(0, 1, self, "train", "reference_mixup", ends="(]")
+        if self.reference_mixup != 0.6 and not self.reference_every:
+            raise JaxdynError(
+                "train.reference_mixup needs train.reference_every, which is 0; got "
+                f"{self.reference_mixup}"
+            )
         super().__post_init__()
 
     @property

@@ -23,8 +23,8 @@ from jaxdyn.rl import LossConfig
 from jaxdyn.rollout import SamplingConfig, step_key
 from jaxdyn.sections import TrainConfig
 from jaxdyn.train import TrainState, UpdateBatch, fresh_state, update
-from jaxdyn.train.experience import gather_experience
-from jaxdyn.train.step import examples_of, make_batch, split_state, take_step
+from jaxdyn.train.experience import examples_of, gather_experience
+from jaxdyn.train.step import make_batch, split_state, take_step
 from jaxdyn.train.task import Task
 
 REWARD = RewardConfig(functions=(f"{even_words.__module__}:even_words",))

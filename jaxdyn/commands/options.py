@@ -76,11 +76,13 @@ class ExportOptions:
       run: the run's directory.
       output: the directory to write.
       step: which checkpoint, or "best" (train.keep_best); the newest when not given.
+      adapter: write the run's adapters alone, as PEFT reads them.
     """
 
     run: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
     output: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="OUTPUT")]
     step: int | Literal["best"] | None = None
+    adapter: bool = False
 
     def __post_init__(self):
         at_least(0, self, "", "step")

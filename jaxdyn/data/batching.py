@@ -19,12 +19,13 @@ SMALLEST_BUCKET = 8
 
 
 def batch_indices(
-    seed: int, step: int, batch_size: int, num_examples: int
+    seed: int, step: int, batch_size: int, num_examples: int, stream: int = 0
 ) -> Int[np.ndarray, " P"]:
     """The examples of one step's batch.
 
     The stream of examples is one permutation of all of them after another, epoch e's drawn from
     (seed, e); step k takes places k * batch_size onwards, so a batch may straddle two epochs.
+    Another `stream` has other permutations.
 
     Raises JaxdynError without examples, or for a batch size below 1.
     """
@@ -35,13 +36,14 @@ def batch_indices(
     batch = np.empty(batch_size, np.int64)
     for epoch in np.unique(epochs):
         inside = epochs == epoch
-        batch[inside] = _permutation(seed, int(epoch), num_examples)[offsets[inside]]
+        batch[inside] = _permutation(seed, int(epoch), num_examples, stream)[offsets[inside]]
     return batch
 
 
-@functools.lru_cache(maxsize=2)
-def _permutation(seed: int, epoch: int, num_examples: int) -> np.ndarray:
-    return np.random.default_rng([seed, epoch]).permutation(num_examples)
+@functools.lru_cache(maxsize=8)
+def _permutation(seed: int, epoch: int, num_examples: int, stream: int) -> np.ndarray:
+    entropy = [seed, epoch, stream] if stream else [seed, epoch]
+    return np.random.default_rng(entropy).permutation(num_examples)
 
 
 def epoch_of(step: int, batch_size: int, num_examples: int) -> float:

@@ -6,6 +6,7 @@ from jaxdyn.rl.advantages import (
     ScoredBatch,
     advantage_kind,
     check_combination,
+    compares_generations,
     estimate_advantages,
     group_relative,
     leave_one_out,

@@ -125,6 +125,11 @@ def advantage_kind(loss: LossConfig, config: AdvantageConfig) -> str:
     return config.kind or LOSSES[loss.loss_type].advantages[0]
 
 
+def compares_generations(loss: LossConfig, config: AdvantageConfig) -> bool:
+    """Whether a prompt's completions are compared, so that equal rewards move nothing."""
+    return KINDS[advantage_kind(loss, config)].compares
+
+
 def check_combination(
     loss: LossConfig,
     config: AdvantageConfig,
@@ -144,7 +149,7 @@ def check_combination(
         value = getattr(config, field.name)
         if field.name in others and value != field.default:
             raise JaxdynError(f"advantage.{field.name} is of no use to {kind}, got {value!r}")
-    if KINDS[kind].compares and num_generations < 2:
+    if compares_generations(loss, config) and num_generations < 2:
         raise JaxdynError(
             f"train.num_generations must be at least 2, got {num_generations}: {kind} advantages "
             "compare a prompt's completions"

@@ -7,7 +7,7 @@ from jaxtyping import PRNGKeyArray
 
 from jaxdyn.types import JaxdynError
 
-Stream = Literal["rollout", "probe", "evaluation", "adapters"]
+Stream = Literal["rollout", "probe", "evaluation", "adapters", "redraw", "covariance"]
 
 
 def step_key(seed: int, stream: Stream, step: int) -> PRNGKeyArray:

@@ -36,12 +36,11 @@ class Board:
             self._write(first, file_version="brain.Event:2")
             self._write(first, session_log=SessionLog(status=SessionLog.START))
 
-    def log(self, record: dict[str, Any]) -> None:
-        """The numbers of a record, at its step."""
-        numbers = {k: x for k, x in record.items() if isinstance(x, int | float) and k != "step"}
-        values = [value for name, x in numbers.items() for value in scalar(name, x).value]
+    def log(self, step: int, scalars: dict[str, int | float]) -> None:
+        """Numbers by name, at a step."""
+        values = [value for name, x in scalars.items() for value in scalar(name, x).value]
         with naming(self.directory):
-            self._write(record["step"], summary=Summary(value=values))
+            self._write(step, summary=Summary(value=values))
         if time.monotonic() - self._flushed > SECONDS:
             self.flush()
 

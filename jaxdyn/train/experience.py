@@ -10,7 +10,7 @@ import jax
 import numpy as np
 from jaxtyping import Float
 
-from jaxdyn.data import columns, decode_completions, encode_prompts, stop_at_strings
+from jaxdyn.data import batch_indices, columns, decode_completions, encode_prompts, stop_at_strings
 from jaxdyn.dynamics.diversity import diversity_metrics
 from jaxdyn.hosts import gather, share_of, whole
 from jaxdyn.rewards import RewardOutput
@@ -21,7 +21,10 @@ from jaxdyn.types import Params, Rollout
 
 @dataclasses.dataclass(frozen=True)
 class Experience:
-    """A rollout with its texts and rewards: B = P * G rows, a prompt's generations together."""
+    """A rollout with its texts and rewards: B = P * G rows, a prompt's generations together.
+
+    `redrawn` are the metrics of a batch of which groups were drawn again (`jaxdyn.train.redraw`).
+    """
 
     rollout: Rollout
     prompts: list[str]
@@ -32,6 +35,7 @@ class Experience:
     rewards: RewardOutput
     num_generations: int
     reward_seconds: float
+    redrawn: dict[str, int | float] = dataclasses.field(default_factory=dict)
 
     def groups(self) -> list[list[list[int]]]:
         """Completion token ids by prompt and generation."""
@@ -54,6 +58,13 @@ class Experience:
             }
             for row in rows
         ]
+
+
+def examples_of(task: Task, step: int, round: int = 0) -> list[dict[str, Any]]:
+    """The prompts of a step's round: a function of the seed, the step and the round alone."""
+    config = task.config
+    indices = batch_indices(config.seed, step, config.train.num_prompts, len(task.train), round)
+    return [task.train[int(i)] for i in indices]
 
 
 @functools.partial(jax.profiler.annotate_function, name="rollout")

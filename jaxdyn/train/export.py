@@ -4,11 +4,12 @@ from pathlib import Path
 
 import jax
 
-from jaxdyn.config import SFTConfig
+from jaxdyn.config import Config, SFTConfig
 from jaxdyn.data import Tokenizer
 from jaxdyn.files import require_writable, whole_directory
 from jaxdyn.hosts import fetch
 from jaxdyn.models import LanguageModel, merge_adapters, save_pretrained
+from jaxdyn.models.peft import save_adapters
 from jaxdyn.paths import AnyPath, in_bucket, open_path
 from jaxdyn.train import loop
 from jaxdyn.train.probe import policy_of
@@ -34,11 +35,17 @@ def save_policy(
             tokenizer.save(unfinished)
 
 
-def export(run: str | AnyPath, output: str | AnyPath, step: Which = None) -> AnyPath:
+def export(
+    run: str | AnyPath, output: str | AnyPath, step: Which = None, adapter: bool = False
+) -> AnyPath:
     """Write a checkpoint of a run (the newest), adapters merged and without its value head.
 
+    Args:
+      adapter: write the adapters alone instead, as PEFT reads them.
+
     Raises:
-      JaxdynError: if there is no such run or checkpoint, or `output` is a bucket or not empty.
+      JaxdynError: if there is no such run or checkpoint, or `output` is a bucket or not empty; and
+        if a run moved anything but adapters and those alone are wanted.
     """
     where = open_path(output)
     if in_bucket(where):
@@ -50,8 +57,25 @@ def export(run: str | AnyPath, output: str | AnyPath, step: Which = None) -> Any
         if where.exists() and any(where.iterdir()):
             raise JaxdynError(f"{where} is not empty; choose another output")
         require_writable(where.parent)
+        if adapter:
+            require_adapters_alone(saved.config)
+            model, params = saved.policy(step, merged=False)
+            host = fetch(params)
+            if jax.process_index() == 0:
+                save_adapters(Path(where), model, host, saved.config.model.path)
+            return where
         save_policy(where, *saved.policy(step), saved.loaded.tokenizer)
     return where
+
+
+def require_adapters_alone(config: Config) -> None:
+    """That a run's adapters are all that it moved; JaxdynError if not."""
+    modes = {name: getattr(config.optim, name) for name in ("backbone", "classifier")}
+    if "full" in modes.values() or "lora" not in modes.values():
+        raise JaxdynError(
+            f"the run moved optim.backbone {modes['backbone']} and optim.classifier "
+            f"{modes['classifier']}, which is no adapter; export it without --adapter"
+        )
 
 
 def run_sft(config: SFTConfig, progress: Progress | None = None) -> AnyPath:

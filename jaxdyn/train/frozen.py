@@ -9,7 +9,7 @@ its matrices anyway, so that held in bfloat16 they give the same numbers, bit fo
 import jax.numpy as jnp
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from jaxdyn.config import Config, RunConfig
+from jaxdyn.config import Config
 from jaxdyn.optim import StageName, merge, stages, trainable
 from jaxdyn.types import Params
 
@@ -38,10 +38,3 @@ def with_frozen(params: Params, config: Config) -> Params:
     last: StageName = "joint" if any(stage.name == "joint" for stage in plan) else "classifier"
     moving, frozen = trainable(optim, last, params)
     return merge(moving, held(frozen, config.model.frozen_dtype))
-
-
-def reference_of(params: Params, config: Config) -> Params | None:
-    """The reference of the KL, of the parameters with which a run starts; None where β is 0."""
-    if not isinstance(config, RunConfig) or not config.loss.beta:
-        return None
-    return held(params, config.model.frozen_dtype)

@@ -22,16 +22,17 @@ from jaxdyn.paths import AnyPath, in_bucket, open_path
 from jaxdyn.reading import is_number, shown
 from jaxdyn.train.checkpoint import Checkpoints, require_finite
 from jaxdyn.train.evaluate import evaluate, sweep_temperatures
-from jaxdyn.train.frozen import reference_of
 from jaxdyn.train.preemption import Preemption
 from jaxdyn.train.probe import Probe, RunLedger, remember
 from jaxdyn.train.profile import profiled, require_steps
 from jaxdyn.train.progress import Progress
+from jaxdyn.train.reference import reference_of, with_reference
 from jaxdyn.train.run_directory import RunDirectory
 from jaxdyn.train.sft import take_supervised_step
 from jaxdyn.train.state import TrainState, begin_stage, fresh_state
 from jaxdyn.train.step import Taken, take_step
 from jaxdyn.train.task import LoadedModel, Task, open_task
+from jaxdyn.train.trackers import require_trackers
 from jaxdyn.types import JaxdynError
 
 STEPS: dict[str, Callable[[Any, TrainState, Stage, int], Taken]] = {
@@ -61,6 +62,7 @@ def run(
     """
     plan = plan_of(config)
     require_steps(config.profile, plan[-1].end)
+    require_trackers(config.train.trackers)
     output = open_path(config.output)
     if in_bucket(output) or jax.process_index() == 0:
         require_writable(output)
@@ -238,7 +240,7 @@ def begin_or_resume(
     loaded: LoadedModel, config: Config, checkpoints: Checkpoints, step: int | None = None
 ) -> tuple[TrainState, dict[str, Any]]:
     """The state and position of a checkpoint (the newest), or those a run starts with."""
-    position = {
+    position: dict[str, Any] = {
         "step": 0,
         "seed": config.seed,
         "stage": plan_of(config)[0].name,
@@ -249,9 +251,11 @@ def begin_or_resume(
     if saved := checkpoints.steps():
         found = checkpoints.position(saved[-1] if step is None else step)
         position = require_position(found, position, checkpoints)
-    fresh = lambda params: fresh_state(
-        loaded.model, params, config.optim, position["stage"], config.critic
-    )
+
+    def fresh(params):
+        about = config.optim, position["stage"], config.critic
+        return with_reference(fresh_state(loaded.model, params, *about), config)
+
     if saved:
         like = loaded.layout.shapes(jax.eval_shape(fresh, loaded.params))
         return checkpoints.state(position["step"], like), position

@@ -24,9 +24,9 @@ from jaxdyn.grammar import load_config, save_config
 from jaxdyn.paths import AnyPath, in_bucket, open_path
 from jaxdyn.reading import read_records
 from jaxdyn.train import lock
-from jaxdyn.train.board import Board
 from jaxdyn.train.lock import Lock
 from jaxdyn.train.records import require_whole
+from jaxdyn.train.trackers import Tracker, open_trackers
 
 
 class RunDirectory(Closing):
@@ -46,7 +46,8 @@ class RunDirectory(Closing):
     def __init__(self, path: str | AnyPath, config: Config, writes: bool = True):
         self.path = open_path(path)
         self.checkpoints = self.path / "checkpoints"
-        self._board: Board | None = None
+        self._config, self._writes = config, writes
+        self._trackers: list[Tracker] = []
         self._lock: Lock | None = None
         saved = self.path / "config.json"
         if saved.exists():
@@ -84,9 +85,11 @@ class RunDirectory(Closing):
 
     def _require_same(self, config: Config, saved: AnyPath) -> None:
         # A run may go on elsewhere: where its arrays lie is no part of what it is, nor what is
-        # looked at.
-        elsewhere: dict[str, Any] = {"mesh": config.mesh, "profile": config.profile}
-        earlier = dataclasses.replace(load_config(type(config), saved), **elsewhere)
+        # looked at, or who is told.
+        earlier = load_config(type(config), saved)
+        train = dataclasses.replace(earlier.train, trackers=config.train.trackers)
+        elsewhere: dict[str, Any] = {"mesh": config.mesh, "profile": config.profile, "train": train}
+        earlier = dataclasses.replace(earlier, **elsewhere)
         if earlier != config:
             raise JaxdynError(
                 f"{self.path} already holds another run ({differences(earlier, config)}); "
@@ -107,8 +110,8 @@ class RunDirectory(Closing):
 
     def rewind(self, step: int) -> None:
         """Forget everything logged at `step` or later."""
-        if self._board is not None:
-            self._board.close()
+        for tracker in self._trackers:
+            tracker.close()
         written = self._bucket or self.local
         for log in sorted(written.glob("*.jsonl")):
             # A text may hold other line separators, and a killed run half a character.
@@ -118,19 +121,24 @@ class RunDirectory(Closing):
         for array in (written / "dynamics").glob("step_*.npz"):
             if int(array.stem.removeprefix("step_")) >= step:
                 array.unlink()
-        self._board = Board(self.local / "tensorboard", max(step, 0))
+        if self._writes:
+            where = written, self.local
+            self._trackers = open_trackers(self._config, *where, self.path.name, step)
 
     def log(self, name: str, *records: dict[str, Any]) -> None:
-        """Append records to a log, all on disk at return; scalars also go to TensorBoard."""
+        """Append records to a log, all on disk at return; scalars also go to the trackers."""
         lines = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
         data = lines.encode(errors="replace")
         with naming(self.local / name, len(data)), open(self.local / name, "ab") as file:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
-        if name in ("metrics.jsonl", "dynamics.jsonl") and self._board is not None:
+        if name in ("metrics.jsonl", "dynamics.jsonl"):
             for record in records:
-                self._board.log(record)
+                numbers = {k: v for k, v in record.items() if isinstance(v, int | float)}
+                scalars = {k: v for k, v in numbers.items() if k != "step"}
+                for tracker in self._trackers:
+                    tracker.log(record["step"], scalars)
 
     def read(self, name: str) -> list[dict[str, Any]]:
         """The records of a log so far."""
@@ -151,8 +159,8 @@ class RunDirectory(Closing):
         """
         if self._bucket is None:
             return
-        if self._board is not None:
-            self._board.flush()
+        for tracker in self._trackers:
+            tracker.flush()
         for path in sorted(p for p in self.local.rglob("*") if p.is_file()):
             stat = path.stat()
             version = (stat.st_mtime_ns, stat.st_size)
@@ -164,10 +172,10 @@ class RunDirectory(Closing):
 
     def close(self) -> None:
         """Publish the last lines; a scratch directory is removed, and the lock given back."""
-        board, self._board = self._board, None
+        trackers, self._trackers = self._trackers, []
         try:
-            if board is not None:
-                board.close()
+            for tracker in trackers:
+                tracker.close()
             self.publish()
         finally:
             if self._scratch is not None:

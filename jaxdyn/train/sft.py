@@ -15,9 +15,10 @@ import numpy as np
 from jaxdyn.data import encode_supervised
 from jaxdyn.hosts import fetch
 from jaxdyn.optim import OptimConfig, Stage, merge
+from jaxdyn.train.experience import examples_of
 from jaxdyn.train.policy import completion_statistics
 from jaxdyn.train.state import TrainState
-from jaxdyn.train.step import Taken, examples_of, progress_of, rate_of, split_state
+from jaxdyn.train.step import Taken, progress_of, rate_of, split_state
 from jaxdyn.train.task import Task
 from jaxdyn.train.update import Metrics, descend
 from jaxdyn.types import JaxdynError, Model, Params

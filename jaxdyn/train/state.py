@@ -25,6 +25,17 @@ class TrainState(struct.PyTreeNode):
     head_moment: Any = None
     head_share: Any = None
 
+    @property
+    def reference(self) -> Any:
+        """The KL's reference, where it is a part of the state."""
+        return None
+
+
+class FollowedState(TrainState):
+    """One with a reference that follows the policy (`jaxdyn.train.reference`)."""
+
+    reference: Any = None
+
 
 def fresh_state(
     model: Model, params: Params, optim: OptimConfig, stage: StageName, critic: bool = False

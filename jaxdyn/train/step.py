@@ -15,15 +15,15 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxdyn.config import RunConfig
-from jaxdyn.data import batch_indices
 from jaxdyn.hosts import fetch, whole
 from jaxdyn.optim import Stage, learning_rate, merge, trainable
 from jaxdyn.rl import ScoredBatch, drop_truncated, estimate_advantages
-from jaxdyn.rollout import step_key, trim
-from jaxdyn.train.experience import Experience, experience_metrics, gather_experience
-from jaxdyn.train.frozen import reference_of
+from jaxdyn.rollout import trim
+from jaxdyn.train.experience import Experience, experience_metrics
 from jaxdyn.train.pmap import pmap_update
 from jaxdyn.train.policy import Policy, UpdateBatch, ValueTargets, batch_features, batch_values
+from jaxdyn.train.redraw import draw_experience
+from jaxdyn.train.reference import reference_of, synchronised
 from jaxdyn.train.state import TrainState
 from jaxdyn.train.task import Task
 from jaxdyn.train.update import update
@@ -59,11 +59,13 @@ def take_step(task: Task[RunConfig], state: TrainState, stage: Stage, step: int)
     prepared = prepare_step(task, state, stage, step)
     started = time.perf_counter()
     state, measured = run_epochs(task, state, stage, prepared)
+    state = synchronised(state, config, step)
     metrics = {name: float(value) for name, value in fetch(measured).items()}
     updated = time.perf_counter()
     experience = prepared.experience
     metrics = {
         **experience_metrics(experience, task.model.config.vocab_size),
+        **experience.redrawn,
         **metrics,
         **progress_of(task, stage, step, prepared.rate),
         **prepared.seconds,
@@ -78,16 +80,8 @@ def take_step(task: Task[RunConfig], state: TrainState, stage: Stage, step: int)
 
 def prepare_step(task: Task[RunConfig], state: TrainState, stage: Stage, step: int) -> Prepared:
     """Sample and score: all of a step but its updates."""
-    config = task.config
     began = time.perf_counter()
-    experience = gather_experience(
-        task,
-        state.params,
-        examples_of(task, step),
-        step_key(config.seed, "rollout", step),
-        config.train.num_generations,
-        harvest=stage.name == "classifier",
-    )
+    experience = draw_experience(task, state.params, step, harvest=stage.name == "classifier")
     sampled = time.perf_counter()
     batch, features = make_batch(task, state, stage, experience)
     jax.block_until_ready(batch)
@@ -97,13 +91,6 @@ def prepare_step(task: Task[RunConfig], state: TrainState, stage: Stage, step: i
         "time/reference": time.perf_counter() - sampled,
     }
     return Prepared(experience, batch, features, rate_of(task, stage, step), seconds)
-
-
-def examples_of(task: Task, step: int) -> list[dict[str, Any]]:
-    """The step's examples: a function of the seed and the step alone."""
-    config = task.config
-    indices = batch_indices(config.seed, step, config.train.num_prompts, len(task.train))
-    return [task.train[int(i)] for i in indices]
 
 
 def rate_of(task: Task, stage: Stage, step: int) -> float:
@@ -142,7 +129,7 @@ def make_batch(
     values = batch_values(state.params["value"], features) if loss.critic else None
     wants_old = config.train.num_iterations > 1 or loss.kl_placement == "reward"
     old = policy.logps(sequences, temperature) if wants_old else None
-    ref, reference = None, reference_of(task.params, config)
+    ref, reference = None, state.reference or reference_of(task.params, config)
     if reference is not None:
         # In a classifier stage the body is still the reference's, and so are the features.
         known = features if stage.name == "classifier" else None
@@ -178,10 +165,10 @@ def run_epochs(
     task: Task[RunConfig], state: TrainState, stage: Stage, prepared: Prepared
 ) -> tuple[TrainState, dict[str, jax.Array]]:
     """All inner epochs of one step; the metrics are the last one's."""
-    state, frozen = split_state(task, state, stage)
+    moving, frozen = split_state(task, state, stage)
     for _ in range(task.config.train.num_iterations):
-        state, metrics = take_epoch(task, state, frozen, prepared)
-    return state.replace(params=merge(state.params, frozen)), metrics
+        moving, metrics = take_epoch(task, moving, frozen, prepared)
+    return state.replace(**vars(moving) | {"params": merge(moving.params, frozen)}), metrics
 
 
 def take_epoch(
@@ -209,8 +196,12 @@ def take_epoch(
 
 
 def split_state(task: Task, state: TrainState, stage: Stage) -> tuple[TrainState, dict[str, Any]]:
-    """The state of the parameters that a stage moves, with nothing applied yet, and the others."""
+    """The state of the parameters that a stage moves, with nothing applied yet, and the others.
+
+    A reference is none of what updates are given, and donate.
+    """
     moving, frozen = trainable(task.config.optim, stage.name, state.params)
-    if state.head_share is not None:
-        state = state.replace(head_share=jnp.zeros_like(state.head_share))
-    return state.replace(params=moving), frozen
+    share = state.head_share
+    if share is not None:
+        share = jnp.zeros_like(share)
+    return TrainState(moving, state.opt_state, state.head_moment, share), frozen

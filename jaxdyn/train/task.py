@@ -19,6 +19,7 @@ from jaxdyn.models import (
     local_directory,
     pretrained_config,
 )
+from jaxdyn.models.peft import add_peft, load_adapters, peft_directory
 from jaxdyn.rewards import RewardOutput, make_reward
 from jaxdyn.rollout import step_key
 from jaxdyn.sections import ModelSource
@@ -183,10 +184,12 @@ def open_tokenizer(directory: Path, model: LanguageModel) -> Tokenizer:
 def with_adapters(
     model: LanguageModel, params: Params, config: Config
 ) -> tuple[LanguageModel, Params]:
-    """The same function with the adapters that the run trains, drawn from its seed.
+    """The model with `model.adapter`, and with the adapters that the run trains: that one's, or
+    such as are drawn from its seed and leave the function as it is.
 
     Raises:
-      JaxdynError: if a tied model's one matrix would both move and stay.
+      JaxdynError: if a tied model's one matrix would both move and stay, or the adapter is none of
+        this model's, or not what the run trains.
     """
     body, head = config.optim.backbone, config.optim.classifier
     if model.config.tied and (body == "full") != (head == "full"):
@@ -194,9 +197,11 @@ def with_adapters(
             f"optim.backbone is {body} and optim.classifier {head}, but {config.model.path} ties "
             "them in one matrix: train both in full or neither, or set model.untie"
         )
+    given = config.model.adapter and peft_directory(config.model.adapter)
     if "lora" not in (body, head):
-        return model, params
+        return model, add_peft(model, params, given) if given else params
     key = step_key(config.seed, "adapters", 0)
-    return add_adapters(
+    model, params = add_adapters(
         model, params, config.lora, key, backbone=body == "lora", classifier=head == "lora"
     )
+    return model, load_adapters(model, params, given) if given else params

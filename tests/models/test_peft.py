@@ -6,10 +6,11 @@ import jax
 import numpy as np
 import pytest
 import tiny_checkpoints
+from flax.traverse_util import flatten_dict
 from safetensors.numpy import save_file
 
-from jaxdyn.models import load_pretrained
-from jaxdyn.models.peft import add_peft
+from jaxdyn.models import LoraConfig, add_adapters, load_pretrained, merge_adapters
+from jaxdyn.models.peft import add_peft, load_adapters, peft_directory, save_adapters
 from jaxdyn.types import JaxdynError
 
 # A fused matrix, one that is stored [in, out], separate ones; whether PEFT turns the product.
@@ -86,3 +87,87 @@ def test_what_is_no_such_adapter_is_named(tmp_path):
     (tmp_path / "adapter" / "adapter_model.safetensors").write_bytes(b"cut")
     with pytest.raises(JaxdynError, match="is not a whole safetensors file"):
         add_peft(model, params, tmp_path / "adapter")
+
+
+BOTH = {"backbone": True, "classifier": True}
+
+
+def trained(model, params, rank=2, alpha=3.0, seed=1, **where):
+    """With adapters that are away from their start."""
+    config = LoraConfig(rank, alpha)
+    model, params = add_adapters(model, params, config, jax.random.key(0), **(BOTH | where))
+    rng = np.random.default_rng(seed)
+    draw = lambda path, x: (
+        rng.standard_normal(x.shape).astype(np.float32) if "lora" in str(path) else x
+    )
+    return model, jax.tree_util.tree_map_with_path(draw, params)
+
+
+@pytest.mark.parametrize("name", [*ADAPTED, "qwen2_tied"])
+def test_adapters_are_written_and_read_again_to_the_bit(name, tmp_path):
+    """What is written is W + s B A of the checkpoint; read beside the base it is what it was."""
+    config = tiny_checkpoints.CONFIGS[name]
+    base, params = load_pretrained(tiny_checkpoints.write(tmp_path / "base", config))
+    model, start = trained(base, params)
+    save_adapters(tmp_path / "adapter", model, start, "base")
+    fresh = trained(base, params, seed=2)[1]
+    again = load_adapters(model, fresh, tmp_path / "adapter")
+    jax.tree.map(np.testing.assert_array_equal, again, start)
+    assert flatten_dict(again).keys() == flatten_dict(start).keys()
+
+    told = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
+    assert (told["r"], told["lora_alpha"], told["base_model_name_or_path"]) == (2, 3.0, "base")
+    fused = "neox" in name or "gpt2" in name
+    assert set(told["rank_pattern"].values()) == ({6} if fused else set())
+    assert told["fan_in_fan_out"] == ("gpt2" in name)
+    merged, wanted = merge_adapters(model, start)
+    untied = base.untie(params)[1] if base.config.tied else params
+    found = add_peft(merged, untied, tmp_path / "adapter")
+    # Sums of two or six products of float32, in another order.
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=0, atol=1e-5), found, wanted)
+
+
+def test_an_adapter_that_peft_made_of_a_fused_matrix_is_trained_on(tmp_path):
+    """Its three parts share A; function and weights are those of the merged one."""
+    config = tiny_checkpoints.CONFIGS["gpt_neox_parallel"]
+    name = ADAPTED["gpt_neox_parallel"][0]
+    base, params = load_pretrained(tiny_checkpoints.write(tmp_path / "base", config))
+    adapter = write(tmp_path / "adapter", adapter_of(tiny_checkpoints.weights(config), name))
+    lora = LoraConfig(2, 6.0, ("query", "key", "value"))
+    where = {"backbone": True, "classifier": False}
+    model, start = add_adapters(base, params, lora, jax.random.key(0), **where)
+    _, found = merge_adapters(model, load_adapters(model, start, adapter))
+    wanted = add_peft(base, params, adapter)
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=0, atol=1e-5), found, wanted)
+
+    for other, said in [
+        (LoraConfig(3, 9.0, lora.targets), "lora.rank is 3; .* has rank 2 at"),
+        (LoraConfig(2, 4.0, lora.targets), "lora.alpha / lora.rank is 2; .* has the scale 3 at"),
+        (LoraConfig(2, 6.0), "^lora.targets adapts gpt_neox.layers.0.attention.dense.weight and"),
+        (LoraConfig(2, 6.0, ("up",)), "adapts .*query_key_value.weight and lora.targets does not"),
+    ]:
+        model, start = add_adapters(base, params, other, jax.random.key(0), **where)
+        with pytest.raises(JaxdynError, match=said):
+            load_adapters(model, start, adapter)
+    with pytest.raises(
+        JaxdynError, match=r"model\.adapter must be the directory of a PEFT adapter"
+    ):
+        peft_directory(str(tmp_path / "base"))
+
+
+def test_single_matrices_have_ranks_and_alphas_of_their_own(tmp_path):
+    config = tiny_checkpoints.CONFIGS["llama_llama3_scaling"]
+    name = ADAPTED["llama_llama3_scaling"][0]
+    model, params = load_pretrained(tiny_checkpoints.write(tmp_path / "base", config))
+    factors = adapter_of(tiny_checkpoints.weights(config), name)
+    own = {"rank_pattern": {"1.mlp.down_proj": 2}, "alpha_pattern": {"1.mlp.down_proj": 8}}
+    found = add_peft(model, params, write(tmp_path / "adapter", factors, r=2, **own))
+    kernel = lambda p: np.asarray(p["backbone"]["layers"]["mlp"]["down"]["kernel"])
+    moved = kernel(found) - kernel(params)
+    for layer, scale in enumerate((3, 4)):
+        base = f"base_model.model.{name.format(layer)}.lora_"
+        product = scale * (factors[f"{base}B.weight"] @ factors[f"{base}A.weight"])
+        np.testing.assert_allclose(moved[layer], product.T, rtol=0, atol=1e-5)
+    odd = {"rank_pattern": {".*proj": 2}}
+    with pytest.raises(JaxdynError, match="rank_pattern must name modules as they are"):
+        add_peft(model, params, write(tmp_path / "adapter", factors, **odd))

@@ -18,8 +18,9 @@ from jaxdyn.optim import OptimConfig
 from jaxdyn.rl import LossConfig
 from jaxdyn.sections import ModelSource, TrainConfig
 from jaxdyn.train import loop, open_run, run_rl
-from jaxdyn.train.frozen import held, reference_of, with_frozen
+from jaxdyn.train.frozen import held, with_frozen
 from jaxdyn.train.policy import UpdateBatch, policy_logps
+from jaxdyn.train.reference import reference_of
 
 NARROW = ModelSource(frozen_dtype="bfloat16")
 

@@ -1,5 +1,8 @@
 """Tiny runs whose adapters move, with the rest of the model frozen or not."""
 
+import dataclasses
+
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -14,6 +17,7 @@ from jaxdyn.grammar import load_config
 from jaxdyn.kernels import log_prob_kernel
 from jaxdyn.models import LoraConfig, has_adapters, load_pretrained
 from jaxdyn.train import analyze, export, loop, open_run, run_rl
+from jaxdyn.train.task import load_model
 from jaxdyn.types import JaxdynError, Sites
 
 pytestmark = pytest.mark.slow
@@ -152,3 +156,23 @@ def test_a_tied_model_trains_adapters_in_both_parts(root):
     assert np.any(np.asarray(params["classifier"]["weight"]) != np.asarray(shared(params)))
     for line in tiny_runs.lines(run, "dynamics.jsonl")[1:]:
         assert line["share/cross"] == 0 and line["delta/correlation"] > 0.9
+
+
+def test_an_exported_adapter_is_where_another_run_starts(root, both_run, tmp_path):
+    """Trained on, to the bit; or added to the weights of a run that trains no adapters."""
+    adapter = export(both_run, tmp_path / "adapter", adapter=True)
+    _, _, end = end_of(both_run)
+    source = dataclasses.replace(tiny_runs.parts(root)["model"], adapter=str(adapter))
+    begin = lambda **changes: load_model(
+        lora_config(root, "unused", "lora", "lora", model=source, **changes)
+    )
+    jax.tree.map(np.testing.assert_array_equal, begin().params, end)
+    with open_run(both_run) as saved:
+        _, merged = saved.policy()
+    full = begin(optim__backbone="full", optim__classifier="full").params
+    # Float32 sums of a few products, in another order.
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=0, atol=1e-6), full, merged)
+    with pytest.raises(JaxdynError, match="which is no adapter; export it without --adapter"):
+        export(
+            run_rl(lora_config(root, "lora-full", "lora", "full")), tmp_path / "no", adapter=True
+        )
