@@ -11,9 +11,9 @@ import tyro
 
 from jaxdyn.data import DataConfig
 from jaxdyn.dynamics import ProbeConfig
-from jaxdyn.grammar import at_least
+from jaxdyn.grammar import at_least, one_of
 from jaxdyn.models import LoraConfig
-from jaxdyn.optim import OptimConfig
+from jaxdyn.optim import OF_RL, SUPERVISED, OptimConfig
 from jaxdyn.rewards import RewardConfig
 from jaxdyn.rl import AdvantageConfig, LossConfig, check_combination
 from jaxdyn.rollout import SamplingConfig
@@ -82,6 +82,7 @@ class RunConfig(Config):
 
     def __post_init__(self):
         super().__post_init__()
+        one_of(OF_RL, self.optim, "optim", "schedule")
         sizes = self.train.num_generations, self.sampling.max_completion_length
         check_combination(self.loss, self.advantage, *sizes)
 
@@ -110,6 +111,10 @@ class SFTConfig(Config):
     train: LoopConfig = LoopConfig(steps=300, num_prompts=64, checkpoint_every=100)
     evaluation: EvaluationConfig = EvaluationConfig(every=50)
     probe: ProbeConfig = ProbeConfig(every=0)
+
+    def __post_init__(self):
+        super().__post_init__()
+        one_of(SUPERVISED, self.optim, "optim", "schedule")
 
     @property
     def title(self) -> str:

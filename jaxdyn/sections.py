@@ -23,8 +23,9 @@ class ModelSource:
       untie: give a tied model a classifier of its own (a copy of the embedding).
       dtype: compute dtype; parameters are float32.
       frozen_dtype: of the matrices that never move: the reference policy's, a frozen half's, those
-        beside adapters, the body's under classifier_only. bfloat16 halves them; it changes no
-        number of a run whose dtype is bfloat16, and rounds the weights of one in float32.
+        beside adapters, the body's under classifier_only and linear_probe. bfloat16 halves them;
+        it changes no number of a run whose dtype is bfloat16, and rounds the weights of one in
+        float32.
       remat: what an update keeps of the forward pass: each layer's input and dense outputs (dots),
         its input alone (full, the least memory), or all but attention's weights (none); the
         backward pass computes the rest again. Numbers stay the same.
