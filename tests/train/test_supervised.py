@@ -85,7 +85,8 @@ def test_the_probes_step_is_the_gradient_of_the_completions_tokens_alone(root):
         model, before, tokenizer = saved.loaded.model, saved.loaded.params, saved.loaded.tokenizer
         after, examples = saved.policy(1)[1], examples_of(saved.task, 0)
     encode, stop = tokenizer.encode, tokenizer.stop_ids[0]
-    rows = [(encode(e["prompt"]), [*encode(e["completion"]), stop]) for e in examples]
+    answer = lambda e: [*encode(e["completion"], special_tokens=False), stop]
+    rows = [(encode(e["prompt"]), answer(e)) for e in examples]
     tokens = np.full((len(rows), 8), stop)
     for row, (prompt, completion) in zip(tokens, rows, strict=True):
         row[: len(prompt) + len(completion)] = [*prompt, *completion]
