@@ -11,7 +11,6 @@ from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Float, Int
-
 from scipy.special import ndtri
 
 from jaxdyn.dynamics.sampling import LEVEL, Estimate, mean_with_interval
