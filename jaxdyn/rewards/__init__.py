@@ -9,7 +9,7 @@ from jaxdyn.rewards.compose import (
     make_reward,
 )
 from jaxdyn.rewards.learned import LearnedReward
-from jaxdyn.rewards.math import MathVerify
+from jaxdyn.rewards.mathematics import MathVerify
 from jaxdyn.rewards.verifiable import (
     Anagram,
     ContainsWords,

@@ -15,7 +15,7 @@ from jaxtyping import Float
 from jaxdyn.grammar import finite
 from jaxdyn.rewards import verifiable
 from jaxdyn.rewards.learned import LearnedReward
-from jaxdyn.rewards.math import MathVerify
+from jaxdyn.rewards.mathematics import MathVerify
 from jaxdyn.rewards.verifiable import RewardFunction, Texts
 from jaxdyn.types import JaxdynError
 

@@ -1,4 +1,4 @@
-"""The process of `jaxdyn.rewards.math`: a line of JSON in, a line out. Imports none of jaxdyn."""
+"""The process of `jaxdyn.rewards.mathematics`: JSON in, JSON out, a line each. Needs no jaxdyn."""
 
 import json
 import signal

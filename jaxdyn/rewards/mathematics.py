@@ -73,7 +73,7 @@ class Judge:
 
     def _running(self) -> subprocess.Popen:
         if self._process is None or self._process.poll() is not None:
-            worker = Path(__file__).with_name("math_worker.py")
+            worker = Path(__file__).with_name("mathematics_worker.py")
             self._process = subprocess.Popen(
                 [sys.executable, "-P", str(worker), *sys.path],
                 stdin=subprocess.PIPE,
