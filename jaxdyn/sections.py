@@ -5,7 +5,9 @@ Imports no JAX, so that commands can read their options without it.
 
 import dataclasses
 import math
-from typing import Literal
+from typing import Annotated, Literal
+
+import tyro
 
 from jaxdyn.errors import JaxdynError
 from jaxdyn.grammar import at_least, finite
@@ -122,6 +124,11 @@ class LoopConfig:
         """Sequences a step."""
         return self.num_prompts
 
+    @property
+    def longest(self) -> int:
+        """The limit beyond which `data.overlong` speaks, in tokens."""
+        return self.max_prompt_length
+
 
 @dataclasses.dataclass(frozen=True)
 class TrainConfig(LoopConfig):
@@ -148,6 +155,30 @@ class TrainConfig(LoopConfig):
     @property
     def sequences(self) -> int:
         return self.num_prompts * self.num_generations
+
+
+@dataclasses.dataclass(frozen=True)
+class PairsConfig(LoopConfig):
+    """The shape of a training on preferences, a pair being two sequences.
+
+    Attributes:
+      num_prompts: pairs a step.
+      max_length: longest prompt with an answer, in tokens; data.overlong says what becomes of a
+        longer one.
+    """
+
+    num_prompts: int = 16
+    max_prompt_length: Annotated[int, tyro.conf.Suppress] = 256
+    target_reward: Annotated[float, tyro.conf.Suppress] = 0.0
+    max_length: int = 1024
+
+    def __post_init__(self):
+        super().__post_init__()
+        at_least(2, self, "train", "max_length")
+
+    @property
+    def longest(self) -> int:
+        return self.max_length
 
 
 @dataclasses.dataclass(frozen=True)

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import jax
 
-from jaxdyn.config import SFTConfig
+from jaxdyn.config import RewardModelConfig, SFTConfig
 from jaxdyn.data import Tokenizer
 from jaxdyn.hosts import fetch
 from jaxdyn.models import LanguageModel, merge_adapters, save_pretrained
@@ -46,8 +46,10 @@ def export(run: str | AnyPath, output: str | AnyPath, step: Which = None) -> Any
     return where
 
 
-def run_sft(config: SFTConfig, progress: Progress | None = None) -> AnyPath:
-    """Run, or resume, supervised training; leave the model in `OUTPUT/model` and return that."""
+def run_to_model(
+    config: SFTConfig | RewardModelConfig, progress: Progress | None = None
+) -> AnyPath:
+    """Run, or resume, a training that leaves its model in `OUTPUT/model`, and return that."""
 
     def leave(task: Task, state: TrainState, directory: RunDirectory) -> None:
         model, params = merge_adapters(task.model, policy_of(state.params))
