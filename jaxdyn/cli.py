@@ -1,4 +1,4 @@
-"""`jaxdyn quickstart | sft | rl | evaluate | analyze | kernel | ledger | influence | plan | …`.
+"""`jaxdyn quickstart | sft | rl | reward | evaluate | analyze | kernel | ledger | influence | …`.
 
 Anything the user can mend ends in one line on standard error and exit code 2. A training run that
 gets SIGTERM saves and ends with exit code 75; the same command goes on from there, as it does after
@@ -66,6 +66,20 @@ COMMANDS = {
         "train:run_rl",
         "run: {0}   (jaxdyn report {0})",
         presets="presets:RL",
+    ),
+    "reward": Command(
+        "train a reward model on preferences; `reward score` scores a file with one",
+        "config:RewardModelConfig",
+        "train:run_reward",
+        "model: {}",
+        presets="presets:REWARD",
+    ),
+    "reward score": Command(
+        "scores of a file's completions or pairs by a reward model",
+        "commands.reward_options:ScoreOptions",
+        "commands.reward:run",
+        "scores: {}",
+        done_by="first",
     ),
     "evaluate": Command(
         "reward, pass@k and best-of-N of a run or a model on held-out prompts",
@@ -230,10 +244,11 @@ def run_command(arguments: list[str]) -> None:
     if not arguments or arguments[0] in ("-h", "--help"):
         print("usage: jaxdyn COMMAND [options]\n\nWhat one RL update does to a language model.\n")
         for name, command in COMMANDS.items():
-            print(f"  {name:<11} {command.text}")
+            print(f"  {name:<13} {command.text}")
         print("\n`jaxdyn COMMAND --help` lists a command's options.")
         return
-    name, rest = arguments[0], arguments[1:]
+    words = 2 if " ".join(arguments[:2]) in COMMANDS else 1
+    name, rest = " ".join(arguments[:words]), arguments[words:]
     if name not in COMMANDS:
         raise JaxdynError(f"unknown command {name!r}{nearest(name, COMMANDS)}")
     if has_work(name, rest):

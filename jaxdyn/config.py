@@ -12,13 +12,20 @@ import tyro
 from jaxdyn.data import DataConfig
 from jaxdyn.dynamics import ProbeConfig
 from jaxdyn.errors import JaxdynError
-from jaxdyn.grammar import LARGEST_SEED, at_least
+from jaxdyn.grammar import LARGEST_SEED, at_least, one_of
 from jaxdyn.models import LoraConfig
-from jaxdyn.optim import OptimConfig
+from jaxdyn.optim import OF_RL, SUPERVISED, OptimConfig
 from jaxdyn.rewards import RewardConfig
 from jaxdyn.rl import AdvantageConfig, LossConfig, check_combination, compares_generations
 from jaxdyn.rollout import SamplingConfig
-from jaxdyn.sections import EvaluationConfig, LoopConfig, MeshConfig, ModelSource, TrainConfig
+from jaxdyn.sections import (
+    EvaluationConfig,
+    LoopConfig,
+    MeshConfig,
+    ModelSource,
+    PairsConfig,
+    TrainConfig,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,6 +91,7 @@ class RunConfig(Config):
 
     def __post_init__(self):
         super().__post_init__()
+        one_of(OF_RL, self.optim, "optim", "schedule")
         sizes = self.train.num_generations, self.sampling.max_completion_length
         check_combination(self.loss, self.advantage, *sizes)
         self._check_redraw()
@@ -142,10 +150,56 @@ class SFTConfig(Config):
     evaluation: EvaluationConfig = EvaluationConfig(every=50)
     probe: ProbeConfig = ProbeConfig(every=0)
 
+    def __post_init__(self):
+        super().__post_init__()
+        one_of(SUPERVISED, self.optim, "optim", "schedule")
+
     @property
     def title(self) -> str:
         return "supervised" if self.optim.schedule == "joint" else f"supervised, {super().title}"
 
 
-KINDS: dict[str, type[Config]] = {"rl": RunConfig, "sft": SFTConfig}
+@dataclasses.dataclass(frozen=True)
+class RewardModelConfig(Config):
+    """Train a reward model on preferences, the columns `chosen` and `rejected`; `jaxdyn reward
+    score` scores files with one.
+
+    loss = − mean over pairs of log σ(r(chosen) − r(rejected))        (Bradley and Terry)
+
+    Starts from a language model, with a head of zeros, or from a reward model.
+
+    Attributes:
+      output: the run's directory; the trained model is left in its `model`.
+      seed: of the data's order.
+      profile: steps of which a profiler's trace is left in the run's `profile`.
+    """
+
+    kind: Annotated[Literal["reward"], tyro.conf.Suppress] = "reward"
+    output: str = "runs/reward"
+    data: DataConfig = DataConfig(name="hh_rlhf", overlong="drop")
+    reward: Annotated[RewardConfig, tyro.conf.Suppress] = RewardConfig()
+    sampling: Annotated[SamplingConfig, tyro.conf.Suppress] = SamplingConfig()
+    optim: OptimConfig = OptimConfig(learning_rate=1e-5, warmup_steps=10, decay="linear")
+    train: PairsConfig = PairsConfig()
+    evaluation: EvaluationConfig = EvaluationConfig(every=50, num_prompts=256)
+    probe: Annotated[ProbeConfig, tyro.conf.Suppress] = ProbeConfig(every=0)
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.optim.classifier == "lora":
+            raise JaxdynError("optim.classifier must be full or frozen: a score's head is one row")
+        for name in ("metrics", "temperatures"):
+            if getattr(self.evaluation, name):
+                raise JaxdynError(f"evaluation.{name} is of runs that sample, got some")
+        if self.probe.every:
+            raise JaxdynError(
+                f"probe.every must be 0: no token is predicted, got {self.probe.every}"
+            )
+
+    @property
+    def title(self) -> str:
+        return "reward model" if self.optim.schedule == "joint" else f"reward, {super().title}"
+
+
+KINDS: dict[str, type[Config]] = {"rl": RunConfig, "sft": SFTConfig, "reward": RewardModelConfig}
 """Every kind of run by what its configuration says; older files say nothing and are of RL."""

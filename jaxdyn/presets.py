@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from jaxdyn.config import RunConfig, SFTConfig
+from jaxdyn.config import RewardModelConfig, RunConfig, SFTConfig
 from jaxdyn.data import DataConfig
 from jaxdyn.dynamics import ProbeConfig
 from jaxdyn.grammar import nearest
@@ -58,6 +58,8 @@ RL = {
         probe=ProbeConfig(every=5, num_prompts=32, sites_per_completion=2),
     ),
 }
+
+REWARD: dict[str, RewardModelConfig] = {}
 
 SHAPES = {
     # EleutherAI/pythia-2.8b, the paper's model.

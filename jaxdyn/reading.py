@@ -74,7 +74,7 @@ def parse_json(content: bytes | str, where: str, unique: bool = False) -> Any:
     except (ValueError, MemoryError) as error:  # a ValueError too where an integer is too long
         raise JaxdynError(f"{where} is not JSON: {one_line(error, kind=False)}") from error
     opening = ("[", "{") if isinstance(content, str) else (b"[", b"{")
-    if sum(content.count(mark) for mark in opening) > DEPTH:  # type: ignore[arg-type]
+    if sum(content.count(mark) for mark in opening) > DEPTH:  # type: ignore[arg-type, misc]
         _require_shallow(data, where)
     return data
 

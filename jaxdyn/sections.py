@@ -5,7 +5,9 @@ Imports no JAX, so that commands can read their options without it.
 
 import dataclasses
 import math
-from typing import Literal
+from typing import Annotated, Literal
+
+import tyro
 
 from jaxdyn.errors import JaxdynError
 from jaxdyn.grammar import MOST_ROWS, MOST_TOKENS, at_least, between, finite
@@ -27,8 +29,9 @@ class ModelSource:
       untie: give a tied model a classifier of its own (a copy of the embedding).
       dtype: compute dtype; parameters are float32.
       frozen_dtype: of the matrices that never move: the reference policy's, a frozen half's, those
-        beside adapters, the body's under classifier_only. bfloat16 halves them; it changes no
-        number of a run whose dtype is bfloat16, and rounds the weights of one in float32.
+        beside adapters, the body's under classifier_only and linear_probe. bfloat16 halves them;
+        it changes no number of a run whose dtype is bfloat16, and rounds the weights of one in
+        float32.
       remat: what an update keeps of the forward pass: each layer's input and dense outputs (dots),
         its input alone (full, the least memory), or all but attention's weights (none); the
         backward pass computes the rest again. Numbers stay the same.
@@ -132,6 +135,11 @@ class LoopConfig:
         """Sequences a step."""
         return self.num_prompts
 
+    @property
+    def longest(self) -> int:
+        """The limit beyond which `data.overlong` speaks, in tokens."""
+        return self.max_prompt_length
+
 
 @dataclasses.dataclass(frozen=True)
 class TrainConfig(LoopConfig):
@@ -173,6 +181,30 @@ class TrainConfig(LoopConfig):
     @property
     def sequences(self) -> int:
         return self.num_prompts * self.num_generations
+
+
+@dataclasses.dataclass(frozen=True)
+class PairsConfig(LoopConfig):
+    """The shape of a training on preferences, a pair being two sequences.
+
+    Attributes:
+      num_prompts: pairs a step.
+      max_length: longest prompt with an answer, in tokens; data.overlong says what becomes of a
+        longer one.
+    """
+
+    num_prompts: int = 16
+    max_prompt_length: Annotated[int, tyro.conf.Suppress] = 256
+    target_reward: Annotated[float, tyro.conf.Suppress] = 0.0
+    max_length: int = 1024
+
+    def __post_init__(self):
+        super().__post_init__()
+        at_least(2, self, "train", "max_length")
+
+    @property
+    def longest(self) -> int:
+        return self.max_length
 
 
 @dataclasses.dataclass(frozen=True)

@@ -65,6 +65,8 @@ def test_help_lists_the_commands(arguments, capsys):
         "quickstart": "--output --seed",
         "sft": "--preset --config --train.steps --evaluation.every --train.target-reward",
         "rl": "--preset --config --optim.schedule --loss.beta --probe.every",
+        "reward": "--preset --config --train.max-length --data.name --evaluation.num-prompts",
+        "reward score": "MODEL FILE --output --prompt-template --overlong --mesh.fsdp",
         "evaluate": "[RUN] --model --preset --temperatures --pass-at --success-threshold",
         "analyze": "RUN --output",
         "kernel": "--prompts --quantity --by-part --preconditioned --memory-budget",
@@ -78,7 +80,7 @@ def test_help_lists_the_commands(arguments, capsys):
 )
 def test_every_command_has_help(command, options, capsys):
     with pytest.raises(SystemExit) as stop:
-        main([command, "--help"])
+        main([*command.split(), "--help"])
     said = capsys.readouterr()
     assert stop.value.code in (0, None) and said.err == ""
     assert f"usage: jaxdyn {command}" in said.out

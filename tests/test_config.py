@@ -56,7 +56,7 @@ BAD = {
     "unknown choice": (
         {"optim": {"schedule": "both"}},
         "schedule: expected one of ('joint', 'classifier_first', 'classifier_only', "
-        "'joint_extra'), got 'both'",
+        "'joint_extra', 'linear_probe', 'linear_probe_then_finetune'), got 'both'",
     ),
     "wrong item": (
         {"reward": {"weights": [1.0, "a"]}},

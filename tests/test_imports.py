@@ -101,11 +101,11 @@ def test_importing_the_package_is_light():
 def test_the_command_line_answers_without_jax():
     """And says of every command what its options are, but for a run's own, and refuses them."""
     told = [name for name, command in COMMANDS.items() if not command.presets]
-    assert sorted(COMMANDS.keys() - told) == ["rl", "sft"]
+    assert sorted(COMMANDS.keys() - told) == ["reward", "rl", "sft"]
     code = f"""
 from jaxdyn.cli import main
 import contextlib, io, sys
-for words in [["--help"], *([name, "--help"] for name in {told})]:
+for words in [["--help"], *([*name.split(), "--help"] for name in {told})]:
     with contextlib.redirect_stdout(io.StringIO()) as said, contextlib.suppress(SystemExit):
         main(words)
     assert said.getvalue().startswith("usage: jaxdyn"), words

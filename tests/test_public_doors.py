@@ -89,6 +89,13 @@ def saved_and_loaded(model, params):
     return logits(*loaded)
 
 
+def scores(model, params, head=None):
+    """Of a language model, its last logits; a head of zeros is set to something."""
+    if head is not None:
+        params = {**params, "classifier": {"weight": head + params["classifier"]["weight"]}}
+    return {"scores": models.sequence_scores(model, params, SITES.tokens, SITES.mask)}
+
+
 def adapted(model, params):
     config = models.LoraConfig(rank=2, alpha=4.0)
     model, params = models.add_adapters(model, params, config, KEY, backbone=True, classifier=True)
@@ -156,6 +163,8 @@ DOORS = {
     ),
     "kernels.update_kernel_by_part": lambda m, p: kernels.update_kernel_by_part(m, p, SITES),
     "models.add_adapters": lambda m, p: logits(*adapted(m, p)),
+    "models.add_sequence_head": lambda m, p: scores(*models.add_sequence_head(m, p), head=1.0),
+    "models.sequence_scores": scores,
     "models.merge_adapters": lambda m, p: logits(*models.merge_adapters(*adapted(m, p))),
     "models.save_pretrained": saved_and_loaded,
     "rollout.generate": sampled,

@@ -9,9 +9,11 @@ from jaxdyn.data.batching import (
     encode_supervised,
     epoch_of,
 )
+from jaxdyn.data.conversations import conversation, conversation_ids
 from jaxdyn.data.examples import read_examples
 from jaxdyn.data.fit import fit_prompts
 from jaxdyn.data.jsonl import JsonlFile
+from jaxdyn.data.pairs import Pairs, fit_pairs
 from jaxdyn.data.prompts import Prompts, written
 from jaxdyn.data.scored import Scored, read_scored
 from jaxdyn.data.source import SETS, DataConfig, DataSet, Example, Source, columns, load_source

@@ -9,10 +9,11 @@ import hashlib
 import os
 import tempfile
 from collections.abc import Callable, Iterator
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from jaxtyping import Int
+from numpy.typing import ArrayLike
 
 from jaxdyn.data.prompts import Prompts
 from jaxdyn.data.source import cache_root
@@ -44,12 +45,12 @@ def fit_prompts(prompts: Prompts, max_prompt_length: int, max_length: int | None
       JaxdynError: for a prompt without a token; for one that is too long, or if no other is left.
     """
     lengths, how = token_counts(prompts), prompts.config.overlong
-    _refuse(prompts, lengths == 0, lambda place: "the prompt is empty, it has no token")
+    refuse(prompts, lengths == 0, lambda place: "the prompt is empty, it has no token")
     over = lengths > max_prompt_length
     said = "; data.overlong may be drop or truncate-left"
     if how == "error":
         limit = f"max_prompt_length is {max_prompt_length}{said}"
-        _refuse(prompts, over, lambda i: f"the prompt has {lengths[i]} tokens, {limit}")
+        refuse(prompts, over, lambda i: f"the prompt has {lengths[i]} tokens, {limit}")
     lost = over if how == "drop" else np.zeros_like(over)
     if max_length is not None:
         answers = token_counts(prompts, "completion")
@@ -58,9 +59,7 @@ def fit_prompts(prompts: Prompts, max_prompt_length: int, max_length: int | None
         long = ~lost & (rows > max_length)
         if how == "error":
             limit = f"the context is {max_length}{said}"
-            _refuse(
-                prompts, long, lambda i: f"prompt and completion have {rows[i]} tokens, {limit}"
-            )
+            refuse(prompts, long, lambda i: f"prompt and completion have {rows[i]} tokens, {limit}")
         lost, over = lost | long, over | long
     if lost.all():
         raise JaxdynError(
@@ -71,7 +70,7 @@ def fit_prompts(prompts: Prompts, max_prompt_length: int, max_length: int | None
     return Fitted(kept, int(over.sum()))
 
 
-def _refuse(prompts: Prompts, bad: np.ndarray, why: Callable[[int], str]) -> None:
+def refuse(prompts: Prompts | Any, bad: np.ndarray, why: Callable[[int], str]) -> None:
     """Raise for the first of the bad prompts, and say how many there are."""
     if not bad.any():
         return
@@ -88,21 +87,31 @@ def token_counts(
     -1 where there is none. Together, where tokens merge across the seam, the two have hardly ever
     more.
     """
-    name = f"{_key(prompts)}-{of}-counts.npy"
-    path = cache_root(prompts.config) / "lengths" / name
+
+    def lengths(start: int, stop: int) -> np.ndarray:
+        found = [example.get(of) for example in prompts[start:stop]]
+        texts = [text if isinstance(text, str) else "" for text in found]
+        if of == "completion":  # begins nothing
+            texts = [Rendered(text) for text in texts]
+        counts = [n for part in _portions(texts) for n in prompts.tokenizer.lengths(part)]
+        return np.where([isinstance(text, str) for text in found], counts, -1)
+
+    return counted(prompts, of, lengths)
+
+
+def counted(
+    prompts: Prompts | Any, of: str, lengths: Callable[[int, int], ArrayLike]
+) -> Int[np.ndarray, " N"]:
+    """The lengths of all examples, a stretch at a time; from the cache if they are there."""
+    path = cache_root(prompts.config) / "lengths" / f"{_key(prompts)}-{of}-counts.npy"
     with contextlib.suppress(Exception):  # NumPy raises many kinds; what is damaged is made again
         kept = np.load(path, allow_pickle=False)
         if kept.shape == (len(prompts),) and kept.dtype == np.int64 and kept.min() >= -1:
             return kept
     counts = np.empty(len(prompts), np.int64)
     for start in range(0, len(prompts), CHUNK):
-        found = [example.get(of) for example in prompts[start : start + CHUNK]]
-        texts = [text if isinstance(text, str) else "" for text in found]
-        if of == "completion":  # begins nothing
-            texts = [Rendered(text) for text in texts]
-        lengths = [n for part in _portions(texts) for n in prompts.tokenizer.lengths(part)]
-        there = [isinstance(text, str) for text in found]
-        counts[start : start + len(texts)] = np.where(there, lengths, -1)
+        stop = min(start + CHUNK, len(prompts))
+        counts[start:stop] = lengths(start, stop)
     with contextlib.suppress(OSError):  # a cache that cannot be written only costs time
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
@@ -125,7 +134,7 @@ def _portions(texts: list[str]) -> Iterator[list[str]]:
         yield portion
 
 
-def _key(prompts: Prompts) -> str:
+def _key(prompts: Prompts | Any) -> str:
     """A hash of all that the lengths depend on."""
     config, tokenizer = prompts.config, prompts.tokenizer
     told = config.prompt_template, config.chat_template_kwargs, config.template_date

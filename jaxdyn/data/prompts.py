@@ -7,10 +7,11 @@ A template is named (`data.prompt_template`), or it is the checkpoint's own: the
 import datetime
 import json
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
-from jaxdyn.data.messages import reply
+from jaxdyn.data.messages import Messages, reply
 from jaxdyn.data.source import DataConfig, Example, Source
 from jaxdyn.data.templates import LEADS, NAMED, Rendered, render
 from jaxdyn.data.tokenizer import Tokenizer
@@ -67,6 +68,23 @@ def written(example: Example, config: DataConfig, tokenizer: Tokenizer) -> Examp
         return example
     if name == "none":
         raise JaxdynError("the prompt is a list of messages, and prompt_template is none")
+    messages = [{"role": "user", "content": prompt}] if text else prompt
+    asked = write(messages, config, tokenizer, tools=example.get("tools"))
+    changed: Example = {"prompt": asked, "messages": messages}
+    if example.get("completion") is not None:
+        answer = reply(example["completion"], "completion")
+        lead = "" if answer[:1].isspace() else LEADS.get(name, "")
+        changed["completion"] = lead + answer
+    return {**example, **changed}
+
+
+def write(messages: Messages, config: DataConfig, tokenizer: Tokenizer, **options: Any) -> str:
+    """Messages as the configured template writes them; `Rendered` if it is the checkpoint's own.
+
+    Raises:
+      JaxdynError: if there is none, or it fails.
+    """
+    name = config.prompt_template
     own = name in ("auto", "chat")
     template = tokenizer.chat_template if own else NAMED[name]
     if template is None:
@@ -74,18 +92,12 @@ def written(example: Example, config: DataConfig, tokenizer: Tokenizer) -> Examp
             f"the prompt is a list of messages, and the checkpoint has no chat template: "
             f"prompt_template must be one of {', '.join(NAMED)}, got {name}"
         )
-    messages = [{"role": "user", "content": prompt}] if text else prompt
-    rendered = render(
+    text = render(
         template,
         messages,
         tokenizer.special_tokens,
         today=datetime.date.fromisoformat(config.template_date),
         options=json.loads(config.chat_template_kwargs),
-        tools=example.get("tools"),
+        **options,
     )
-    changed: Example = {"prompt": Rendered(rendered) if own else rendered, "messages": messages}
-    if example.get("completion") is not None:
-        answer = reply(example["completion"], "completion")
-        lead = "" if answer[:1].isspace() else LEADS.get(name, "")
-        changed["completion"] = lead + answer
-    return {**example, **changed}
+    return Rendered(text) if own else text

@@ -29,6 +29,33 @@ class RotaryScaling:
 
 
 @dataclasses.dataclass(frozen=True)
+class Gating:
+    """ArmoRM's gate: an MLP of so many hidden layers of a width, and a softmax's temperature."""
+
+    width: int
+    layers: int
+    temperature: float
+
+
+@dataclasses.dataclass(frozen=True)
+class SequenceHead:
+    """What scores a whole sequence, in the place of the next token's logits.
+
+    `labels` rows in the place of the vocabulary's are read at the last token that is not `pad_id`,
+    by ids (None: at the last token). With `gating` they are objectives that it weighs.
+    """
+
+    labels: int = 1
+    pad_id: int | None = None
+    gating: Gating | None = None
+
+    @property
+    def scores(self) -> int:
+        """How many numbers a sequence gets."""
+        return self.labels if self.gating is None else 1
+
+
+@dataclasses.dataclass(frozen=True)
 class ModelConfig:
     """Everything that shapes the decoder. `rotary_fraction == 0` means learned positions.
 
@@ -45,6 +72,7 @@ class ModelConfig:
     rotary positions.
 
     `lora_scale` is s of low-rank adapters, where the parameters hold some (`jaxdyn.models.lora`).
+    With a `head` the classifier scores sequences: it has the head's rows, and is never tied.
     """
 
     architecture: str
@@ -78,6 +106,7 @@ class ModelConfig:
     window_rotary_base: float | None = None
     rotated: tuple[bool, ...] = ()
     lora_scale: float = 1.0
+    head: SequenceHead | None = None
 
     def __post_init__(self):
         for field in dataclasses.fields(self):  # every whole number is a size
@@ -107,6 +136,18 @@ class ModelConfig:
             raise JaxdynError(
                 f"window must be given if any layer is windowed, else None, got {self.window}"
             )
+        if self.head is not None and self.tied:
+            raise JaxdynError("a head that scores sequences is not tied, got tied = True")
+
+    @property
+    def gating(self) -> Gating | None:
+        """The gate of its head, if it has one."""
+        return None if self.head is None else self.head.gating
+
+    @property
+    def outputs(self) -> int:
+        """How many rows the classifier has."""
+        return self.vocab_size if self.head is None else self.head.labels
 
     @property
     def windowed_by_layer(self) -> tuple[bool, ...]:

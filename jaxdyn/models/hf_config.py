@@ -6,6 +6,7 @@ from typing import Any
 from jaxdyn.models.config import ModelConfig
 from jaxdyn.models.families import FAMILIES, REFUSED, family_of
 from jaxdyn.models.hf_fields import REQUIRED, one_of, refuse
+from jaxdyn.models.hf_head import head_from_hf, head_to_hf
 from jaxdyn.models.hf_rotary import rotary_from_hf, rotary_to_hf
 from jaxdyn.types import JaxdynError
 
@@ -41,6 +42,8 @@ def config_from_hf(data: dict[str, Any]) -> ModelConfig:
     if family.rotary_fraction:
         ours |= rotary_from_hf(data, family)
     ours |= family.layers(data, ours["num_layers"])
+    if (head := head_from_hf(data, family)) is not None:
+        ours |= {"head": head, "tied": False, "classifier_bias": False}
     return family.config(**ours)
 
 
@@ -61,6 +64,7 @@ def config_to_hf(
         **{f.theirs: f.write(getattr(config, f.ours)) for f in family.fields},
         **family.layers_to_hf(config),
         **(rotary_to_hf(config, family) if family.rotary_fraction else {}),
+        **head_to_hf(config, family),
     }
     again = config_from_hf(data)
     for name, value in vars(config).items():

@@ -9,6 +9,7 @@ import numpy as np
 from flax.traverse_util import flatten_dict
 
 from jaxdyn.models.families import family_of
+from jaxdyn.models.hf_head import NAMED, modules_of
 from jaxdyn.models.model import LanguageModel
 
 Path = tuple[str, ...]
@@ -63,11 +64,11 @@ def stored_tensors(model: LanguageModel) -> tuple[StoredTensor, ...]:
     """Every tensor that a checkpoint of this model holds."""
     config = model.config
     family = family_of(config.architecture)
+    modules = modules_of(config, family)
     leaves = flatten_dict(jax.eval_shape(model.init, jax.random.key(0)))
     by_name: dict[str, list[Path]] = {}
     for path in leaves:
-        suffix = "bias" if path[-1] == "bias" else "weight"
-        by_name.setdefault(f"{family.modules['/'.join(path[:-1])]}.{suffix}", []).append(path)
+        by_name.setdefault(_name(path, modules), []).append(path)
     stored = []
     for name, paths in by_name.items():
         if len(paths) > 1:
@@ -85,3 +86,10 @@ def stored_tensors(model: LanguageModel) -> tuple[StoredTensor, ...]:
             )
         )
     return tuple(stored)
+
+
+def _name(path: Path, modules: dict[str, str]) -> str:
+    """A leaf's tensor in a checkpoint, with {} for the layer."""
+    if (whole := "/".join(path)) in NAMED:
+        return NAMED[whole]
+    return f"{modules['/'.join(path[:-1])]}.{'bias' if path[-1] == 'bias' else 'weight'}"

@@ -24,6 +24,7 @@ from safetensors.numpy import save_file
 from jaxdyn.models.config import ModelConfig
 from jaxdyn.models.families import family_of
 from jaxdyn.models.hf_config import config_from_hf, config_to_hf, token_ids
+from jaxdyn.models.hf_head import modules_of
 from jaxdyn.models.hf_layout import StoredTensor, stored_tensors
 from jaxdyn.models.model import LanguageModel
 from jaxdyn.models.tensors import Tensor, open_tensors
@@ -78,10 +79,40 @@ def load_pretrained(
     support and for weights that are missing, cut short, of another shape or not floats.
     """
     directory = local_directory(name_or_path)
-    model = LanguageModel(pretrained_config(directory), dtype)
-    with contextlib.ExitStack() as stack:
-        params = _read_weights(model, _open_tensors(directory, stack))
+    config = pretrained_config(directory)
+    if config.head is not None:
+        raise JaxdynError(
+            f"{directory} scores sequences (config.json: architectures), a language model is wanted"
+        )
+    model, params = _load(directory, config, dtype)
     return model.untie(params) if untie and model.config.tied else (model, params)
+
+
+def load_reward_model(
+    name_or_path: str | os.PathLike, *, dtype: Any = jnp.float32
+) -> tuple[LanguageModel, Params]:
+    """A model with a head that gives a sequence one score, as `load_pretrained` loads others.
+
+    Raises JaxdynError as that does, for a checkpoint without such a head, and for more labels.
+    """
+    directory = local_directory(name_or_path)
+    config = pretrained_config(directory)
+    if config.head is None:
+        raise JaxdynError(
+            f"{directory} has no head that scores sequences: config.json's architectures should "
+            "name a class for sequence classification, or ArmoRM's"
+        )
+    if config.head.scores != 1:
+        raise JaxdynError(
+            f"{directory}: num_labels is {config.head.scores}, and a reward is one number: wanted 1"
+        )
+    return _load(directory, config, dtype)
+
+
+def _load(directory: Path, config: ModelConfig, dtype: Any) -> tuple[LanguageModel, Params]:
+    model = LanguageModel(config, dtype)
+    with contextlib.ExitStack() as stack:
+        return model, _read_weights(model, _open_tensors(directory, stack))
 
 
 def pretrained_config(directory: Path) -> ModelConfig:
@@ -121,7 +152,7 @@ def _read_weights(model: LanguageModel, tensors: dict[str, Tensor]) -> Params:
             f"config.json promises {model.config.num_layers} layers, and the checkpoint holds "
             f"{len(tensors)} tensors"
         )
-    modules = family_of(model.config.architecture).modules
+    modules = modules_of(model.config, family_of(model.config.architecture))
     prefix, head = modules["backbone/embed"].split(".")[0] + ".", modules["classifier"] + "."
     if not any(name.startswith(prefix) for name in tensors):  # a checkpoint of the bare body
         tensors = {n if n.startswith(head) else prefix + n: t for n, t in tensors.items()}

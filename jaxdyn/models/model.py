@@ -13,6 +13,7 @@ from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 from jaxdyn.models.config import ModelConfig
 from jaxdyn.models.decoder import Backbone, Remat
 from jaxdyn.models.fused import FUSED, AttentionKind
+from jaxdyn.models.heads import init_gating
 from jaxdyn.types import KVCache, Params, View
 
 
@@ -121,11 +122,14 @@ class LanguageModel:
         backbone = Backbone(c, self.dtype).init(body_key, tokens, tokens, masks)
         classifier = {}
         if not c.tied:
-            shape = (c.vocab_size, c.width)
+            shape = (c.outputs, c.width)
             classifier["weight"] = 0.02 * jax.random.normal(head_key, shape, jnp.float32)
         if c.classifier_bias:
-            classifier["bias"] = jnp.zeros(c.vocab_size, jnp.float32)
-        return {"backbone": backbone["params"], "classifier": classifier}
+            classifier["bias"] = jnp.zeros(c.outputs, jnp.float32)
+        params = {"backbone": backbone["params"], "classifier": classifier}
+        if c.gating is not None:
+            params["gating"] = init_gating(c.gating, c.width, c.outputs, head_key)
+        return params
 
     def view(self, params: Params) -> View:
         """The parameters with the classifier's weight in place, tied or not."""

@@ -10,5 +10,5 @@ from jaxdyn.optim.optimizer import (
     make_optimizer,
     trainable,
 )
-from jaxdyn.optim.stages import Schedule, Stage, StageName, stage_at, stages
+from jaxdyn.optim.stages import OF_RL, SUPERVISED, Schedule, Stage, StageName, stage_at, stages
 from jaxdyn.optim.tied import head_direction

@@ -12,7 +12,7 @@ import optax
 
 from jaxdyn.grammar import above, at_least, between
 from jaxdyn.optim.labels import Mode, moves, split
-from jaxdyn.optim.stages import StageName
+from jaxdyn.optim.stages import Schedule, StageName
 from jaxdyn.types import JaxdynError, Params
 
 
@@ -21,8 +21,9 @@ class OptimConfig:
     """How the parameters move.
 
     Attributes:
-      schedule: joint, classifier_first, classifier_only, or joint_extra (joint with the classifier
-        stage's extra steps, the equal-budget control).
+      schedule: joint, or joint_extra, with the classifier stage's extra steps (the equal-budget
+        control); of RL also classifier_first and classifier_only, of supervised training
+        linear_probe and linear_probe_then_finetune.
       classifier_steps: length of the classifier stage.
       learning_rate: peak learning rate of joint training.
       classifier_learning_rate: that of the classifier stage; the same when not given.
@@ -35,7 +36,7 @@ class OptimConfig:
       classifier: the same for the classifier.
     """
 
-    schedule: Literal["joint", "classifier_first", "classifier_only", "joint_extra"] = "joint"
+    schedule: Schedule = "joint"
     classifier_steps: int = 50
     learning_rate: float = 1e-6
     classifier_learning_rate: float | None = None
@@ -60,7 +61,7 @@ class OptimConfig:
         if self.classifier == "frozen":
             if self.backbone == "frozen":
                 raise JaxdynError("nothing moves: optim.backbone and .classifier are both frozen")
-            if self.schedule in ("classifier_first", "classifier_only"):
+            if self.schedule not in ("joint", "joint_extra"):
                 raise JaxdynError(
                     f"optim.classifier is 'frozen', but optim.schedule {self.schedule!r} has a "
                     "stage that moves the classifier alone"

@@ -1,12 +1,19 @@
-"""Which parameters an update moves, and when: the schedules of classifier-first RL.
+"""Which parameters an update moves, and when: the schedules of RL and of supervised training.
 
-A schedule is a list of stages over the run's steps. With `n` steps of standard RL and a classifier
-stage of `c` steps (theory: Tomihari 2026, section on CF-RL; the paper's c is one extra epoch):
+A schedule is a list of stages over the run's steps. With `n` steps of joint training and a
+classifier stage of `c` steps (theory: Tomihari 2026, section on CF-RL; the paper's c is one extra
+epoch), of RL
 
     joint             joint [0, n)
     classifier_first  classifier [0, c), joint [c, c + n)
     classifier_only   classifier [0, c + n)
     joint_extra       joint [0, c + n)        the equal-budget control
+
+and of supervised training (Kumar et al. 2022, arXiv 2202.10054)
+
+    joint, joint_extra             the same
+    linear_probe                   classifier [0, n)
+    linear_probe_then_finetune     classifier [0, c), joint [c, c + n)
 
 Step t always draws batch t, so that schedules of equal length see the same data in the same order.
 """
@@ -16,7 +23,18 @@ from typing import Literal, get_args
 
 from jaxdyn.types import JaxdynError
 
-Schedule = Literal["joint", "classifier_first", "classifier_only", "joint_extra"]
+Schedule = Literal[
+    "joint",
+    "classifier_first",
+    "classifier_only",
+    "joint_extra",
+    "linear_probe",
+    "linear_probe_then_finetune",
+]
+OF_RL: tuple[Schedule, ...] = ("joint", "classifier_first", "classifier_only", "joint_extra")
+SUPERVISED: tuple[Schedule, ...] = (
+    *("joint", "linear_probe", "linear_probe_then_finetune", "joint_extra"),
+)
 StageName = Literal["classifier", "joint"]
 
 
@@ -43,14 +61,14 @@ def stages(schedule: Schedule, steps: int, classifier_steps: int) -> tuple[Stage
             f"steps and classifier_steps must not be negative, got {steps} and {classifier_steps}"
         )
     both = classifier_steps + steps
-    plan = {
+    first = Stage("classifier", 0, classifier_steps), Stage("joint", classifier_steps, both)
+    plan: tuple[Stage, ...] = {
         "joint": (Stage("joint", 0, steps),),
-        "classifier_first": (
-            Stage("classifier", 0, classifier_steps),
-            Stage("joint", classifier_steps, both),
-        ),
+        "classifier_first": first,
         "classifier_only": (Stage("classifier", 0, both),),
         "joint_extra": (Stage("joint", 0, both),),
+        "linear_probe": (Stage("classifier", 0, steps),),
+        "linear_probe_then_finetune": first,
     }[schedule]
     return tuple(stage for stage in plan if stage.end > stage.start)
 

@@ -14,6 +14,8 @@ from jaxtyping import Float
 
 from jaxdyn.grammar import MOST, finite
 from jaxdyn.rewards import verifiable
+from jaxdyn.rewards.learned import LearnedReward
+from jaxdyn.rewards.mathematics import MathVerify
 from jaxdyn.rewards.verifiable import RewardFunction, Texts
 from jaxdyn.types import JaxdynError
 
@@ -26,7 +28,8 @@ class RewardConfig:
 
     Attributes:
       functions: built in (exact_match, numeric_match, anagram, contains_words, regex_match, length,
-        finished), or your own by path: package.module:function.
+        finished, math_verify), a reward model (model, judge), or your own by path:
+        package.module:function.
       weights: a weight for each function; 1 each if empty.
     """
 
@@ -39,6 +42,9 @@ class RewardConfig:
     regex_match: verifiable.RegexMatch = verifiable.RegexMatch()
     length: verifiable.Length = verifiable.Length()
     finished: verifiable.Finished = verifiable.Finished()
+    math_verify: MathVerify = MathVerify()
+    model: LearnedReward = LearnedReward()
+    judge: LearnedReward = LearnedReward()
 
     def __post_init__(self):
         if not self.functions:
@@ -53,6 +59,11 @@ class RewardConfig:
 
 BUILT_IN = tuple(f.name for f in dataclasses.fields(RewardConfig) if callable(f.default))
 """The names of the built-in functions."""
+
+LEARNED = tuple(
+    f.name for f in dataclasses.fields(RewardConfig) if isinstance(f.default, LearnedReward)
+)
+"""The names of reward models; who has loaded one gives it to `make_reward`."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -180,9 +191,11 @@ def _resolve(path: str, config: RewardConfig) -> tuple[str, RewardFunction]:
             if value == "":
                 raise JaxdynError(f"reward.{path}.{option} must be set, got ''")
         return path, function
+    if path in LEARNED:
+        raise JaxdynError(f"the reward {path!r} is a model, which is not loaded here")
     module_name, _, name = path.rpartition(":" if ":" in path else ".")
     if not module_name:
-        nearest = difflib.get_close_matches(path, BUILT_IN, n=1, cutoff=0.0)[0]
+        nearest = difflib.get_close_matches(path, (*BUILT_IN, *LEARNED), n=1, cutoff=0.0)[0]
         raise JaxdynError(
             f"unknown reward {path!r}: did you mean {nearest!r}? "
             "Your own is given as package.module:function"

@@ -43,7 +43,7 @@ class ExactMatch:
 
     def __call__(self, prompts: Texts, completions: Texts, **columns: list) -> Scores:
         equal = lambda text, wanted: float(text.strip() == str(wanted).strip())
-        return _by_entry(equal, completions, _column(columns, self.answer))
+        return _by_entry(equal, completions, column_of(columns, self.answer))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,7 +71,7 @@ class NumericMatch:
                 return None
             return float(x is not None and abs(x - y) <= self.tolerance * max(1.0, abs(y)))
 
-        return _by_entry(score, completions, _column(columns, self.answer))
+        return _by_entry(score, completions, column_of(columns, self.answer))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,7 +88,7 @@ class Anagram:
 
     def __call__(self, prompts: Texts, completions: Texts, **columns: list) -> Scores:
         rearranged = lambda text, wanted: float(sorted(text.strip()) == sorted(wanted))
-        return _by_entry(rearranged, completions, _column(columns, self.letters))
+        return _by_entry(rearranged, completions, column_of(columns, self.letters))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -116,7 +116,7 @@ class ContainsWords:
             )
             return float(found == len(wanted)) if self.all_words else found / len(wanted)
 
-        return _by_entry(score, completions, _column(columns, self.words))
+        return _by_entry(score, completions, column_of(columns, self.words))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -167,7 +167,7 @@ class Length:
 
     def __call__(self, prompts: Texts, completions: Texts, **columns: list) -> Scores:
         tokens = self.unit == "tokens"
-        measured = _column(columns, "completion_ids") if tokens else completions
+        measured = column_of(columns, "completion_ids") if tokens else completions
         upper = math.inf if self.maximum is None else self.maximum
         outside = [max(self.minimum - len(x), len(x) - upper, 0) for x in measured]
         return [max(0.0, 1 - distance / (self.slack + 1)) for distance in outside]
@@ -178,7 +178,7 @@ class Finished:
     """1 where the completion ended by a stop token rather than at the length limit, else 0."""
 
     def __call__(self, prompts: Texts, completions: Texts, **columns: list) -> Scores:
-        return [float(stopped) for stopped in _column(columns, "finished")]
+        return [float(stopped) for stopped in column_of(columns, "finished")]
 
 
 def last_number(text: str) -> float | None:
@@ -201,7 +201,8 @@ def _by_entry(
     return [None if wanted is None else score(text, wanted) for text, wanted in pairs]
 
 
-def _column(columns: dict[str, list], name: str) -> list:
+def column_of(columns: dict[str, list], name: str) -> list:
+    """The examples' entries; JaxdynError, with the names that there are, for another column."""
     if name not in columns:
         have = ", ".join(columns) or "none"
         raise JaxdynError(f"needs the column {name!r}; the examples have: {have}")

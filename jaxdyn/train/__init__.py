@@ -1,7 +1,9 @@
 """The training loop, its steps and jitted updates, and runs that were saved."""
 
 from jaxdyn.train.analyze import analyze
-from jaxdyn.train.export import export, run_sft
+from jaxdyn.train.export import export
+from jaxdyn.train.export import run_to_model as run_reward
+from jaxdyn.train.export import run_to_model as run_sft
 from jaxdyn.train.loop import run as run_rl
 from jaxdyn.train.policy import UpdateBatch
 from jaxdyn.train.progress import Progress

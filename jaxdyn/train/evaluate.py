@@ -45,14 +45,22 @@ def evaluate(task: Task, params: Params, directory: RunDirectory, step: int) -> 
 
 
 def sweep_temperatures(
-    task: Task, params: Params, directory: RunDirectory, step: int, known: Sampled
+    task: Task,
+    params: Params,
+    directory: RunDirectory,
+    step: int,
+    known: Sampled | tuple[None, dict[str, float]],
 ) -> None:
-    """Sample the configured temperatures too, into `temperatures.jsonl`; the own one is `known`."""
+    """Sample the configured temperatures too, into `temperatures.jsonl`; the own one is `known`.
+
+    A run that samples nothing has none configured.
+    """
     own, asked = task.config.sampling.temperature, task.config.evaluation.temperatures
     for temperature in sorted({own, *asked}) if asked else ():
         other = task.at_temperature(temperature)
-        found = known if temperature == own else sample_held_out(other, params)
-        line = temperature_line(*found, temperature)
+        experience, metrics = known if temperature == own else sample_held_out(other, params)
+        assert experience is not None
+        line = temperature_line(experience, metrics, temperature)
         directory.log("temperatures.jsonl", {"step": step, **line})
 
 

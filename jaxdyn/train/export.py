@@ -4,7 +4,7 @@ from pathlib import Path
 
 import jax
 
-from jaxdyn.config import Config, SFTConfig
+from jaxdyn.config import Config, RewardModelConfig, SFTConfig
 from jaxdyn.data import Tokenizer
 from jaxdyn.files import require_writable, whole_directory
 from jaxdyn.hosts import fetch
@@ -78,8 +78,10 @@ def require_adapters_alone(config: Config) -> None:
         )
 
 
-def run_sft(config: SFTConfig, progress: Progress | None = None) -> AnyPath:
-    """Run, or resume, supervised training; leave the model in `OUTPUT/model` and return that."""
+def run_to_model(
+    config: SFTConfig | RewardModelConfig, progress: Progress | None = None
+) -> AnyPath:
+    """Run, or resume, a training that leaves its model in `OUTPUT/model`, and return that."""
 
     def leave(task: Task, state: TrainState, directory: RunDirectory) -> None:
         model, params = merge_adapters(task.model, policy_of(state.params))

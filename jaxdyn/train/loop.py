@@ -23,6 +23,7 @@ from jaxdyn.reading import is_number, shown
 from jaxdyn.train.checkpoint import Checkpoints, require_finite
 from jaxdyn.train.evaluate import evaluate, sweep_temperatures
 from jaxdyn.train.preemption import Preemption
+from jaxdyn.train.preference import evaluate_preferences, take_preference_step
 from jaxdyn.train.probe import Probe, RunLedger, remember
 from jaxdyn.train.profile import profiled, require_steps
 from jaxdyn.train.progress import Progress
@@ -38,11 +39,22 @@ from jaxdyn.types import JaxdynError
 STEPS: dict[str, Callable[[Any, TrainState, Stage, int], Taken]] = {
     "rl": take_step,
     "sft": take_supervised_step,
+    "reward": take_preference_step,
 }
 """How each kind of run takes a step."""
 
-SHOWN = {"rl": ("reward",), "sft": ("loss", "eval_reward")}
+EVALUATE = {"rl": evaluate, "sft": evaluate, "reward": evaluate_preferences}
+"""How it is evaluated; temperatures are of kinds that sample."""
+
+SHOWN = {
+    "rl": ("reward",),
+    "sft": ("loss", "eval_reward"),
+    "reward": ("loss", "accuracy", "eval_accuracy"),
+}
 """The metrics that the progress bar shows, where a step has them."""
+
+WHAT = {"rl": "prompts", "sft": "prompts", "reward": "pairs"}
+"""What is too long, or not."""
 
 
 def run(
@@ -149,7 +161,7 @@ def train(
 
             ends, every = step + 1 == last, config.evaluation.every
             if ends or (every and (step + 1) % every == 0):
-                sampled = evaluate(task, state.params, directory, step)
+                sampled = EVALUATE[config.kind](task, state.params, directory, step)
                 measured = sampled[1]
                 metrics |= as_evaluation(measured)
                 goal = config.train.target_reward
@@ -181,7 +193,7 @@ def train(
 
 def record_start(task: Task, probe: Probe | None, directory: RunDirectory) -> None:
     """The state before training, as step -1."""
-    sampled = evaluate(task, task.params, directory, step=-1)
+    sampled = EVALUATE[task.config.kind](task, task.params, directory, step=-1)
     baseline = as_evaluation(sampled[1])
     directory.log("metrics.jsonl", {"step": -1, **baseline, **about_data(task)})
     sweep_temperatures(task, task.params, directory, -1, sampled)
@@ -205,8 +217,8 @@ def say_about_data(task: Task, progress: Progress) -> None:
     long = " and ".join(f"{count} {name}" for name, count in task.overlong.items() if count)
     became = "are cut at their beginning" if task.cuts else "are left out"
     if long:
-        limit = task.config.train.max_prompt_length
-        say(f"{long} prompts of more than {limit} tokens {became} (data.overlong)")
+        limit, what = task.config.train.longest, WHAT[task.config.kind]
+        say(f"{long} {what} of more than {limit} tokens {became} (data.overlong)")
 
 
 def record_probe(
@@ -268,7 +280,8 @@ def require_position(found: Any, like: dict[str, Any], checkpoints: Checkpoints)
     for name, value in like.items():
         got = there.get(name)
         whole = is_number(got) and isinstance(value, float)
-        if not (type(got) is type(value) or whole) or (is_number(got) and got < 0):
+        right = type(got) is type(value) or whole
+        if not right or (isinstance(got, int | float) and got < 0):
             raise JaxdynError(
                 f"a position in {checkpoints.directory} is damaged: its {name} is {shown(got)}"
             )

@@ -2,29 +2,41 @@
 
 import contextlib
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 import jax.numpy as jnp
 
-from jaxdyn.config import Config
-from jaxdyn.data import Prompts, Tokenizer, fit_prompts, load_source, load_tokenizer
+from jaxdyn.config import Config, RewardModelConfig
+from jaxdyn.data import (
+    DataConfig,
+    Pairs,
+    Prompts,
+    Tokenizer,
+    fit_pairs,
+    fit_prompts,
+    load_source,
+    load_tokenizer,
+)
 from jaxdyn.distributed import Layout, make_mesh, one_device, require_divisible, shard_model
 from jaxdyn.hosts import host_memory
 from jaxdyn.models import (
     LanguageModel,
     add_adapters,
+    add_sequence_head,
     load_pretrained,
+    load_reward_model,
     local_directory,
     pretrained_config,
 )
 from jaxdyn.models.peft import add_peft, load_adapters, peft_directory
-from jaxdyn.rewards import RewardOutput, make_reward
+from jaxdyn.rewards import LEARNED, LearnedReward, RewardOutput, make_reward
 from jaxdyn.rollout import step_key
 from jaxdyn.sections import ModelSource
-from jaxdyn.train.frozen import with_frozen
+from jaxdyn.train.frozen import held, with_frozen
 from jaxdyn.train.pmap import require_copies
+from jaxdyn.train.scorer import Scorer, own_layout
 from jaxdyn.types import JaxdynError, Params
 
 
@@ -48,21 +60,24 @@ class Task(LoadedModel, Generic[Told]):
     `params` are where training starts; once it has begun they are the reference of the KL penalty
     alone, and nothing without one (`jaxdyn.train.frozen`). `overlong` counts the prompts of each
     split that were too long, and dropped or to be cut (`data.overlong`); `left_out`, the rows of a
-    public data set that are of no use.
+    public data set that are of no use. `scorers` are the reward models that it names.
     """
 
     config: Told
     train: Sequence[dict[str, Any]]
     test: Sequence[dict[str, Any]]
-    reward: Callable[..., RewardOutput]
+    reward: Callable[..., RewardOutput] | None = None
     metrics: Callable[..., RewardOutput] | None = None
+    scorers: dict[str, Scorer] = dataclasses.field(default_factory=dict)
     overlong: dict[str, int] = dataclasses.field(default_factory=dict)
     left_out: int = 0
 
     def told(self, **changes: Any) -> "Task":
         """The same with sections of the configuration changed, and their metrics."""
         config = dataclasses.replace(self.config, **changes)
-        return dataclasses.replace(self, config=config, metrics=make_metrics(config))
+        scorers = learned_rewards(config, self.layout, self.scorers)
+        metrics = make_metrics(config, scorers)
+        return dataclasses.replace(self, config=config, metrics=metrics, scorers=scorers)
 
     @property
     def cuts(self) -> bool:
@@ -85,6 +100,8 @@ def open_task(config: Told, loaded: LoadedModel | None = None) -> Task[Told]:
       JaxdynError: naming what does not: the model, its vocabulary, its context, the prompts.
     """
     loaded = loaded or load_model(config)
+    if isinstance(config, RewardModelConfig):
+        return open_pairs(config, loaded)
     prompt, completion = config.train.max_prompt_length, config.sampling.max_completion_length
     if (longest := prompt + completion) > loaded.model.config.max_positions:
         raise JaxdynError(
@@ -95,6 +112,7 @@ def open_task(config: Told, loaded: LoadedModel | None = None) -> Task[Told]:
     # A supervised run encodes a row whole, of the train split alone.
     whole = loaded.model.config.max_positions if config.kind == "sft" else None
     train, test = fit_prompts(read("train"), prompt, whole), fit_prompts(read("test"), prompt)
+    scorers = learned_rewards(config, loaded.layout)
     return Task(
         **vars(loaded),
         config=config,
@@ -102,20 +120,80 @@ def open_task(config: Told, loaded: LoadedModel | None = None) -> Task[Told]:
         test=test.prompts,
         overlong={"train": train.overlong, "test": test.overlong},
         left_out=sum({**train.prompts.left_out, **test.prompts.left_out}.values()),
-        reward=make_reward(config.reward),
-        metrics=make_metrics(config),
+        reward=make_reward(config.reward, scorers),
+        metrics=make_metrics(config, scorers),
+        scorers=scorers,
     )
 
 
-def make_metrics(config: Config) -> Callable[..., RewardOutput] | None:
+def open_pairs(config: RewardModelConfig, loaded: LoadedModel) -> Task:
+    """As `open_task`, of a run that learns preferences."""
+    limit, context = config.train.max_length, loaded.model.config.max_positions
+    if limit > context:
+        raise JaxdynError(
+            f"train.max_length ({limit}) exceeds the model's context of {context} tokens"
+        )
+    read = lambda split: Pairs(load_source(config.data, split), config.data, loaded.tokenizer)
+    train, test = fit_pairs(read("train"), limit), fit_pairs(read("test"), limit)
+    return Task(
+        **vars(loaded),
+        config=config,
+        train=train.prompts,
+        test=test.prompts,
+        overlong={"train": train.overlong, "test": test.overlong},
+        left_out=sum({**train.prompts.left_out, **test.prompts.left_out}.values()),
+    )
+
+
+def make_metrics(
+    config: Config, scorers: Mapping[str, Scorer]
+) -> Callable[..., RewardOutput] | None:
     """The evaluation's metrics, which read the reward's options and columns; None without any."""
     if not config.evaluation.metrics:
         return None
     functions = config.evaluation.metrics
     try:
-        return make_reward(dataclasses.replace(config.reward, functions=functions, weights=()))
+        named = dataclasses.replace(config.reward, functions=functions, weights=())
+        return make_reward(named, scorers)
     except JaxdynError as error:
         raise JaxdynError(f"evaluation.metrics: {error}") from error
+
+
+# -- reward models ------------------------------------------------------------------------------
+
+
+def learned_rewards(
+    config: Config, layout: Layout, known: Mapping[str, Scorer] = {}
+) -> dict[str, Scorer]:
+    """The reward models that a configuration names, by their sections; `known` ones as they are."""
+    named = {*config.reward.functions, *config.evaluation.metrics}
+    found = {}
+    for name in (name for name in LEARNED if name in named):
+        options = getattr(config.reward, name)
+        found[name] = known.get(name) or open_scorer(name, options, config.data, layout)
+    return found
+
+
+def open_scorer(name: str, options: LearnedReward, data: DataConfig, layout: Layout) -> Scorer:
+    """The reward model of the section `name` of `reward`, on this process's devices.
+
+    Raises:
+      JaxdynError: if it cannot be had, is none, or does not fit its tokenizer or the mesh.
+    """
+    if not options.path:
+        raise JaxdynError(f"reward.{name}.path must name a reward model, got ''")
+    layout = own_layout(layout)
+    directory = local_directory(options.path)
+    shape, rows = pretrained_config(directory), options.batch_size
+    require_divisible(layout.mesh, shape, rows, f"reward.{name}.batch_size")
+    with host_memory() if layout.mesh.size > 1 else contextlib.nullcontext():
+        model, params = load_reward_model(directory, dtype=jnp.dtype(options.dtype).type)
+        params = {**params, "backbone": held(params["backbone"], options.dtype)}
+    tokenizer, params = open_tokenizer(directory, model), layout.place(params)
+    reads = dataclasses.replace(
+        data, prompt_template=options.prompt_template, chat_template_kwargs="{}"
+    )
+    return Scorer(name, on_mesh(model, layout), params, tokenizer, layout, options, reads)
 
 
 # -- the model ------------------------------------------------------------------------------------
@@ -133,13 +211,19 @@ def load_model(config: Config) -> LoadedModel:
     if config.copied:
         require_copies(layout.mesh)
     with host_memory() if layout.mesh.size > 1 else contextlib.nullcontext():
-        model, params, tokenizer = open_model(config.model)
+        scores = isinstance(config, RewardModelConfig)
+        model, params, tokenizer = (open_scoring if scores else open_model)(config.model)
         model, params = with_adapters(model, params, config)
         params = with_frozen(params, config)
-    platform = layout.mesh.devices.flat[0].platform
-    model = shard_model(model, layout.mesh) if layout.mesh.size > 1 else model.on(platform)
     placed = layout.place(params)
+    model = on_mesh(model, layout)
     return LoadedModel(model=model, params=placed, tokenizer=tokenizer, layout=layout)
+
+
+def on_mesh(model: LanguageModel, layout: Layout) -> LanguageModel:
+    """The model as it runs on a layout's devices."""
+    platform = layout.mesh.devices.flat[0].platform
+    return shard_model(model, layout.mesh) if layout.mesh.size > 1 else model.on(platform)
 
 
 def open_model(source: ModelSource) -> tuple[LanguageModel, Params, Tokenizer]:
@@ -152,6 +236,23 @@ def open_model(source: ModelSource) -> tuple[LanguageModel, Params, Tokenizer]:
     model, params = load_pretrained(
         directory, untie=source.untie, dtype=jnp.dtype(source.dtype).type
     )
+    return dataclasses.replace(model, remat=source.remat), params, open_tokenizer(directory, model)
+
+
+def open_scoring(source: ModelSource) -> tuple[LanguageModel, Params, Tokenizer]:
+    """As `open_model`, a reward model: one as it is, or a language model with a head of zeros.
+
+    Raises:
+      JaxdynError: as `open_model`, and for a reward model with a gate.
+    """
+    directory, dtype = local_directory(source.path), jnp.dtype(source.dtype).type
+    head = pretrained_config(directory).head
+    if head is None:
+        model, params, tokenizer = open_model(source)
+        return *add_sequence_head(model, params, pad_id=tokenizer.pad_id), tokenizer
+    if head.gating is not None:
+        raise JaxdynError(f"{directory} weighs objectives by a gate, which is not trained here")
+    model, params = load_reward_model(directory, dtype=dtype)
     return dataclasses.replace(model, remat=source.remat), params, open_tokenizer(directory, model)
 
 

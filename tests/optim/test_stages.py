@@ -11,6 +11,8 @@ PLANS = {
     "classifier_first": (Stage("classifier", 0, 3), Stage("joint", 3, 8)),
     "classifier_only": (Stage("classifier", 0, 8),),
     "joint_extra": (Stage("joint", 0, 8),),
+    "linear_probe": (Stage("classifier", 0, 5),),
+    "linear_probe_then_finetune": (Stage("classifier", 0, 3), Stage("joint", 3, 8)),
 }
 
 
