@@ -85,8 +85,7 @@ def _branched(query, key, value, mask: Seen, kind):
 def _in_parts(attend, query, shared, own, mask):
     """`attend` of queries to all of the shared keys and values, and to their own up to themselves."""
     wide = lambda x: x.astype(jnp.promote_types(query.dtype, jnp.float32))
-    shared, own = map(wide, shared), [wide(x) for x in own]
-    shared = tuple(shared)
+    shared, own = [wide(x) for x in shared], [wide(x) for x in own]
     slots = query.shape[1]
     before = mask.shape[3] - slots
     size = -(-slots // max(1, min(4, slots // 64)))
@@ -144,15 +143,22 @@ def shared_attention(
     by_prompt = lambda x: x.reshape(prompts, -1, *x.shape[1:])
     key, value = (by_prompt(x).transpose(0, 3, 1, 2, 4) for x in (key, value))
     asked = by_prompt(query.reshape(batch, slots, kv_heads, -1, width)).transpose(0, 3, 1, 4, 2, 5)
-    shared = product("phgqtw,phkw->phgqtk", asked, prompt_key)
-    scores = jnp.concatenate([shared, product("phgqtw,phgkw->phgqtk", asked, key)], axis=-1)
-    visible = by_prompt(mask)[:, None]
-    scores = jnp.where(visible, scores / np.sqrt(width), jnp.finfo(wide).min / 2)
-    weights = jax.nn.softmax(scores, axis=-1).astype(value.dtype)
-    split = prompt_key.shape[2]
-    mixed = product("phgqtk,phkw->phgqtw", weights[..., :split], prompt_value)
-    mixed += product("phgqtk,phgkw->phgqtw", weights[..., split:], value)
-    return mixed.astype(query.dtype).transpose(0, 2, 4, 1, 3, 5).reshape(query.shape)
+    visible, split = by_prompt(mask)[:, None], prompt_key.shape[2]
+
+    def scores(key, terms, visible):
+        scaled = product(terms, asked, key) / np.sqrt(width)
+        return jnp.where(visible, scaled, jnp.finfo(wide).min / 2)
+
+    # One softmax over two products, whose scores are not copied side by side.
+    shared = scores(prompt_key, "phgqtw,phkw->phgqtk", visible[..., :split])
+    own = scores(key, "phgqtw,phgkw->phgqtk", visible[..., split:])
+    peak = jnp.maximum(shared.max(-1, keepdims=True), own.max(-1, keepdims=True))
+    shared, own = (jnp.exp(x - jax.lax.stop_gradient(peak)) for x in (shared, own))
+    total = shared.sum(-1, keepdims=True) + own.sum(-1, keepdims=True)
+    mixed = product("phgqtk,phkw->phgqtw", shared.astype(value.dtype), prompt_value)
+    mixed += product("phgqtk,phgkw->phgqtw", own.astype(value.dtype), value)
+    mixed = (mixed / total).astype(query.dtype)
+    return mixed.transpose(0, 2, 4, 1, 3, 5).reshape(query.shape)
 
 
 def cached_attention(
