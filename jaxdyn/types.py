@@ -6,7 +6,7 @@ One alphabet throughout the package:
     S  prompt slots          C  completion slots            T  token slots of a sequence (T = S + C)
     D  feature width         V  vocabulary                  L  layers             N  sites
 
-Sequences are padded on either side; a boolean mask says which slots hold a token. Rollouts are
+Sequences are padded on either side; a mask says which slots hold a token (`Mask`). Rollouts are
 padded on the left up to S and on the right after the completion, so that a completion always
 starts at slot S.
 """
@@ -32,6 +32,28 @@ View = NewType("View", dict[str, Any])
 
 A function makes it at its door (`Model.view`), and it goes no further: a gradient with respect to a
 view keeps the two roles of a tied matrix apart, and `Model.fold` puts them together again.
+"""
+
+
+@struct.dataclass
+class Branches:
+    """Which slots hold a token in P rows that are each a prompt and G completions of it.
+
+    A row has S + G C slots: the prompt's, and each completion's C one after another. A completion's
+    token sees the prompt and its own completion up to itself, and its position counts on from the
+    prompt's last: it is computed as in a row of S + C slots of its own, and the prompt once.
+    """
+
+    prompt: Bool[Array, "P S"]
+    completions: Bool[Array, "P G C"]
+
+
+Mask = Bool[Array, "B T"] | Int[Array, "B T"] | Branches
+"""Which slots of a row hold a token, and which of these a token sees.
+
+Of booleans, a row holds one sequence, and a token sees those up to itself. Of integers, a row holds
+several sequences one after another, each under a number of its own from 1 on, and 0 is padding;
+a token sees those of its own sequence. `Branches` are a prompt with its completions.
 """
 
 
@@ -95,15 +117,15 @@ class Model(Protocol):
         """The stored parameters' gradient from a view's: a shared matrix gets both roles' sum."""
 
     def features(
-        self, backbone: Params, tokens: Int[Array, "B T"], mask: Bool[Array, "B T"]
+        self, backbone: Params, tokens: Int[Array, "B T"], mask: Mask
     ) -> Float[Array, "B T D"]:
-        """φ at every slot. Slots where `mask` is false hold no token."""
+        """φ at every slot; `mask` says which hold a token, and what of its row a token sees."""
 
     def logits(self, classifier: Params, features: Float[Array, "*B D"]) -> Float[Array, "*B V"]:
         """f = Wφ (+ b), in float32 or better."""
 
     def opened(
-        self, backbone: Params, tokens: Int[Array, "B T"], mask: Bool[Array, "B T"]
+        self, backbone: Params, tokens: Int[Array, "B T"], mask: Mask
     ) -> tuple[Float[Array, "B T D"], Params, Callable[[Array], Params]]:
         """φ, every layer's input, and the way back from φ's cotangent to the outputs' ones."""
 

@@ -38,7 +38,8 @@ from jaxdyn.optim import OptimConfig, make_optimizer, trainable
 from jaxdyn.rl import LossConfig
 from jaxdyn.rollout import generate
 from jaxdyn.train import TrainState, UpdateBatch, update
-from jaxdyn.train.policy import batch_features, policy_logps
+from jaxdyn.train.policy import policy_logps
+from jaxdyn.train.sharing import batch_features
 from jaxdyn.types import PromptBatch, Rollout
 
 DTYPES = ("float32", "bfloat16")

@@ -32,7 +32,8 @@ from jaxdyn.models import LanguageModel, llama, load_pretrained
 from jaxdyn.rl import token_statistics
 from jaxdyn.rollout import generate
 from jaxdyn.train.frozen import held
-from jaxdyn.train.policy import completion_features, completion_statistics
+from jaxdyn.train.policy import completion_statistics
+from jaxdyn.train.sharing import completion_features
 from jaxdyn.types import Params, PromptBatch, Rollout, Sites, View
 
 TOY = llama(vocab_size=40, width=16, num_layers=2, num_heads=2, mlp_width=24, max_positions=64)

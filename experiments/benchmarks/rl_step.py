@@ -102,7 +102,7 @@ def harvest_agreement(problem: Any) -> dict[str, float]:
     """Largest difference of harvested features from a teacher-forced pass's, beside their size."""
     import jax.numpy as jnp
 
-    from jaxdyn.train.policy import batch_features
+    from jaxdyn.train.sharing import batch_features
 
     task, rollout = problem.task, problem.experience.rollout
     again = batch_features(task.model, task.params["backbone"], rollout)

@@ -96,7 +96,8 @@ class ShardedModel(LanguageModel):
     def _apart(self, attend, query, key, value, mask):
         """A fused kernel, which XLA cannot divide: each device calls it for its rows and heads."""
         heads = fitting(P(ROWS, None, "tensor"), key.shape, self.mesh)
-        of_arguments = (heads, heads, heads, fitting(P(ROWS), mask.shape, self.mesh))
+        of_mask = jax.tree.map(lambda x: fitting(P(ROWS), x.shape, self.mesh), mask)
+        of_arguments = (heads, heads, heads, of_mask)
         # What the kernel says of the axes along which its results differ is not complete.
         over = functools.partial(jax.shard_map, mesh=self.mesh, check_vma=False)
         return over(attend, in_specs=of_arguments, out_specs=heads)(query, key, value, mask)
@@ -119,8 +120,8 @@ class ShardedModel(LanguageModel):
         """Keys or values [L, B, heads, K, width]."""
         return self._constrain(x, P(None, ROWS, "tensor"))
 
-    def _rows(self, x):
-        return self._constrain(x, P(ROWS))
+    def _rows(self, tree):
+        return jax.tree.map(lambda x: self._constrain(x, P(ROWS)), tree)
 
     def _constrain(self, x: Any, axes: P) -> Any:
         spec = fitting(axes, x.shape, self.mesh)

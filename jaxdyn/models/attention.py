@@ -8,6 +8,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float
 
 from jaxdyn.models.fused import AttentionKind, cudnn, cudnn_can, splash, splash_can
+from jaxdyn.models.visibility import Seen
 
 BLOCK = 256
 """Queries whose weights are there at once."""
@@ -41,7 +42,7 @@ def attention(
     query: Float[Array, "B T heads width"],
     key: Float[Array, "B T kv_heads width"],
     value: Float[Array, "B T kv_heads width"],
-    mask: Bool[Array, "B 1 T T"],
+    mask: Bool[Array, "B 1 T T"] | Seen,
     kind: AttentionKind = "plain",
 ) -> Float[Array, "B T heads width"]:
     """`plain_attention` of each slot on those up to itself; the T x T weights are never kept.
@@ -54,35 +55,58 @@ def attention(
     weights of a head are there at once, in forward mode too. Sums over parts and blocks, which make
     the gradients of keys and values, are in float32 or better.
 
-    `mask` must hide every slot after the query's own.
+    `mask` must hide every slot after the query's own. Where rows branch, the prompts attend so, and
+    a completion's queries to the prompt's keys and then so to their own (`shared_attention`).
     """
+    if isinstance(mask, Seen):
+        return _branched(query, key, value, mask, kind)
     if kind == "cudnn" and cudnn_can(query.dtype, query.shape):
         return cudnn(query, key, value, mask=mask)
     if kind == "splash" and splash_can(query.dtype, query.shape):
         return splash(query, key, value, mask)
-    wide = jnp.promote_types(query.dtype, jnp.float32)
-    key, value = key.astype(wide), value.astype(wide)
+    return _in_parts(plain_attention, query, (), (key, value), mask)
+
+
+def _branched(query, key, value, mask: Seen, kind):
+    """Attention of P rows of a prompt's S slots and then G completions' C."""
+    completions = mask.completions
+    prompts, generations, slots = completions.shape[:3]
+    split = query.shape[1] - generations * slots
+    prompt = attention(query[:, :split], key[:, :split], value[:, :split], mask.prompt, kind)
+    shared = key[:, :split], value[:, :split]
+    alone = lambda x: x[:, split:].reshape(prompts * generations, slots, *x.shape[2:])
+    query, *own = map(alone, (query, key, value))
+    mixed = _in_parts(
+        shared_attention, query, shared, own, completions.reshape(len(query), 1, slots, -1)
+    )
+    return jnp.concatenate([prompt, mixed.reshape(prompts, -1, *mixed.shape[2:])], axis=1)
+
+
+def _in_parts(attend, query, shared, own, mask):
+    """`attend` of queries to all of the shared keys and values, and to their own up to themselves."""
+    wide = lambda x: x.astype(jnp.promote_types(query.dtype, jnp.float32))
+    shared, own = [wide(x) for x in shared], [wide(x) for x in own]
     slots = query.shape[1]
+    before = mask.shape[3] - slots
     size = -(-slots // max(1, min(4, slots // 64)))
     parts = []
     for start in range(0, slots, size):
-        rows, seen = slice(start, start + size), slice(start + size)
-        parts.append(
-            _by_blocks(query[:, rows], key[:, seen], value[:, seen], mask[:, :, rows, seen])
-        )
+        rows, end = slice(start, start + size), start + size
+        held = *shared, *(x[:, :end] for x in own)
+        parts.append(_by_blocks(attend, query[:, rows], held, mask[:, :, rows, : before + end]))
     return jnp.concatenate(parts, axis=1)
 
 
-def _by_blocks(query, key, value, mask):
-    """Attention of T queries on wide keys and values, no more than `BLOCK` queries at a time."""
+def _by_blocks(attend, query, held, mask):
+    """`attend` of T queries to wide keys and values, no more than `BLOCK` queries at a time."""
 
     # A scan over the layers leaves nothing that could undo the checkpoint: no barrier is needed.
     @functools.partial(jax.checkpoint, prevent_cse=False)
-    def of_block(query, key, value, mask):
-        return plain_attention(query, key, value, mask)
+    def of_block(query, held, mask):
+        return attend(query, *held, mask)
 
     def block(query, mask):
-        return of_block(query, key.astype(query.dtype), value.astype(query.dtype), mask)
+        return of_block(query, [x.astype(query.dtype) for x in held], mask)
 
     batch, slots, heads, width = query.shape
     count = -(-slots // BLOCK)
@@ -95,6 +119,46 @@ def _by_blocks(query, key, value, mask):
     along = lambda x: x.swapaxes(0, 1)
     mixed = jax.lax.map(lambda given: block(*given), (along(queries), along(masks)))
     return along(mixed).reshape(batch, count * each, heads, width)[:, :slots]
+
+
+def shared_attention(
+    query: Float[Array, "B T heads width"],
+    prompt_key: Float[Array, "P S kv_heads width"],
+    prompt_value: Float[Array, "P S kv_heads width"],
+    key: Float[Array, "B K kv_heads width"],
+    value: Float[Array, "B K kv_heads width"],
+    mask: Bool[Array, "B 1 T columns"],
+) -> Float[Array, "B T heads width"]:
+    """`plain_attention` of completions on their prompt's slots and then their own, S + K columns.
+
+    Row p G + g continues prompt p. What the G of them ask of a prompt is one matrix product a key
+    head, so that no prompt is repeated.
+    """
+    prompts, _, kv_heads, width = prompt_key.shape
+    batch, slots = query.shape[:2]
+    wide = jnp.promote_types(query.dtype, jnp.float32)
+    product = functools.partial(jnp.einsum, preferred_element_type=wide)
+    # p prompt, h key head, g generation, q query of that head, t its slot, k key's slot, w width
+    prompt_key, prompt_value = (x.swapaxes(1, 2) for x in (prompt_key, prompt_value))
+    by_prompt = lambda x: x.reshape(prompts, -1, *x.shape[1:])
+    key, value = (by_prompt(x).transpose(0, 3, 1, 2, 4) for x in (key, value))
+    asked = by_prompt(query.reshape(batch, slots, kv_heads, -1, width)).transpose(0, 3, 1, 4, 2, 5)
+    visible, split = by_prompt(mask)[:, None], prompt_key.shape[2]
+
+    def scores(key, terms, visible):
+        scaled = product(terms, asked, key) / np.sqrt(width)
+        return jnp.where(visible, scaled, jnp.finfo(wide).min / 2)
+
+    # One softmax over two products, whose scores are not copied side by side.
+    shared = scores(prompt_key, "phgqtw,phkw->phgqtk", visible[..., :split])
+    own = scores(key, "phgqtw,phgkw->phgqtk", visible[..., split:])
+    peak = jnp.maximum(shared.max(-1, keepdims=True), own.max(-1, keepdims=True))
+    shared, own = (jnp.exp(x - jax.lax.stop_gradient(peak)) for x in (shared, own))
+    total = shared.sum(-1, keepdims=True) + own.sum(-1, keepdims=True)
+    mixed = product("phgqtk,phkw->phgqtw", shared.astype(value.dtype), prompt_value)
+    mixed += product("phgqtk,phgkw->phgqtw", own.astype(value.dtype), value)
+    mixed = (mixed / total).astype(query.dtype)
+    return mixed.transpose(0, 2, 4, 1, 3, 5).reshape(query.shape)
 
 
 def cached_attention(

@@ -17,6 +17,7 @@ from jaxdyn.models.attention import attention, cached_attention
 from jaxdyn.models.config import ModelConfig
 from jaxdyn.models.fused import AttentionKind
 from jaxdyn.models.rotary import rotary_kinds, rotary_tables, rotate
+from jaxdyn.models.visibility import Seen
 from jaxdyn.types import KVCache
 
 _ACTIVATIONS = {
@@ -167,13 +168,15 @@ def _layers(config: ModelConfig) -> tuple[Layer, Any]:
 
 
 def _the_one(arrays):
-    """Where there is one kind, its array; a slice inside the layers would be copied by each."""
-    return arrays[0] if len(arrays) == 1 else arrays
+    """Where there is one kind, its arrays; a slice inside the layers would be copied by each."""
+    return jax.tree.map(lambda x: x[0] if len(x) == 1 else x, arrays)
 
 
 def _of_kind(arrays, kind):
-    """The one of that kind, of several along the first axis."""
-    return arrays if kind is None else jax.lax.dynamic_index_in_dim(arrays, kind, keepdims=False)
+    """Those of that kind, of several along the first axis."""
+    if kind is None:
+        return arrays
+    return jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, kind, keepdims=False), arrays)
 
 
 class Attention(nn.Module):
@@ -196,7 +199,7 @@ class Attention(nn.Module):
         query, key = project("query", c.num_heads), project("key", c.num_kv_heads)
         value = project("value", c.num_kv_heads, "none")
         if tables is not None:
-            cos, sin = (_of_kind(table, layer.rotary) for table in tables)
+            cos, sin = _of_kind(tables, layer.rotary)
             query, key = rotate(query, cos, sin), rotate(key, cos, sin)
         if c.attention_scalar is not None:
             query = query * (c.head_dim / c.attention_scalar) ** 0.5
@@ -293,7 +296,7 @@ class Backbone(nn.Module):
         self,
         tokens: Int[Array, "B T"],
         positions: Int[Array, "B T"],
-        masks: Bool[Array, "kinds B 1 T K"],
+        masks: Bool[Array, "kinds B 1 T K"] | Seen,
         prompt: KVCache | None = None,
         cache: KVCache | None = None,
         slot: Any = 0,
@@ -306,7 +309,7 @@ class Backbone(nn.Module):
             x = x * c.width**0.5
         layers, kinds = _layers(c)
         if c.rotary_dim:
-            tables = tuple(map(_the_one, rotary_tables(kinds, positions, x.dtype)))
+            tables = _the_one(rotary_tables(kinds, positions, x.dtype))
         else:
             tables = None
             x = x + embed(c.max_positions, "position")(positions)

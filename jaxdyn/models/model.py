@@ -14,12 +14,8 @@ from jaxdyn.models.config import ModelConfig
 from jaxdyn.models.decoder import Backbone, Remat
 from jaxdyn.models.fused import FUSED, AttentionKind
 from jaxdyn.models.heads import init_gating
-from jaxdyn.types import KVCache, Params, View
-
-
-def positions_of(mask: Bool[Array, "B T"]) -> Int[Array, "B T"]:
-    """The place of each token among its sequence's tokens, from 0; padding gets 0."""
-    return jnp.maximum(jnp.cumsum(mask, axis=1) - 1, 0).astype(jnp.int32)
+from jaxdyn.models.visibility import by_kind, positions_of, visible
+from jaxdyn.types import KVCache, Mask, Params, View
 
 
 @functools.lru_cache
@@ -118,7 +114,7 @@ class LanguageModel:
         c = self.config
         body_key, head_key = jax.random.split(key)
         tokens = jnp.zeros((1, 1), jnp.int32)
-        masks = self._visible(jnp.ones((1, 1), bool))
+        masks = visible(jnp.ones((1, 1), bool), c.window)
         backbone = Backbone(c, self.dtype).init(body_key, tokens, tokens, masks)
         classifier = {}
         if not c.tied:
@@ -170,9 +166,9 @@ class LanguageModel:
     # -- the two functions --------------------------------------------------------------------
 
     def features(
-        self, backbone: Params, tokens: Int[Array, "B T"], mask: Bool[Array, "B T"]
+        self, backbone: Params, tokens: Int[Array, "B T"], mask: Mask
     ) -> Float[Array, "B T D"]:
-        """φ: the backbone's output at every slot. Slots where `mask` is false hold no token."""
+        """φ: the backbone's output at every slot; what a slot sees is `mask`'s to say."""
         return self._full_pass(backbone, tokens, mask, keep_cache=False)[0]
 
     def logits(self, classifier: Params, features: Float[Array, "*B D"]) -> Float[Array, "*B V"]:
@@ -193,7 +189,7 @@ class LanguageModel:
         return logits.reshape(*leading, -1)
 
     def opened(
-        self, backbone: Params, tokens: Int[Array, "B T"], mask: Bool[Array, "B T"]
+        self, backbone: Params, tokens: Int[Array, "B T"], mask: Mask
     ) -> tuple[Float[Array, "B T D"], Params, Callable[[Array], Params]]:
         """φ, the input of every layer that has parameters, and the way back to their outputs.
 
@@ -205,7 +201,8 @@ class LanguageModel:
         attention here is always the plain one.
         Where each head is normalised by itself, every head of a slot counts as a slot.
         """
-        inputs = (tokens, positions_of(mask), self._visible(mask))
+        window = self.config.window
+        inputs = (tokens, positions_of(mask), visible(mask, window))
         module = Backbone(self.config, self.dtype)
 
         def zeros(path, one):
@@ -213,7 +210,9 @@ class LanguageModel:
             shape = (*one.shape[:axis], *tokens.shape, *one.shape[axis + 2 :])
             return jnp.zeros(shape, one.dtype)
 
-        still = jax.tree_util.tree_map_with_path(zeros, _output_shapes(module, len(inputs[-1])))
+        still = jax.tree_util.tree_map_with_path(
+            zeros, _output_shapes(module, 1 + (window is not None))
+        )
 
         def run(shifts):
             variables = {"params": backbone, "perturbations": shifts}
@@ -252,7 +251,8 @@ class LanguageModel:
         the B = P G completions. `mask` says which of these S + C a row attends to, `slot` included.
         """
         module: Any = Backbone(self.config, self.dtype, stacked=self.stacked)
-        masks = self._by_kind(mask[:, None, None, :], position[:, None], positions_of(mask))
+        places = position[:, None, None], positions_of(mask)[:, None]
+        masks = by_kind(mask[:, None, None, :], *places, self.config.window)
         inputs = token[:, None], position[:, None], masks
         features, cache = module.apply({"params": backbone}, *inputs, prompt, cache, slot)
         return features[:, 0], cache
@@ -261,21 +261,5 @@ class LanguageModel:
         module = Backbone(
             self.config, self.dtype, keep_cache, self.remat, self.stacked, self.attention
         )
-        return module.apply({"params": backbone}, tokens, positions_of(mask), self._visible(mask))
-
-    def _visible(self, mask) -> Bool[Array, "kinds B 1 T T"]:
-        """Which slots (last axis) a slot attends to: the tokens up to itself."""
-        slots = jnp.arange(mask.shape[1])
-        causal = slots[:, None] >= slots[None, :]
-        positions = positions_of(mask)
-        return self._by_kind(causal[None, None] & mask[:, None, None, :], positions, positions)
-
-    def _by_kind(self, visible, query, key) -> Bool[Array, "kinds B 1 T K"]:
-        """The mask of whole layers and, if there are some, that of layers with a window.
-
-        A window counts tokens, by the positions [B, T] of queries and [B, K] of keys.
-        """
-        if self.config.window is None:
-            return visible[None]
-        near = query[:, :, None] - key[:, None, :] < self.config.window
-        return jnp.stack([visible, visible & near[:, None]])
+        seen = visible(mask, self.config.window)
+        return module.apply({"params": backbone}, tokens, positions_of(mask), seen)

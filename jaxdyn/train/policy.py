@@ -12,10 +12,11 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 from jax.typing import ArrayLike
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float
 
 from jaxdyn.models import state_values
 from jaxdyn.rl import Normalizer, TokenStatistics, feature_statistics, normalizer_of
+from jaxdyn.train.sharing import Sequences, completion_features
 from jaxdyn.types import Model, Params, Rollout
 
 
@@ -26,21 +27,16 @@ class ValueTargets(struct.PyTreeNode):
     returns: Float[Array, "B C"]
 
 
-class UpdateBatch(struct.PyTreeNode):
-    """What a policy-gradient update needs of B sampled sequences of S + C slots."""
+class UpdateBatch(Sequences):
+    """What a policy-gradient update needs of B sampled completions.
 
-    tokens: Int[Array, "B T"]
-    mask: Bool[Array, "B T"]
-    completion_ids: Int[Array, "B C"]
-    completion_mask: Bool[Array, "B C"]
+    `completion_mask` marks the tokens that the loss counts.
+    """
+
     advantages: Float[Array, " B"] | Float[Array, "B C"]
     old_per_token_logps: Float[Array, "B C"] | None = None
     ref_per_token_logps: Float[Array, "B C"] | None = None
     values: ValueTargets | None = None
-
-
-Sequences = UpdateBatch | Rollout
-"""What has `tokens`, `mask` and `completion_ids`."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,22 +47,13 @@ class Policy:
     params: Params
     features: jax.Array | None = None
 
-    def logps(self, batch: Sequences, temperature: ArrayLike) -> Float[Array, "B C"]:
+    def logps(self, batch: Sequences | Rollout, temperature: ArrayLike) -> Float[Array, "B C"]:
         """Teacher-forced log π / temperature of the batch's completion tokens, in nats."""
         if self.features is None:
             return policy_logps(self.model, self.params, batch, temperature)
         ids = batch.completion_ids
         return classifier_logps(self.model, self.params, self.features, ids, temperature)
 
-
-def completion_features(model: Model, backbone: Params, batch: Sequences) -> Float[Array, "B C D"]:
-    """φ at the slots that predict each completion token."""
-    slots = batch.completion_ids.shape[1]
-    return model.features(backbone, batch.tokens, batch.mask)[:, -slots - 1 : -1]
-
-
-batch_features = jax.jit(completion_features, static_argnums=0)
-"""`completion_features`, jitted: one pass over a rollout batch for all its inner epochs."""
 
 batch_values = jax.jit(state_values)
 """The value head's estimates from features, before an update."""
@@ -94,7 +81,7 @@ def classifier_logps(
 @functools.partial(jax.jit, static_argnames="model")
 @jax.named_scope("reference")
 def policy_logps(
-    model: Model, params: Params, batch: Sequences, temperature: ArrayLike
+    model: Model, params: Params, batch: Sequences | Rollout, temperature: ArrayLike
 ) -> Float[Array, "B C"]:
     """Teacher-forced per-token log-probs of the batch's completions."""
     features = completion_features(model, params["backbone"], batch)
@@ -103,12 +90,12 @@ def policy_logps(
 
 @functools.partial(jax.jit, static_argnames="model")
 def policy_certainty(
-    model: Model, params: Params, rollout: Rollout, temperature: ArrayLike
+    model: Model, params: Params, batch: Sequences | Rollout, temperature: ArrayLike
 ) -> dict[str, jax.Array]:
-    """Means over a rollout's completion tokens: entropy, confidence, sampled log-prob."""
+    """Means over a batch's completion tokens: entropy, confidence, sampled log-prob."""
     view = model.view(params)
-    features = completion_features(model, view["backbone"], rollout)
-    ids, mask = rollout.completion_ids, rollout.completion_mask
+    features = completion_features(model, view["backbone"], batch)
+    ids, mask = batch.completion_ids, batch.completion_mask
     statistics = completion_statistics(model, view["classifier"], features, ids, temperature)
     return certainty(statistics, mask, normalizer_of(mask))
 

@@ -14,17 +14,13 @@ import numpy as np
 
 from jaxdyn.config import RunConfig
 from jaxdyn.dynamics import Change
-from jaxdyn.hosts import fetch
+from jaxdyn.hosts import fetch, whole
 from jaxdyn.models import state_values
 from jaxdyn.optim import Stage, applied_parts, merge
 from jaxdyn.rl import LossConfig, logit_cotangents, normalizer_of, value_loss
-from jaxdyn.train.policy import (
-    UpdateBatch,
-    batch_features,
-    completion_features,
-    completion_statistics,
-)
+from jaxdyn.train.policy import UpdateBatch, completion_statistics
 from jaxdyn.train.probe import policy_of
+from jaxdyn.train.sharing import batch_features, completion_features, rollout_of
 from jaxdyn.train.state import TrainState
 from jaxdyn.train.step import Prepared, split_state, take_epoch
 from jaxdyn.train.task import Task
@@ -56,16 +52,7 @@ class UpdateTaken(NamedTuple):
 
 def batch_rollout(prepared: Prepared) -> Rollout:
     """The step's completions, in the slots of its batch."""
-    batch = prepared.batch
-    slots = batch.completion_ids.shape[1]
-    tokens, mask, ids = fetch((batch.tokens, batch.mask, batch.completion_ids))
-    return Rollout(
-        prompt_ids=jnp.asarray(tokens[:, :-slots]),
-        prompt_mask=jnp.asarray(mask[:, :-slots]),
-        completion_ids=jnp.asarray(ids),
-        completion_mask=jnp.asarray(mask[:, -slots:]),
-        per_token_logps=jnp.zeros(ids.shape, jnp.float32),
-    )
+    return rollout_of(whole(prepared.batch))
 
 
 def take_updates(
@@ -75,7 +62,7 @@ def take_updates(
     config = task.config
     moving, frozen = split_state(task, state, stage)
     still = jax.tree.map(jnp.zeros_like, frozen)
-    whole = lambda parts: policy_of(merge(parts, still))
+    all_of = lambda parts: policy_of(merge(parts, still))
     for _ in range(config.train.num_iterations):
         before, copied = moving, jax.tree.map(jnp.copy, moving)
         moving, metrics = take_epoch(task, copied, frozen, prepared)
@@ -88,10 +75,10 @@ def take_updates(
             float(fetch(metrics["grad_norm"])),
             before.head_moment,
         )
-        params, metric = merge(before.params, frozen), whole(parts.metric)
-        others = {"momentum": Change(whole(parts.momentum), parts.momentum_head)}
+        params, metric = merge(before.params, frozen), all_of(parts.metric)
+        others = {"momentum": Change(all_of(parts.momentum), parts.momentum_head)}
         if parts.decay is not None:
-            others["decay"] = Change(whole(parts.decay))
+            others["decay"] = Change(all_of(parts.decay))
         if prepared.batch.values is not None and prepared.features is None:
             others["critic"] = critic_change(task, params, prepared.batch, metric, parts.clip)
         yield UpdateTaken(

@@ -21,9 +21,10 @@ from jaxdyn.rl import ScoredBatch, drop_truncated, estimate_advantages
 from jaxdyn.rollout import trim
 from jaxdyn.train.experience import Experience, experience_metrics
 from jaxdyn.train.pmap import pmap_update
-from jaxdyn.train.policy import Policy, UpdateBatch, ValueTargets, batch_features, batch_values
+from jaxdyn.train.policy import Policy, UpdateBatch, ValueTargets, batch_values
 from jaxdyn.train.redraw import draw_experience
 from jaxdyn.train.reference import reference_of, synchronised
+from jaxdyn.train.sharing import batch_features, completions_together, sequences_of
 from jaxdyn.train.state import TrainState
 from jaxdyn.train.task import Task
 from jaxdyn.train.update import update
@@ -113,15 +114,18 @@ def make_batch(
 ) -> tuple[UpdateBatch, jax.Array | None]:
     """The update's arrays; in the classifier stage also the features, harvested in decoding.
 
-    Completions are cut to the bucket of the longest, so that an update pays for what was sampled.
+    Completions are cut to the bucket of the longest, so that an update pays for what was sampled,
+    and share a pass over their prompt where that saves time.
     """
     config, model, layout = task.config, task.model, task.layout
     loss, rollout = config.loss, trim(experience.rollout)
     temperature = np.float32(config.sampling.temperature)
     finished, mask = jnp.asarray(experience.finished), rollout.completion_mask
-    sequences = layout.rows(rollout)
+    parts = config.train.microbatches * model.row_shards
+    together = completions_together(rollout, config.train.num_generations, parts)
+    sequences = layout.rows(sequences_of(rollout, together))
 
-    features = sequences.features
+    features = layout.rows(rollout.features)
     if features is None and loss.critic:
         features = batch_features(model, state.params["backbone"], sequences)
     policy = Policy(model, state.params, features)

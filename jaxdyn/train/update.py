@@ -25,7 +25,8 @@ from jaxdyn.rl import (
     policy_loss,
     value_loss,
 )
-from jaxdyn.train.policy import UpdateBatch, certainty, completion_features, completion_statistics
+from jaxdyn.train.policy import UpdateBatch, certainty, completion_statistics
+from jaxdyn.train.sharing import completion_features
 from jaxdyn.train.state import TrainState
 from jaxdyn.types import Model, Params, View
 
@@ -92,12 +93,19 @@ def descend(
 def accumulate(function: Callable[[Any], Any], batch: Any, microbatches: int) -> Any:
     """Σ `function(part)` over `microbatches` equal parts of the batch, one part in memory.
 
-    A part has every so-manieth row, and so an equal share of every device's.
+    A part has every so-manieth row, and so an equal share of every device's. Of arrays that are a
+    multiple as long as the shortest it has what belongs to these rows.
     """
     if microbatches == 1:
         return function(batch)
     leaves, structure = jax.tree.flatten(batch)
-    parts = [x.reshape(-1, microbatches, *x.shape[1:]).swapaxes(0, 1) for x in leaves]
+    shortest = min(map(len, leaves))
+
+    def divided(x):
+        rows = x.reshape(-1, microbatches, len(x) // shortest, *x.shape[1:]).swapaxes(0, 1)
+        return rows.reshape(microbatches, -1, *x.shape[1:])
+
+    parts = [divided(x) for x in leaves]
     of_part = lambda part: function(jax.tree.unflatten(structure, part))
     shapes = jax.eval_shape(of_part, [x[0] for x in parts])
     zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)

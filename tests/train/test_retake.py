@@ -16,8 +16,9 @@ from jaxdyn.kernels.rows import statistics_of
 from jaxdyn.optim import Stage
 from jaxdyn.rollout import SamplingConfig
 from jaxdyn.train import fresh_state
-from jaxdyn.train.policy import ValueTargets, batch_features, batch_values
+from jaxdyn.train.policy import ValueTargets, batch_values
 from jaxdyn.train.retake import batch_rollout, take_updates
+from jaxdyn.train.sharing import batch_features
 from jaxdyn.train.step import Prepared
 from jaxdyn.train.task import open_task
 

@@ -14,7 +14,7 @@ from jaxdyn.models import LanguageModel, gpt_neox
 from jaxdyn.optim import OptimConfig, make_optimizer, trainable
 from jaxdyn.rl import LossConfig
 from jaxdyn.train import TrainState, UpdateBatch, fresh_state, update
-from jaxdyn.train.policy import batch_features
+from jaxdyn.train.sharing import batch_features
 
 B, S, C = 4, 3, 4
 ADAM = OptimConfig(eps=1e-3, weight_decay=0.1)
