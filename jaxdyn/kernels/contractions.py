@@ -31,7 +31,7 @@ from jaxdyn.kernels.execution import (
     platform_of,
     require_options,
 )
-from jaxdyn.kernels.gram import contract, factorize
+from jaxdyn.kernels.gram import Factors, contract, factorize
 from jaxdyn.kernels.memory import attention_bytes, nbytes
 from jaxdyn.kernels.parts import has_adapters, require_merged
 from jaxdyn.kernels.plain import moving_leaves, plain_kernels
@@ -309,7 +309,6 @@ def _kernels(
     )
 
 
-@functools.lru_cache
 def row_bytes(model: Model, slots: int, counted: int, outputs: int) -> tuple[int, int]:
     """What the factors of a row hold, and what making them needs beside that.
 
@@ -318,12 +317,19 @@ def row_bytes(model: Model, slots: int, counted: int, outputs: int) -> tuple[int
       counted: S, the slots whose logits count.
       outputs: K.
     """
-    view = jax.eval_shape(lambda key: model.view(model.init(key)), jax.random.key(0))
-    ids = lambda *shape: np.zeros((1, *shape), np.int32)
-    row = Rows(ids(slots), ids(slots) == 0, ids(counted), ids(counted), ids(counted))
-    row = row._replace(chosen=ids(outputs) if outputs > 1 else None)
-    held = nbytes(jax.eval_shape(functools.partial(factorize, model), view, None, row))
+    inputs, cotangents, vectors, features, g = map(nbytes, _smallest_factors(model))
+    held = slots * (inputs + outputs * cotangents) + outputs * vectors
+    held += counted * (features + outputs * g)
     return held, 2 * held + outputs * attention_bytes(model, slots)
+
+
+@functools.lru_cache
+def _smallest_factors(model: Model) -> Factors:
+    """The shapes of a row's factors with one function of one slot."""
+    view = jax.eval_shape(lambda key: model.view(model.init(key)), jax.random.key(0))
+    one = np.zeros((1, 1), np.int32)
+    row = Rows(one, one == 0, one, one, one)
+    return jax.eval_shape(functools.partial(factorize, model), view, None, row)
 
 
 def gradient_of(kernels: dict) -> Any:

@@ -123,28 +123,28 @@ def body_kernels(
     shapes = parameters_of(sizes)
     kernels: dict[str, list] = {}
 
-    def add(path, kernel, *operands):
-        kernels.setdefault(kind_of(path), []).append(jax.lax.map(kernel, operands))
+    def add(path, kernel, rows, columns, root=None, **options):
+        operands = {"rows": rows, "columns": columns, **({} if root is None else {"root": root})}
+        kernels.setdefault(kind_of(path), []).append(_by_layer(kernel, operands, **options))
 
     for path in rows.inputs:
         layer = lambda f, path=path: None if f is None else (f.inputs[path], f.cotangents[path])
+        both = layer(rows), layer(columns)
         if is_ids(rows.inputs[path]):
             size = shapes[path]["embedding"].shape[1]
-            table = lambda pair, size=size: layers.embedding(pair[0], pair[1], size, workspace)
-            add(path, table, layer(rows), layer(columns))
+            add(path, layers.embedding, *both, size=size, workspace=workspace)
         else:
             root = scales[path]["kernel"] if scales else None
-            add(
-                path,
-                lambda three: layers.dense(three[0], three[1], workspace, three[2]),
-                layer(rows),
-                layer(columns),
-                root,
-            )
+            add(path, layers.dense, *both, root, workspace=workspace)
     for path, gradients in rows.vectors.items():
-        others = None if columns is None else columns.vectors[path]
-        add(path, lambda pair: layers.pairwise(*pair), gradients, others)
+        add(path, layers.pairwise, gradients, None if columns is None else columns.vectors[path])
     return {kind: sum(each) for kind, each in kernels.items()}
+
+
+@functools.partial(jax.jit, static_argnames=("kernel", "size", "workspace"))
+def _by_layer(kernel, operands: dict, **options) -> jax.Array:
+    """Every layer's kernel. A program of its own, so that layers of one shape are traced once."""
+    return jax.lax.map(lambda layer: kernel(**layer, **options), operands)
 
 
 @functools.partial(jax.jit, static_argnames=("tied", "biased", "workspace"))

@@ -325,6 +325,7 @@ class Backbone(nn.Module):
                 split_rngs={"params": True},
                 in_axes=(0, nn.broadcast, nn.broadcast, nn.broadcast, nn.broadcast),
                 length=c.num_layers,
+                check_constancy_invariants=False,  # they hold; else every layer is traced twice
             )
             carry, written = layer(scanned, "layers")(carry, layers, *still)
         else:

@@ -109,6 +109,7 @@ class LanguageModel:
 
     # -- parameters ---------------------------------------------------------------------------
 
+    @functools.partial(jax.jit, static_argnames="self")
     def init(self, key: PRNGKeyArray) -> Params:
         """Random float32 parameters, as stored."""
         c = self.config
@@ -214,10 +215,7 @@ class LanguageModel:
             zeros, _output_shapes(module, 1 + (window is not None))
         )
 
-        def run(shifts):
-            variables = {"params": backbone, "perturbations": shifts}
-            (phi, _), recorded = module.apply(variables, *inputs, mutable=["intermediates"])
-            return phi, recorded["intermediates"]
+        run = lambda shifts: self._opened_pass(backbone, shifts, *inputs)
 
         is_layer = lambda tree: "input" in tree or "output" in tree
         slots = lambda x: x.reshape(*x.shape[:2], -1, x.shape[4]) if x.ndim == 5 else x
@@ -257,9 +255,21 @@ class LanguageModel:
         features, cache = module.apply({"params": backbone}, *inputs, prompt, cache, slot)
         return features[:, 0], cache
 
+    # Programs of their own inside others: the many that contain them at the same shapes, and their
+    # derivatives, trace them once. XLA inlines them.
+
+    @functools.partial(jax.jit, static_argnames=("self", "keep_cache"))
     def _full_pass(self, backbone, tokens, mask, keep_cache: bool):
         module = Backbone(
             self.config, self.dtype, keep_cache, self.remat, self.stacked, self.attention
         )
         seen = visible(mask, self.config.window)
         return module.apply({"params": backbone}, tokens, positions_of(mask), seen)
+
+    @functools.partial(jax.jit, static_argnames="self")
+    def _opened_pass(self, backbone, shifts, tokens, positions, masks):
+        variables = {"params": backbone, "perturbations": shifts}
+        inputs = (tokens, positions, masks)
+        module = Backbone(self.config, self.dtype)
+        (phi, _), recorded = module.apply(variables, *inputs, mutable=["intermediates"])
+        return phi, recorded["intermediates"]
