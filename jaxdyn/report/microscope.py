@@ -7,7 +7,6 @@ policy lets no other script run. Arrays are whole, so that a number on the page 
 
 import base64
 import gzip
-import hashlib
 import html
 import importlib.resources
 import json
@@ -23,6 +22,7 @@ import numpy as np
 from jaxdyn.errors import JaxdynError
 from jaxdyn.files import write_files
 from jaxdyn.report.ledger_file import SavedLedger
+from jaxdyn.report.policy import content_policy
 
 PAGE_BYTES = 4_900_000
 PAGE_TOKENS = 8192
@@ -252,14 +252,9 @@ def _page(data: dict[str, Any], names: np.ndarray) -> str:
     folder = importlib.resources.files("jaxdyn.report")
     template, style, *scripts = (folder.joinpath(name).read_text("utf-8") for name in _SOURCES)
     script = "\n".join(scripts)
-    digest = lambda text: base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
-    policy = (
-        f"default-src 'none'; script-src 'sha256-{digest(script)}'; "
-        f"style-src 'sha256-{digest(style)}'; base-uri 'none'; form-action 'none'"
-    )
     return Template(template).substitute(
         title=html.escape(f"{names[0]} → {names[-1]}: the microscope"),
-        policy=policy,
+        policy=content_policy(style, script),
         style=style,
         script=script,
         data=_json(data),

@@ -14,6 +14,7 @@ from jaxdyn.paths import AnyPath
 from jaxdyn.report import figures, samples, sampling_figures, summary, update_figures
 from jaxdyn.report.load import Run
 from jaxdyn.report.plotting import STYLE, Exhibit
+from jaxdyn.report.policy import content_policy
 
 PAPER = "https://arxiv.org/abs/2601.04670"
 
@@ -56,12 +57,6 @@ a { color: #0b57a4; }
 @media print { body { margin: 0; max-width: none; font-size: 11pt; }
   figure, tr { break-inside: avoid; } h2 { break-after: avoid; } }
 """
-
-POLICY = (
-    "default-src 'none'; img-src data:; style-src 'unsafe-inline'; base-uri 'none'; "
-    "form-action 'none'"
-)
-"""No script at all, no network; the figures are in the page."""
 
 INTRODUCTION = f"""
 <p class="lead">What each reinforcement-learning update did to a language model, split into what
@@ -140,7 +135,7 @@ def _embedded(image: bytes, title: str) -> str:
 def _page(sections: Sequence[str]) -> str:
     return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">\n'
-        f'<meta http-equiv="Content-Security-Policy" content="{POLICY}">\n'
+        f'<meta http-equiv="Content-Security-Policy" content="{content_policy(CSS)}">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
         f"{TITLE}\n<style>{CSS}</style></head>\n<body>\n"
         f"<h1>What the RL updates did</h1>\n{INTRODUCTION}\n"

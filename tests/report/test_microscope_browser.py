@@ -6,8 +6,10 @@ import shutil
 
 import numpy as np
 import pytest
+from synthetic import write_run
 from synthetic_ledger import HOSTILE, KINDS, OUTSIDE, PARTS, QUANTITIES, influence_on, saved_ledger
 
+from jaxdyn.report import write_report
 from jaxdyn.report.ledger_file import load_ledger
 from jaxdyn.report.microscope import write_microscope
 
@@ -380,3 +382,27 @@ def test_a_narrow_screen_shows_the_text_first(page):
     assert page.evaluate("document.documentElement.scrollWidth") <= 390
     page.click("#leave")
     assert not page.locator("#panel").is_visible() and focused(page) == SITE
+
+
+def test_a_report_shows_its_style_and_figures_and_runs_nothing(browser, tmp_path):
+    """What its policy forbids is forbidden: a script, another picture, another style."""
+    directory = write_run(tmp_path / "run", steps=4)
+    path = write_report([directory])
+    page = browser.new_page()
+    page.goto(path.as_uri())
+    widths = page.eval_on_selector_all("img", "all => all.map(x => x.naturalWidth)")
+    assert widths and min(widths) > 100
+    assert page.eval_on_selector("body", "x => getComputedStyle(x).maxWidth") == "1120px"
+    evil = (
+        "<script>window.ran = 1</script><img src='https://a.test/x.png' onerror='window.ran = 2'>"
+    )
+    evil += "<style>body { max-width: 3px !important; }</style><p id='there'>x</p>"
+    path.write_text(path.read_text().replace("</h1>", f"</h1>{evil}"))
+    refused = []
+    page.on("requestfailed", lambda request: refused.append((request.url, request.failure)))
+    page.goto(path.as_uri())
+    page.wait_for_selector("#there", state="attached")
+    assert page.evaluate("window.ran") is None
+    assert page.eval_on_selector("body", "x => getComputedStyle(x).maxWidth") == "1120px"
+    assert refused == [("https://a.test/x.png", "csp")]
+    page.close()

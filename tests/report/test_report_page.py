@@ -2,6 +2,7 @@
 
 import base64
 import csv
+import hashlib
 import re
 import subprocess
 import sys
@@ -69,6 +70,13 @@ def test_page_embeds_every_figure_and_needs_nothing_else(page):
     for address in addresses:
         assert not address.startswith("tables/") or (page.parent / address).is_file()
     assert "<script" not in text and "@import" not in text and "url(" not in text
+    assert not re.search(r"<[^>]+\sstyle=|<[^>]+\son\w+=", text)
+    (style,) = re.findall(r"<style>(.*?)</style>", text, flags=re.DOTALL)
+    digest = base64.b64encode(hashlib.sha256(style.encode()).digest()).decode()
+    assert re.findall(r'<meta http-equiv="Content-Security-Policy" content="([^"]*)">', text) == [
+        f"default-src 'none'; img-src data:; style-src 'sha256-{digest}'; base-uri 'none'; "
+        "form-action 'none'"
+    ]
 
 
 def test_each_figure_has_one_sentence_each(runs):
