@@ -54,7 +54,7 @@ def fit_prompts(prompts: Prompts, max_prompt_length: int, max_length: int | None
     lost = over if how == "drop" else np.zeros_like(over)
     if max_length is not None:
         answers = token_counts(prompts, "completion")
-        _refuse(prompts, answers < 0, lambda place: UNANSWERED)
+        refuse(prompts, answers < 0, lambda place: UNANSWERED)
         rows = np.minimum(lengths, max_prompt_length) + answers + 1
         long = ~lost & (rows > max_length)
         if how == "error":

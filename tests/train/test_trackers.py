@@ -60,6 +60,7 @@ def test_all_of_them_get_every_scalar_at_its_step(tmp_path, fakes, monkeypatch):
     for begins in (-1, 3):  # a start, and a start again
         with RunDirectory(told.output, told) as directory:
             directory.rewind(begins)
+            directory.checkpoints.mkdir(exist_ok=True)  # a run that goes on has some
             line = {"step": begins, "reward": 0.5, "num_tokens": 7, "text": "no"}
             directory.log("metrics.jsonl", line)
             directory.log("samples.jsonl", {"step": begins, "x": 1})
@@ -79,6 +80,7 @@ def test_all_of_them_get_every_scalar_at_its_step(tmp_path, fakes, monkeypatch):
 def test_a_run_goes_on_whoever_is_told(tmp_path, fakes):
     with RunDirectory(tmp_path / "run", config(tmp_path)) as directory:
         directory.rewind(-1)
+        directory.checkpoints.mkdir()
         directory.log("metrics.jsonl", {"step": 0, "reward": 1.0})
     assert not (tmp_path / "run" / "tensorboard").exists()
     assert not (tmp_path / "run" / "tracker.txt").exists()
