@@ -94,6 +94,12 @@ class RunConfig(Config):
         one_of(OF_RL, self.optim, "optim", "schedule")
         sizes = self.train.num_generations, self.sampling.max_completion_length
         check_combination(self.loss, self.advantage, *sizes)
+        if self.optim.whitened and (self.loss.critic or self.train.update == "pmap"):
+            what = f"loss {self.loss.loss_type}" if self.loss.critic else "train.update pmap"
+            raise JaxdynError(
+                f"optim.schedule {self.optim.schedule} moves the classifier's weight by a rule of "
+                f"its own, and knows no {what}"
+            )
         self._check_redraw()
         self._check_reference()
 

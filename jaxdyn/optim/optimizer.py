@@ -12,7 +12,7 @@ import optax
 
 from jaxdyn.grammar import above, at_least, between
 from jaxdyn.optim.labels import Mode, moves, split
-from jaxdyn.optim.stages import Schedule, StageName
+from jaxdyn.optim.stages import WHITENED, Schedule, StageName
 from jaxdyn.types import JaxdynError, Params
 
 
@@ -22,8 +22,8 @@ class OptimConfig:
 
     Attributes:
       schedule: joint, or joint_extra, with the classifier stage's extra steps (the equal-budget
-        control); of RL also classifier_first and classifier_only, of supervised training
-        linear_probe and linear_probe_then_finetune.
+        control); of RL also classifier_first and classifier_only, and the same two whitened, of
+        supervised training linear_probe and linear_probe_then_finetune.
       classifier_steps: length of the classifier stage.
       learning_rate: peak learning rate of joint training.
       classifier_learning_rate: that of the classifier stage; the same when not given.
@@ -32,6 +32,8 @@ class OptimConfig:
       optimizer: adamw, or sgd with `momentum`.
       max_grad_norm: clip the global norm of the gradient; 0 turns clipping off.
       reset_classifier_state: start the classifier's moments afresh when joint training begins.
+      whitened_kl: KL of a whitened step, to second order, in nats a token.
+      whitened_ridge: λ of a whitened step, in units of the features' mean square.
       backbone: full, lora (its adapters alone move) or frozen.
       classifier: the same for the classifier.
     """
@@ -50,14 +52,22 @@ class OptimConfig:
     weight_decay: float = 0.0
     max_grad_norm: float = 1.0
     reset_classifier_state: bool = False
+    whitened_kl: float = 1e-3
+    whitened_ridge: float = 1e-3
     backbone: Mode = "full"
     classifier: Mode = "full"
 
     def __post_init__(self):
         above(0, self, "optim", "learning_rate", "classifier_learning_rate", "eps")
+        above(0, self, "optim", "whitened_kl", "whitened_ridge")
         between(0, 1, self, "optim", "b1", "b2", "momentum", ends="[)")
         at_least(0, self, "optim", "weight_decay", "max_grad_norm")
         at_least(0, self, "optim", "warmup_steps", "classifier_steps")
+        if self.whitened and self.classifier != "full":
+            raise JaxdynError(
+                f"optim.schedule {self.schedule} moves the classifier's weight itself: "
+                f"optim.classifier must be full, got {self.classifier}"
+            )
         if self.classifier == "frozen":
             if self.backbone == "frozen":
                 raise JaxdynError("nothing moves: optim.backbone and .classifier are both frozen")
@@ -66,6 +76,11 @@ class OptimConfig:
                     f"optim.classifier is 'frozen', but optim.schedule {self.schedule!r} has a "
                     "stage that moves the classifier alone"
                 )
+
+    @property
+    def whitened(self) -> bool:
+        """Whether the classifier stage's steps are whitened."""
+        return self.schedule in WHITENED
 
     @property
     def rule(self) -> "OptimConfig":

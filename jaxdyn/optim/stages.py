@@ -8,6 +8,8 @@ epoch), of RL
     classifier_first  classifier [0, c), joint [c, c + n)
     classifier_only   classifier [0, c + n)
     joint_extra       joint [0, c + n)        the equal-budget control
+    whitened_first, whitened_only   as classifier_first and classifier_only, by whitened steps
+                                    (`jaxdyn.optim.whitened`)
 
 and of supervised training (Kumar et al. 2022, arXiv 2202.10054)
 
@@ -28,10 +30,16 @@ Schedule = Literal[
     "classifier_first",
     "classifier_only",
     "joint_extra",
+    "whitened_first",
+    "whitened_only",
     "linear_probe",
     "linear_probe_then_finetune",
 ]
-OF_RL: tuple[Schedule, ...] = ("joint", "classifier_first", "classifier_only", "joint_extra")
+WHITENED: tuple[Schedule, ...] = ("whitened_first", "whitened_only")
+OF_RL: tuple[Schedule, ...] = (
+    *("joint", "classifier_first", "classifier_only", "joint_extra"),
+    *WHITENED,
+)
 SUPERVISED: tuple[Schedule, ...] = (
     *("joint", "linear_probe", "linear_probe_then_finetune", "joint_extra"),
 )
@@ -66,6 +74,8 @@ def stages(schedule: Schedule, steps: int, classifier_steps: int) -> tuple[Stage
         "joint": (Stage("joint", 0, steps),),
         "classifier_first": first,
         "classifier_only": (Stage("classifier", 0, both),),
+        "whitened_first": first,
+        "whitened_only": (Stage("classifier", 0, both),),
         "joint_extra": (Stage("joint", 0, both),),
         "linear_probe": (Stage("classifier", 0, steps),),
         "linear_probe_then_finetune": first,

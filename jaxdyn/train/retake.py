@@ -25,7 +25,7 @@ from jaxdyn.train.state import TrainState
 from jaxdyn.train.step import Prepared, split_state, take_epoch
 from jaxdyn.train.task import Task
 from jaxdyn.train.update import accumulate
-from jaxdyn.types import Model, Params, Rollout
+from jaxdyn.types import JaxdynError, Model, Params, Rollout
 
 
 class UpdateTaken(NamedTuple):
@@ -60,6 +60,11 @@ def take_updates(
 ) -> Iterator[UpdateTaken]:
     """The step's updates, one an inner epoch, taken as training takes them."""
     config = task.config
+    if stage.name == "classifier" and config.optim.whitened:
+        raise JaxdynError(
+            "a whitened step is no sum over completions in a diagonal metric: influence has no "
+            f"columns of it; take a step of joint training, none before {stage.end}"
+        )
     moving, frozen = split_state(task, state, stage)
     still = jax.tree.map(jnp.zeros_like, frozen)
     all_of = lambda parts: policy_of(merge(parts, still))

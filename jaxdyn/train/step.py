@@ -28,6 +28,7 @@ from jaxdyn.train.sharing import batch_features, completions_together, sequences
 from jaxdyn.train.state import TrainState
 from jaxdyn.train.task import Task
 from jaxdyn.train.update import update
+from jaxdyn.train.whitened import whitened_update
 from jaxdyn.types import Params
 
 
@@ -95,7 +96,9 @@ def prepare_step(task: Task[RunConfig], state: TrainState, stage: Stage, step: i
 
 
 def rate_of(task: Task, stage: Stage, step: int) -> float:
-    """The step's learning rate η."""
+    """The step's learning rate η; 0 where it has none."""
+    if stage.name == "classifier" and task.config.optim.whitened:
+        return 0.0
     return learning_rate(task.config.optim, stage.name, step - stage.start, stage.end - stage.start)
 
 
@@ -181,6 +184,20 @@ def take_epoch(
     """One update by the step's whole batch, of the parameters in `state`, which is donated."""
     config, features = task.config, prepared.features
     needed = frozen if features is None else {k: v for k, v in frozen.items() if k != "backbone"}
+    if features is not None and config.optim.whitened:
+        return whitened_update(
+            state,
+            needed,
+            prepared.batch,
+            features,
+            np.float32(config.optim.whitened_kl),
+            np.float32(config.optim.whitened_ridge),
+            np.float32(config.sampling.temperature),
+            model=task.model,
+            loss=config.loss,
+            microbatches=config.train.microbatches,
+            max_completion_length=config.sampling.max_completion_length,
+        )
     take: Any = update
     if config.train.update == "pmap":
         take = functools.partial(pmap_update, task.layout)
