@@ -172,7 +172,7 @@ def test_segments_follow_the_trajectory(x64):
     steps = [first, changed(first, 1), changed(first, 2)]
     found = ledger(model, iter(steps), SITES, tolerance=1e-11)
     leaves, _ = integrated(model, *steps[1:], first=first)
-    for q, quantity in enumerate(ALL):
+    for quantity in ALL:
         total = found.values[quantity][2] - found.values[quantity][0]
         np.testing.assert_allclose(found.change(quantity).sum(0), total, atol=1e-14)
         if quantity in SMOOTH:
