@@ -69,17 +69,21 @@ def textbook(model, view, first_log_probs):
 
 
 def integrated(model, before, after, first=None):
-    """∫ Σ ∂h/∂leaf · Δleaf of every leaf of the view, a layer's apart: {path: [5, N(, L)]}."""
+    """∫ Σ ∂h/∂leaf · Δleaf of every leaf of the view, a layer's apart, of what is smooth.
+
+    {path: [3, N(, L)]}, and all quantities at the end.
+    """
     a, b = model.view(before), model.view(after)
     first = a if first is None else model.view(first)
     start = jax.nn.log_softmax(oracles.site_logits(model, first, SITES))
     change = jax.tree.map(jnp.subtract, b, a)
     paths = list(flatten_dict(change))
+    smooth = np.array([ALL.index(quantity) for quantity in SMOOTH])
 
     @jax.jit
     def rates(t):
         view = jax.tree.map(lambda x, d: x + t * d, a, change)
-        slopes = flatten_dict(jax.jacrev(lambda v: textbook(model, v, start))(view))
+        slopes = flatten_dict(jax.jacrev(lambda v: textbook(model, v, start)[smooth])(view))
         found = []
         for path, d in flatten_dict(change).items():
             product = slopes[path] * d[None, None]
@@ -131,7 +135,8 @@ def test_every_part_is_the_integral_of_its_leaves(name, x64):
         np.testing.assert_allclose(found.values[quantity][1], end[q], rtol=0, atol=1e-12)
         if quantity not in SMOOTH:
             continue
-        of = lambda half, q=q: sum(x[q].sum(-1) for p, x in leaves.items() if p[0] == half)
+        s = SMOOTH.index(quantity)
+        of = lambda half, s=s: sum(x[s].sum(-1) for p, x in leaves.items() if p[0] == half)
         scale = np.abs(found.change(quantity)).max()
         assert np.abs(found.residual(quantity)).max() < 1e-10 * scale
         parts = found.parts[quantity]
@@ -140,7 +145,7 @@ def test_every_part_is_the_integral_of_its_leaves(name, x64):
         if quantity in ("log_prob", "entropy"):
             table = {}
             for path, x in leaves.items():
-                texts = np.stack([x[q][rows == b].sum(0) for b in range(3)])
+                texts = np.stack([x[s][rows == b].sum(0) for b in range(3)])
                 table[kind_of(path)] = table.get(kind_of(path), 0) + texts
             assert found.by_layer[quantity].keys() == table.keys()
             for kind, x in table.items():
@@ -149,7 +154,7 @@ def test_every_part_is_the_integral_of_its_leaves(name, x64):
             places = np.zeros((layers + 2, len(rows)))
             for path, x in leaves.items():
                 if path[0] == "backbone":
-                    places[place_of(path, layers)] += x[q].T
+                    places[place_of(path, layers)] += x[s].T
             np.testing.assert_allclose(found.by_token[quantity][0], places, atol=1e-10 * scale)
 
 
@@ -167,11 +172,12 @@ def test_segments_follow_the_trajectory(x64):
     steps = [first, changed(first, 1), changed(first, 2)]
     found = ledger(model, iter(steps), SITES, tolerance=1e-11)
     leaves, _ = integrated(model, *steps[1:], first=first)
-    for q, quantity in enumerate(ALL):
+    for quantity in ALL:
         total = found.values[quantity][2] - found.values[quantity][0]
         np.testing.assert_allclose(found.change(quantity).sum(0), total, atol=1e-14)
         if quantity in SMOOTH:
-            head = sum(x[q].sum(-1) for path, x in leaves.items() if path[0] == "classifier")
+            s = SMOOTH.index(quantity)
+            head = sum(x[s].sum(-1) for path, x in leaves.items() if path[0] == "classifier")
             np.testing.assert_allclose(found.parts[quantity]["representation"][1], head, atol=1e-10)
             assert np.abs(found.residual(quantity)).max() < 1e-10
     np.testing.assert_array_equal(found.values["kl"][0], 0)
