@@ -90,3 +90,27 @@ def killed_at(root: Path, end: int, work: Callable[..., object], *given: object)
     with machine.running(), contextlib.suppress(Killed):
         work(*given)
     return machine.dead
+
+
+def content(directory):
+    """Every file there by name, unfinished ones too."""
+    paths = sorted(p for p in Path(directory).rglob("*") if p.is_file())
+    return {p.relative_to(directory).as_posix(): p.read_bytes() for p in paths}
+
+
+def kill_everywhere(tmp_path, work):
+    """Kill `work(output)` before each of its operations and give it again: the same files.
+
+    Yields the output in between."""
+    work(tmp_path / "whole" / "out")
+    expected = content(tmp_path / "whole")
+    named = operations(tmp_path / "counted", work, tmp_path / "counted" / "out")
+    assert len(named) > 5
+    for end in range(len(named)):
+        root = tmp_path / str(end)
+        assert killed_at(root, end, work, root / "out"), named[end]
+        yield root / "out"
+        if content(root) == expected:  # all was done: it may say that something is there
+            continue
+        work(root / "out")
+        assert content(root) == expected, named[end]
