@@ -5,11 +5,13 @@ gets SIGTERM saves and ends with exit code 75; the same command goes on from the
 Ctrl-C (exit code 130), from the newest checkpoint.
 """
 
+import _thread
 import contextlib
 import importlib
 import io
 import os
 import sys
+import threading
 import traceback
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -145,7 +147,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """The console script's entry point."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     keep_compiled_programs()
-    with failing_at_once():
+    with failing_at_once(), hearing_interrupts():
         run_or_fail(arguments)
 
 
@@ -186,6 +188,26 @@ def fail(message: str, code: int = 2) -> None:
     """One line on standard error, and the exit code; of what a long one quotes, its beginning."""
     print(f"jaxdyn: {' '.join(message.split()):.1000}", file=sys.stderr)
     sys.exit(code)
+
+
+@contextlib.contextmanager
+def hearing_interrupts() -> Iterator[None]:
+    """Ctrl-C is heard wherever it comes: inside JAX's callback at a garbage collection Python
+    cannot raise it, and would go on; so it comes again a moment later."""
+    before = sys.unraisablehook
+
+    def hook(lost: Any) -> None:
+        if not issubclass(lost.exc_type, KeyboardInterrupt):
+            return before(lost)
+        again = threading.Timer(0.05, _thread.interrupt_main)
+        again.daemon = True
+        again.start()
+
+    sys.unraisablehook = hook
+    try:
+        yield
+    finally:
+        sys.unraisablehook = before
 
 
 @contextlib.contextmanager

@@ -142,6 +142,8 @@ def naming(path: AnyPath, needed: int = 0) -> Iterator[None]:
 def reason(error: OSError, path: AnyPath, needed: int = 0) -> str:
     """An error's words, and of a full disk what it had and what was wanted."""
     words = error.strerror or one_line(error)
+    if error.filename and Path(os.fsdecode(error.filename)) not in (path, partial_of(Path(path))):
+        words += f" ({os.fsdecode(error.filename)})"
     if error.errno not in FULL or in_bucket(path):
         return words
     return words + room(path, needed)

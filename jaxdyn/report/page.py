@@ -9,7 +9,7 @@ import matplotlib
 from matplotlib.figure import Figure
 
 from jaxdyn.errors import JaxdynError
-from jaxdyn.files import write_files
+from jaxdyn.files import require_writable, write_files
 from jaxdyn.paths import AnyPath
 from jaxdyn.report import figures, samples, sampling_figures, summary, update_figures
 from jaxdyn.report.load import Run
@@ -93,6 +93,7 @@ def write_page(runs: Sequence[Run], directory: AnyPath) -> AnyPath:
     Raises:
       JaxdynError: if it cannot, or if one of these files is there and is not a report's.
     """
+    require_writable(directory)
     path = directory / "report.html"
     earlier = path.exists()
     if earlier and TITLE.encode() not in path.read_bytes()[:4000]:

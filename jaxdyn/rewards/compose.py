@@ -3,10 +3,13 @@
 import dataclasses
 import difflib
 import importlib
+import importlib.util
 import math
 import os
 import sys
+import warnings
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -140,13 +143,15 @@ def _evaluate(
 ) -> Float[np.ndarray, " B"]:
     """One function's values, nan for None."""
     try:
-        returned = function(prompts, completions, **columns)
-    except Exception as error:
+        returned = call(function, prompts, completions, columns)
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:  # sys.exit(0) too must not end the run as if it were done
         where, cause = _first_failure(function, prompts, completions, columns) or ("", error)
         raise JaxdynError(f"reward {name!r} failed{where}: {_one_line(cause)}") from error
     try:
         returned = list(returned)
-    except TypeError as error:
+    except Exception as error:
         kind = type(returned).__name__
         raise JaxdynError(f"reward {name!r} returned {kind}, wanted a list of numbers") from error
     if len(returned) != len(completions):
@@ -159,7 +164,7 @@ def _evaluate(
         values[index] = math.nan if value is None else _float(value)
         if value is not None and not math.isfinite(values[index]):
             raise JaxdynError(
-                f"reward {name!r} returned {value!r:.60}{_example(index, prompts)}, "
+                f"reward {name!r} returned {_shown(value)}{_example(index, prompts)}, "
                 "wanted a finite number or None"
             )
         if abs(values[index]) > MOST:
@@ -172,15 +177,39 @@ def _evaluate(
 
 def _first_failure(
     function: RewardFunction, prompts: Texts, completions: Texts, columns: dict[str, list]
-) -> tuple[str, Exception] | None:
+) -> tuple[str, BaseException] | None:
     """The first example that fails by itself, and how; None if all of them fail only together."""
     for i in range(len(completions)):
         try:
             row = {key: column[i : i + 1] for key, column in columns.items()}
-            function(prompts[i : i + 1], completions[i : i + 1], **row)
-        except Exception as error:
+            call(function, prompts[i : i + 1], completions[i : i + 1], row)
+        except KeyboardInterrupt:
+            raise
+        except BaseException as error:
             return _example(i, prompts), error
     return None
+
+
+def call(
+    function: RewardFunction, prompts: Texts, completions: Texts, columns: dict[str, list]
+) -> Any:
+    """Call a reward with copies of what it is given, and keep what it says of warnings to itself:
+    neither is anybody else's to find changed."""
+    with warnings.catch_warnings():
+        own = {name: copied(column) for name, column in columns.items()}
+        return function(list(prompts), list(completions), **own)
+
+
+_PLAIN = frozenset((str, int, float, bool, type(None)))
+
+
+def copied(x: Any) -> Any:
+    """A copy of lists and objects of JSON, all the way down."""
+    if type(x) is list:
+        return [v if type(v) in _PLAIN else copied(v) for v in x]
+    if type(x) is dict:
+        return {k: v if type(v) in _PLAIN else copied(v) for k, v in x.items()}
+    return x
 
 
 def _resolve(path: str, config: RewardConfig) -> tuple[str, RewardFunction]:
@@ -202,19 +231,47 @@ def _resolve(path: str, config: RewardConfig) -> tuple[str, RewardFunction]:
         )
     if os.getcwd() not in sys.path:  # a console script does not look in the working directory
         sys.path.append(os.getcwd())
+    require_outside_runs(path, module_name.partition(".")[0])
     try:
-        function = getattr(importlib.import_module(module_name), name)
-    except Exception as error:
+        with warnings.catch_warnings():
+            function = getattr(importlib.import_module(module_name), name)
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:
         raise JaxdynError(f"cannot import the reward {path!r}: {_one_line(error)}") from error
     if not callable(function):
         raise JaxdynError(f"the reward {path!r} is a {type(function).__name__}, not a function")
     return name, function
 
 
+def require_outside_runs(path: str, module: str) -> None:
+    """Refuse code that lies in a run's directory: whoever looks at a stranger's run from inside it
+    would run the stranger's.
+
+    Raises:
+      JaxdynError: naming the run's directory.
+    """
+    if module in sys.modules:
+        return
+    try:
+        found = importlib.util.find_spec(module)
+    except (ImportError, ValueError):
+        found = None
+    if found is None:
+        return  # the import says so
+    for place in (found.origin, *(found.submodule_search_locations or ())):
+        for folder in Path(place).absolute().parents if place else ():
+            if (folder / "config.json").exists() and (folder / "checkpoints").is_dir():
+                raise JaxdynError(
+                    f"the reward {path!r} lies in the run {folder}, and a run's code is not "
+                    "imported; start from elsewhere, or move the file out"
+                )
+
+
 def _float(value: Any) -> float:
     try:
         return math.nan if isinstance(value, str | bytes) else float(value)
-    except (TypeError, ValueError, OverflowError):
+    except Exception:  # an object of the user's may raise anything
         return math.nan
 
 
@@ -222,8 +279,18 @@ def _example(index: int, prompts: Texts) -> str:
     return f" for example {index} ({prompts[index][:40]!r})" if index < len(prompts) else ""
 
 
-def _one_line(error: Exception) -> str:
-    text = " ".join(str(error).split())
+def _shown(value: Any) -> str:
+    try:
+        return f"{value!r:.60}"
+    except Exception:
+        return type(value).__name__
+
+
+def _one_line(error: BaseException) -> str:
+    try:
+        text = " ".join(str(error).split())
+    except Exception:
+        text = ""
     if isinstance(error, JaxdynError):
         return text
     return f"{type(error).__name__}: {text}" if text else type(error).__name__

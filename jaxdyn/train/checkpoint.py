@@ -3,15 +3,16 @@
 A checkpoint holds the parameters, the optimizer's state, and as JSON the position: the next step
 (which is also the data's position and, with the seed, every random key), the CF-RL stage, and the
 running totals. It is written while training goes on. Orbax writes under a temporary name and
-renames, in a bucket it writes a mark at last, and only then are older ones deleted: so a killed
-save leaves no checkpoint, and the last good one stays. On disk a checkpoint has checksums
-(`jaxdyn.train.seal`), and one that has changed since is not restored.
+renames, in a bucket it writes a mark at last, and only then are older ones deleted, on disk by a
+rename too: so a killed save leaves no checkpoint, and the last good one stays. On disk a checkpoint
+has checksums (`jaxdyn.train.seal`), and one that has changed since is not restored.
 """
 
 import contextlib
 import dataclasses
 import logging
 import math
+import shutil
 from collections.abc import Sequence
 from typing import Any, Literal
 
@@ -20,11 +21,15 @@ import numpy as np
 import orbax.checkpoint as ocp
 from jax.sharding import SingleDeviceSharding
 from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, BestN
+from orbax.checkpoint.path import atomicity
 
 from jaxdyn.errors import Closing, JaxdynError
 from jaxdyn.files import room
 from jaxdyn.paths import AnyPath, in_bucket, one_line
 from jaxdyn.train.seal import Sealed, damage
+
+DELETED = "deleted"
+"""Where a checkpoint goes that is not kept, by one rename, before its files are removed."""
 
 # Orbax logs the traceback of every error that it raises; here they end as one line.
 logging.getLogger("absl").addFilter(lambda record: not record.exc_info)
@@ -51,6 +56,7 @@ class Checkpoints(Closing):
             best_fn=value_of if metric else None,
             preservation_policy=AnyPreservationPolicy(policies),
             temporary_path_class=None if in_bucket(directory) else Sealed,
+            todelete_subdir=None if in_bucket(directory) else DELETED,
         )
         where = directory if in_bucket(directory) else directory.absolute()
         self._manager = ocp.CheckpointManager(where, options=options)
@@ -107,6 +113,7 @@ class Checkpoints(Closing):
             earlier checkpoints stay.
         """
         self.wait()
+        self._remove_deleted()
         if position.get("preempted"):
             self._latest.passing.add(step)
         args = ocp.args.Composite(
@@ -128,6 +135,18 @@ class Checkpoints(Closing):
             self._manager.wait_until_finished()
         except Exception as error:
             raise self._not_saved(error) from error
+
+    def tidy(self) -> None:
+        """Remove what a killed process left half-saved or half-deleted; for the run's writer."""
+        if in_bucket(self.directory) or jax.process_index() > 0:
+            return
+        for left in self.directory.glob(f"*{atomicity.TMP_DIR_SUFFIX}*"):
+            shutil.rmtree(left, ignore_errors=True)
+        self._remove_deleted()
+
+    def _remove_deleted(self) -> None:
+        if not in_bucket(self.directory) and jax.process_index() == 0:
+            shutil.rmtree(self.directory / DELETED, ignore_errors=True)
 
     def _not_saved(self, error: Exception) -> JaxdynError:
         with contextlib.suppress(Exception):  # the storage itself may be gone
@@ -181,6 +200,8 @@ class Checkpoints(Closing):
     def close(self) -> None:
         """Wait for a save in progress; JaxdynError if it failed."""
         self.wait()
+        if self._saving is not None:
+            self._remove_deleted()
         self._manager.close()
 
 

@@ -106,6 +106,7 @@ class Begun(NamedTuple):
 
 def begin(task: Task, directory: RunDirectory, checkpoints: Checkpoints) -> Begun:
     """The newest checkpoint, or the start, which is recorded."""
+    checkpoints.tidy()
     saved = checkpoints.steps()
     directory.require_whole(task.config, saved[-1] if saved else None)
     state, position = begin_or_resume(task, task.config, checkpoints)

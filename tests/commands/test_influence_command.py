@@ -76,9 +76,9 @@ def test_a_step_at_the_runs_own_probe(tied_run, tmp_path):
 
 def test_the_page_has_every_token_and_at_the_sites_who_moved_them(tied_run, tmp_path, monkeypatch):
     pages = []
-    real = influence_page.write_microscope
+    real = influence_page.microscope_pages
     keep = lambda *given: pages.append(given) or real(*given)
-    monkeypatch.setattr(influence_page, "write_microscope", keep)
+    monkeypatch.setattr(influence_page, "microscope_pages", keep)
     options = InfluenceOptions(str(tied_run), step=3, sites="batch", output=str(tmp_path / "out"))
     saved = load_influence(run(options))
     (seen, moved, found), texts = (pages[0][0], pages[0][2], pages[0][0]), saved.completions

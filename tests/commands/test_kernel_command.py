@@ -42,7 +42,7 @@ def root(tmp_path_factory):
 @pytest.fixture
 def undrawn(monkeypatch):
     """A picture takes a second, and is looked at elsewhere."""
-    monkeypatch.setattr(command, "draw_kernel", lambda path, png: png.touch())
+    monkeypatch.setattr(command, "drawn_kernel", lambda saved: b"")
 
 
 def test_messages_are_read_as_texts(root, tmp_path):
