@@ -15,7 +15,7 @@ from jaxdyn.paths import AnyPath, absolute, open_path
 from jaxdyn.train.probe import Probe
 from jaxdyn.train.progress import Progress
 from jaxdyn.train.run_directory import packed
-from jaxdyn.train.saved import open_run
+from jaxdyn.train.saved import open_run, require_policy
 
 FORMAT = "jaxdyn analysis 1"
 
@@ -37,6 +37,7 @@ def analyze(
     output = open_path(output or path / "analysis")
     writes = jax.process_index() == 0
     with open_run(path) as saved:
+        require_policy(saved)
         if writes:
             require_analysis(output)
         probe = Probe(saved.task)
