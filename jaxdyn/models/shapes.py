@@ -5,7 +5,9 @@ from typing import Any
 from jaxdyn.models.config import Gating, ModelConfig, RotaryScaling, SequenceHead
 from jaxdyn.models.families import gemma3_text, gpt_neox, llama, qwen2, qwen3
 
-_LLAMA_3: dict[str, Any] = {"num_heads": 32, "num_kv_heads": 8, "mlp_width": 14336, "norm_eps": 1e-5}
+_LLAMA_3: dict[str, Any] = {
+    **{"num_heads": 32, "num_kv_heads": 8, "mlp_width": 14336, "norm_eps": 1e-5},
+}
 
 SHAPES: dict[str, ModelConfig] = {
     # EleutherAI/pythia-2.8b, the paper's model.
