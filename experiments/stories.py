@@ -39,7 +39,7 @@ def main():
     runs = []
     for seed in chosen.seeds:
         for schedule in SCHEDULES:
-            base = RL["stories"]
+            base = RL["stories260k"]
             config = dataclasses.replace(
                 base,
                 output=str(chosen.output / f"{schedule}-{seed}"),

@@ -114,6 +114,12 @@ COMMANDS = {
         "commands.influence:run",
         "influence: {}",
     ),
+    "presets": Command(
+        "pipelines to start from: models, memory by stage, and the hardware they need",
+        "commands.options:PresetsOptions",
+        "commands.presets:presets",
+        done_by="first",
+    ),
     "plan": Command(
         "memory, time and limits of a run on TPUs or GPUs that need not be there",
         "commands.plan_options:PlanOptions",

@@ -72,6 +72,7 @@ def test_help_lists_the_commands(arguments, capsys):
         "kernel": "--prompts --quantity --by-part --preconditioned --memory-budget",
         "influence": "[RUN] --step --sites --by-token --model --completions --memory-budget",
         "ledger": "CHECKPOINT --prompts --sample --through --by-layer --by-token --tolerance",
+        "presets": "--json",
         "plan": "PRESET --topology --mesh.fsdp --meshes --num-prompts --remat --no-largest",
         "report": "RUN --output",
         "check": "RUN",

@@ -28,7 +28,7 @@ def quickstarted(tmp_path_factory):
     model = here / "runs/quickstart/sft/model"
     letters = AnagramsConfig().letters + "="
     tiny_runs.make_model(model, alphabet=letters, max_positions=64)
-    base, few = RL["anagrams"], {"num_prompts": 2, "num_generations": 2}
+    base, few = RL["quickstart"], {"num_prompts": 2, "num_generations": 2}
     run_rl(
         dataclasses.replace(
             base,

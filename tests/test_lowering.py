@@ -19,9 +19,9 @@ from jaxdyn.dynamics import ledger_path, measure
 from jaxdyn.dynamics.influence import own_tokens, statistics_along, statistics_at
 from jaxdyn.kernels import gram, operator, plain, sketch, trace_exact, trace_probed
 from jaxdyn.models import LanguageModel, fused
+from jaxdyn.models.shapes import SHAPES
 from jaxdyn.optim import trainable
 from jaxdyn.plan.programs import WORKSPACE, Setting
-from jaxdyn.presets import SHAPES
 from jaxdyn.sections import MeshConfig
 from jaxdyn.train.sft import supervised_update
 from jaxdyn.train.state import TrainState

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # A run of jaxdyn on a SLURM cluster's GPUs, one task for each GPU:
 #
-#   sbatch --nodes=2 --gpus-per-node=8 --ntasks-per-node=8 tpu/slurm.sh rl --preset anagrams \
+#   sbatch --nodes=2 --gpus-per-node=8 --ntasks-per-node=8 tpu/slurm.sh rl --preset quickstart \
 #       --output /shared/runs/first
 #
 # jax.distributed finds its coordinator and its processes from SLURM, and process i of a node takes

@@ -88,10 +88,10 @@ def stored_on_one(name: str) -> list[dict]:
     from jaxdyn.commands.plan import planned_run
     from jaxdyn.commands.plan_options import PlanOptions
     from jaxdyn.distributed import make_mesh
+    from jaxdyn.models.shapes import SHAPES
     from jaxdyn.plan.chips import CHIPS
     from jaxdyn.plan.demand import bytes_of
     from jaxdyn.plan.programs import Setting
-    from jaxdyn.presets import SHAPES
     from jaxdyn.sections import MeshConfig
 
     mesh = make_mesh(MeshConfig(), jax.devices()[:1])

@@ -69,6 +69,20 @@ class ReportOptions:
 
 
 @dataclasses.dataclass(frozen=True)
+class PresetsOptions:
+    """The presets of `jaxdyn sft`, `reward` and `rl`: their models, the memory of each stage, and
+    the hardware that holds it. Compiles nothing, and needs neither network nor device.
+
+    Attributes:
+      names: which; all when none is given.
+      json: also write the figures, in bytes, to this file.
+    """
+
+    names: Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="NAME")] = ()
+    json: str | None = None
+
+
+@dataclasses.dataclass(frozen=True)
 class ExportOptions:
     """Write the model of RUN as a Hugging Face directory.
 

@@ -6,6 +6,7 @@ takes about twice as long.
 """
 
 import contextlib
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -16,13 +17,14 @@ from jaxdyn.commands.plan_options import PlanOptions
 from jaxdyn.config import RunConfig
 from jaxdyn.errors import JaxdynError
 from jaxdyn.files import require_writable, write_file
+from jaxdyn.models.shapes import SHAPES
 from jaxdyn.plan.demand import Demand, Program, demand_of
 from jaxdyn.plan.figures import figures
 from jaxdyn.plan.meshes import Way, candidates, largest_batch
 from jaxdyn.plan.programs import Setting
 from jaxdyn.plan.tables import show
 from jaxdyn.plan.topologies import open_topology
-from jaxdyn.presets import SHAPES, preset
+from jaxdyn.presets import preset
 from jaxdyn.rl import LossConfig
 from jaxdyn.rollout import SamplingConfig
 from jaxdyn.sections import ModelSource, TrainConfig
@@ -39,6 +41,8 @@ def run(options: PlanOptions) -> dict[str, Any]:
     if options.json:
         refuse_another(Path(options.json))
     shape, config = preset(SHAPES, options.preset), planned_run(options)
+    if options.untie:
+        shape = dataclasses.replace(shape, tied=False)
     if options.topology != "here":
         jax.config.update("jax_platforms", "cpu")  # the devices are not here; ours are not asked
         jax.config.update("jax_enable_compilation_cache", False)  # nor can it read programs again
@@ -46,7 +50,7 @@ def run(options: PlanOptions) -> dict[str, Any]:
     chip = topology.chip
     meshes = candidates(options.mesh, shape, topology, options.num_prompts, options.meshes)
     room = None if chip is None or not options.largest else chip.hbm
-    total = 3 * len(meshes) + 6 + 4 * (room is not None)
+    total = 3 * len(meshes) + 6 - shape.tied + 4 * (room is not None)
     with (progress := Progress()).start(f"compiling for {topology.name}", total):
 
         def compile_(program: Program) -> Demand:

@@ -14,7 +14,8 @@ class PlanOptions:
     """Compile a run's programs for TPUs, GPUs or this machine: memory, time and limits per chip.
 
     Attributes:
-      preset: the model's shape: pythia-2.8b, llama-8b, qwen3-0.6b, gemma-3-1b or tiny.
+      preset: the model's shape, by name: pythia-2.8b, llama-8b, qwen3-0.6b, gemma-3-1b, tiny or
+        another.
       topology: a slice as v5p:4x4x4 or v5e-64, GPUs as h100:8 or h100:2x8, or `here`.
       mesh: how its chips divide the work; when not given, several ways are tried.
       meshes: how many, each by three compilations.
@@ -23,6 +24,7 @@ class PlanOptions:
       max_prompt_length: longest prompt, in tokens.
       max_completion_length: longest completion, in tokens.
       microbatches: parts of each update's batch.
+      untie: give a tied model a classifier of its own, so that there is a stage 1.
       remat: what an update keeps of the forward pass (see `jaxdyn rl --help`).
       largest: find the largest batch that fits, by four more compilations.
       json: also write the figures to this file.
@@ -37,6 +39,7 @@ class PlanOptions:
     max_prompt_length: int = TrainConfig.max_prompt_length
     max_completion_length: int = 256
     microbatches: int = TrainConfig.microbatches
+    untie: bool = False
     remat: Literal["none", "dots", "full"] = ModelSource.remat
     largest: bool = True
     json: str | None = None

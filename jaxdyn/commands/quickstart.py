@@ -19,7 +19,8 @@ from jaxdyn.commands.ledger_options import LedgerOptions
 from jaxdyn.commands.output import BLOCKS, refuse_others
 from jaxdyn.data import AnagramsConfig, character_tokenizer
 from jaxdyn.files import write_file
-from jaxdyn.models import LanguageModel, gpt_neox
+from jaxdyn.models import LanguageModel
+from jaxdyn.models.shapes import SHAPES
 from jaxdyn.optim import Schedule
 from jaxdyn.paths import AnyPath
 from jaxdyn.presets import RL, SFT
@@ -41,13 +42,13 @@ def quickstart(output: str | Path, seed: int = 0) -> AnyPath:
     progress, output = Progress(), Path(output)
     new = output / "new"
     sft = dataclasses.replace(
-        SFT["anagrams"], output=str(output / "sft"), seed=seed, model=ModelSource(str(new))
+        SFT["quickstart"], output=str(output / "sft"), seed=seed, model=ModelSource(str(new))
     )
     refuse_others(output, {"new", "sft", *SCHEDULES, "ledger", "report"})
     if not (output / "sft" / "config.json").exists():
         make_model(new, sft.data.anagrams, seed)
     model = run_sft(sft, progress)
-    runs, base = [], RL["anagrams"]
+    runs, base = [], RL["quickstart"]
     for schedule in SCHEDULES:
         where, source = str(output / schedule), ModelSource(str(model))
         optim = dataclasses.replace(base.optim, schedule=schedule)
@@ -85,8 +86,8 @@ def write_ledger(before: str, run: AnyPath, directory: Path, progress: Progress)
 def make_model(directory: Path, data: AnagramsConfig, seed: int) -> None:
     """A random model of the Pythia architecture, 0.4 million parameters, and its tokenizer."""
     tokenizer = character_tokenizer(data.letters + "=")
-    sizes = {"width": 128, "num_layers": 2, "num_heads": 4, "max_positions": 64}
-    model = LanguageModel(gpt_neox(tokenizer.vocab_size, **sizes, rotary_fraction=1.0))
+    shape = dataclasses.replace(SHAPES["quickstart"], vocab_size=tokenizer.vocab_size)
+    model = LanguageModel(shape)
     params = model.init(jax.random.key(seed))
     save_policy(directory, model, params, tokenizer)
 

@@ -50,20 +50,28 @@ def figures(
             for way in ways
         ],
     }
-    one, two = demands["stage 1"], demands["stage 2"]
+    stages = {name: demands[name] for name in ("stage 1", "stage 2") if name in demands}
+    if chip is not None:
+        rollout = demands["rollout"].least(chip)
+        found["rollout_tokens_per_second"] = rows * run.sampling.max_completion_length / rollout
+        found["step_seconds"] = {name: rollout + one.least(chip) for name, one in stages.items()}
+    shares = share_of_stage_1(demands.get("stage 1"), demands["stage 2"], chip)
+    return {**found, "stage_1_share": shares}
+
+
+def share_of_stage_1(
+    one: Demand | None, two: Demand, chip: Chip | None
+) -> dict[str, Number | None] | None:
+    """Of the joint update's needs those of the classifier's; None where it has no matrix."""
+    if one is None:
+        return None
     shares: dict[str, Number | None] = {"own": one.own / two.own, "peak": one.peak / two.peak}
     if one.cost and two.cost:
         shares["flops"] = one.cost.flops / two.cost.flops
         shares["collective_bytes"] = ratio(one.cost.collective_bytes, two.cost.collective_bytes)
     if chip is not None:
-        rollout = demands["rollout"].least(chip)
         shares["seconds"] = ratio(one.least(chip), two.least(chip))
-        found["rollout_tokens_per_second"] = rows * run.sampling.max_completion_length / rollout
-        found["step_seconds"] = {
-            "stage 1": rollout + one.least(chip),
-            "stage 2": rollout + two.least(chip),
-        }
-    return {**found, "stage_1_share": shares}
+    return shares
 
 
 def excess(

@@ -4,7 +4,7 @@ rollout       a step's completions: prefill and all decoding steps
 prefill       its prompts' pass alone
 decode        one of its steps, the last, with full caches
 reference     per-token log-probs of the batch under another policy
-stage 1       the update of the classifier from harvested features
+stage 1       the update of the classifier from harvested features, if it has a matrix of its own
 stage 2       the update of all parameters
 propagation   what an applied update does at the probe's sites
 factors, kernel   one tile of the empirical NTK: of rows, and of rows against others
@@ -302,7 +302,7 @@ class Setting:
             self.prefill(),
             self.decode(),
             *([self.reference()] if self.run.loss.beta else []),
-            self.update("classifier"),
+            *([] if self.config.tied else [self.update("classifier")]),
             self.update("joint"),
             self.propagation(),
             self.factors(),

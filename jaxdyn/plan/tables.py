@@ -78,16 +78,20 @@ def summary(found: dict[str, Any]) -> list[str]:
         )
     if "step_seconds" in found:
         step = found["step_seconds"]
+        times = ", ".join(f"{seconds:.3g} s in {name}" for name, seconds in step.items())
         lines.append(
             f"at the chips' full rates: rollout {found['rollout_tokens_per_second']:,.0f} tokens/s;"
-            f" a step {step['stage 1']:.3g} s in stage 1, {step['stage 2']:.3g} s in stage 2"
+            f" a step {times}"
         )
-    parts = [
-        f"{shares[key]:.1%} of its {what}"
-        for key, what in (("flops", "flops"), ("own", "memory"), ("seconds", "time"))
-        if shares.get(key) is not None
-    ]
-    lines.append(f"stage 1's update against stage 2's: {', '.join(parts)}")
+    if shares is None:
+        lines.append("no stage 1: the classifier is tied to the embedding (--untie plans a copy)")
+    else:
+        parts = [
+            f"{shares[key]:.1%} of its {what}"
+            for key, what in (("flops", "flops"), ("own", "memory"), ("seconds", "time"))
+            if shares.get(key) is not None
+        ]
+        lines.append(f"stage 1's update against stage 2's: {', '.join(parts)}")
     mesh = " ".join(f"--mesh.{axis} {size}" for axis, size in found["mesh"].items())
     if len(found["meshes"]) > 1:
         lines.append(f"suggested mesh: {mesh}")

@@ -8,9 +8,9 @@ import pytest
 from jaxdyn.cli import main
 from jaxdyn.commands import plan as command
 from jaxdyn.models import LanguageModel
+from jaxdyn.models.shapes import SHAPES
 from jaxdyn.plan.demand import Demand
 from jaxdyn.plan.hlo import Cost
-from jaxdyn.presets import SHAPES
 
 
 @pytest.fixture
@@ -90,3 +90,14 @@ def test_the_figures_are_written_and_compilations_bounded(compiled, tmp_path, ca
     assert [way["mesh"] for way in found["meshes"]] == [[1, 8, 1], [2, 4, 1]]
     assert found["chip"] is None and found["largest_batch"] is None
     assert "8 devices, mesh (1, 8, 1)" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("untie", [False, True])
+def test_a_tied_model_has_no_stage_of_its_classifier_alone(untie, compiled, tmp_path, capsys):
+    path = tmp_path / "plan.json"
+    words = ["--num-prompts", "8", "--json", str(path), *(["--untie"] if untie else [])]
+    main(["plan", "smollm2-135m", "--meshes", "1", "--mesh.fsdp", "1", "--mesh.data", "8", *words])
+    found = json.loads(path.read_text())
+    assert ("stage 1" in compiled) == untie and compiled.count("stage 2") == 1
+    assert (found["stage_1_share"] is not None) == untie
+    assert ("no stage 1" in capsys.readouterr().out) != untie

@@ -19,7 +19,7 @@ def small(monkeypatch, tmp_path):
     monkeypatch.setitem(STYLE, "savefig.dpi", 50)
     monkeypatch.setenv("JAXDYN_CACHE", str(tmp_path / "cache"))
     few = {"num_prompts": 2, "num_generations": 2}
-    sft, rl = SFT["anagrams"], RL["anagrams"]
+    sft, rl = SFT["quickstart"], RL["quickstart"]
     data = dataclasses.replace(
         sft.data, anagrams=AnagramsConfig(train_examples=64, test_examples=16)
     )

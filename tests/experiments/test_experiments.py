@@ -40,7 +40,7 @@ def test_stories(monkeypatch, tmp_path):
     alphabet = string.ascii_letters + string.digits + string.punctuation + " \n"
     model = tiny_runs.make_model(tmp_path / "model", alphabet=alphabet, max_positions=256)
     monkeypatch.setenv("JAXDYN_CACHE", str(tmp_path / "cache"))
-    base = RL["stories"]
+    base = RL["stories260k"]
     few = {"num_prompts": 2, "num_generations": 2}
     changes = {
         "data": dataclasses.replace(base.data, stories=StoriesConfig(8, 4)),
@@ -50,7 +50,7 @@ def test_stories(monkeypatch, tmp_path):
         "evaluation": dataclasses.replace(base.evaluation, **few),
         "probe": dataclasses.replace(base.probe, every=1, num_prompts=2),
     }
-    monkeypatch.setitem(RL, "stories", dataclasses.replace(base, **changes))
+    monkeypatch.setitem(RL, "stories260k", dataclasses.replace(base, **changes))
     monkeypatch.setattr(stories, "SCHEDULES", ("classifier_first",))
     command = ["stories.py", "--model", model, "--output", str(tmp_path / "runs"), "--seeds", "3"]
     monkeypatch.setattr(sys, "argv", command)

@@ -13,7 +13,7 @@ from jaxdyn.models import LanguageModel, fused
 from jaxdyn.models import attention as module
 from jaxdyn.models.attention import attention, plain_attention
 from jaxdyn.models.fused import cudnn_can, splash, splash_can
-from jaxdyn.presets import SHAPES
+from jaxdyn.models.shapes import SHAPES
 from jaxdyn.sections import MeshConfig
 
 B, HEADS, WIDTH = 3, 4, 8

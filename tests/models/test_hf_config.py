@@ -16,7 +16,7 @@ from jaxdyn.models import (
 )
 from jaxdyn.models.families import FAMILIES
 from jaxdyn.models.rotary import rotary_kinds
-from jaxdyn.presets import SHAPES
+from jaxdyn.models.shapes import SHAPES
 from jaxdyn.types import JaxdynError
 
 PYTHIA_2_8B = {

@@ -8,11 +8,11 @@ import pytest
 from jaxdyn.commands.plan import planned_run
 from jaxdyn.commands.plan_options import PlanOptions
 from jaxdyn.distributed import make_mesh
+from jaxdyn.models.shapes import SHAPES
 from jaxdyn.plan.demand import Demand
 from jaxdyn.plan.meshes import candidates, largest_batch
 from jaxdyn.plan.programs import Setting
 from jaxdyn.plan.topologies import Topology
-from jaxdyn.presets import SHAPES
 from jaxdyn.sections import MeshConfig
 
 TINY = SHAPES["tiny"]  # 4 heads, width 64

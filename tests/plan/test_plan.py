@@ -17,13 +17,13 @@ import pytest
 from jaxdyn.commands.plan import planned_run
 from jaxdyn.commands.plan_options import PlanOptions
 from jaxdyn.distributed import make_mesh
+from jaxdyn.models.shapes import SHAPES
 from jaxdyn.plan.chips import CHIPS
 from jaxdyn.plan.demand import Demand, demand_of, exhausted
 from jaxdyn.plan.figures import excess
 from jaxdyn.plan.hlo import Cost
 from jaxdyn.plan.meshes import Way
 from jaxdyn.plan.programs import Setting
-from jaxdyn.presets import SHAPES
 from jaxdyn.sections import MeshConfig
 
 ROWS, PROMPT, COMPLETION = (4, 2), 16, 16
