@@ -102,6 +102,18 @@ class RunConfig(Config):
             )
         self._check_redraw()
         self._check_reference()
+        if self.loss.covariance.control == "kl" and self.train.num_iterations < 2:
+            raise JaxdynError(
+                "loss.covariance.control kl penalises what the policy moves within a step: "
+                f"train.num_iterations must be at least 2, got {self.train.num_iterations}"
+            )
+        sampling = self.sampling
+        filtered = sampling.top_k > 0 or sampling.top_p < 1 or sampling.min_p > 0
+        if self.loss.importance.support and not filtered:
+            raise JaxdynError(
+                "loss.importance.support needs sampling.top_k, top_p or min_p: all are off, "
+                "and the support is the vocabulary"
+            )
 
     def _check_redraw(self):
         alone = not compares_generations(self.loss, self.advantage)

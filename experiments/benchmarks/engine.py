@@ -97,7 +97,7 @@ class Problem:
     def update(self, name: StageName) -> tuple[Any, tuple, dict[str, Any]]:
         """The jitted update, its arguments, its static arguments."""
         stage, state = Stage(name, 0, 1), state_of(self.task, name)
-        batch, features = make_batch(self.task, state, stage, self.experience)
+        batch, features = make_batch(self.task, state, stage, self.experience, 0)
         state, frozen = split_state(self.task, state, stage)
         if name == "classifier":
             frozen.pop("backbone")

@@ -132,6 +132,7 @@ class Setting:
             **self.sequences(self.rows, self.slots[1], "completion_ids", "completion_mask"),
             "advantages": self.by_rows(self.rows, dtype=jnp.float32),
             **({"ref_per_token_logps": of_tokens} if self.run.loss.beta else {}),
+            "sampler_per_token_logps": of_tokens,
         }
 
     @functools.cached_property

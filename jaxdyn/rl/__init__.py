@@ -15,6 +15,8 @@ from jaxdyn.rl.advantages import (
 )
 from jaxdyn.rl.aggregation import Normalizer, aggregate, drop_truncated, normalizer_of
 from jaxdyn.rl.cotangents import LogitCotangents, logit_cotangents
+from jaxdyn.rl.covariance import CovarianceConfig, covariances, held_back
+from jaxdyn.rl.importance import ImportanceConfig
 from jaxdyn.rl.kl import kl_penalty, penalised_rewards, per_token_kl
 from jaxdyn.rl.logprobs import TokenStatistics, token_statistics
 from jaxdyn.rl.losses import LOSSES, LossConfig, policy_loss

@@ -51,8 +51,10 @@ def logit_cotangents(
     completion_mask: Bool[Array, "B C"],
     normalizer: Normalizer | None = None,
     entropy: Float[Array, "B C"] | None = None,
+    sampler_per_token_logps: Float[Array, "B C"] | None = None,
+    held_back: Bool[Array, "B C"] | None = None,
 ) -> LogitCotangents:
-    """a and b of `policy_loss` with the same arguments, for all of its losses.
+    """a and b of `policy_loss` with the same arguments, all its losses, weights and controls.
 
     Raises:
       JaxdynError: as `policy_loss`.
@@ -60,7 +62,8 @@ def logit_cotangents(
 
     def loss(logps, entropy):
         batch = old_per_token_logps, ref_per_token_logps, advantages, completion_mask
-        return policy_loss(config, logps, *batch, normalizer, entropy)[0]
+        beside = entropy, sampler_per_token_logps, held_back
+        return policy_loss(config, logps, *batch, normalizer, *beside)[0]
 
     if entropy is None:
         of_logp = jax.grad(loss)(per_token_logps, None)

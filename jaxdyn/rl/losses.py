@@ -5,7 +5,9 @@ mask (up to and including the stop token), A the advantage, ρ = exp(ℓ - ℓ�
 
     loss = aggregate(surrogate) + β aggregate(kl) - c token_mean(entropy)
 
-and a row of `LOSSES`: its surrogate, how it averages, the advantages it takes, how it clips.
+and a row of `LOSSES`: its surrogate, how it averages, the advantages it takes, how it clips. The
+surrogate may be weighed for a sampler that differs (`importance`) and held back at single tokens
+for the entropy's sake (`covariance`).
 
 Deviations from the papers: an omitted ℓᵒ means ℓᵒ = stop_gradient(ℓ), so ρ = 1; RLOO's sequence
 ratio is clipped, which changes nothing on the first pass over a batch; REINFORCE uses no ℓᵒ; GSPO's
@@ -36,7 +38,17 @@ from jaxdyn.rl.aggregation import (
     canonical,
     normalizer_of,
 )
+from jaxdyn.rl.covariance import CovarianceConfig
+from jaxdyn.rl.importance import ImportanceConfig, importance_weights, sampler_difference
 from jaxdyn.rl.kl import Estimator, per_token_kl
+from jaxdyn.rl.surrogates import (
+    Surrogate,
+    capped_weight,
+    log_prob,
+    mean_ratio,
+    product_ratio,
+    token_ratio,
+)
 from jaxdyn.types import JaxdynError
 
 LossType = Literal[
@@ -74,6 +86,8 @@ class LossConfig:
       entropy_coefficient: weight c of the entropy bonus, the mean over tokens under every loss.
       value_clip: PPO's values may leave the old ones by this much before the loss is clipped.
       value_coefficient: weight of PPO's value loss.
+      importance: weights for a sampler that is not quite the policy.
+      covariance: control of the entropy by Clip-Cov or KL-Cov.
     """
 
     loss_type: LossType = "grpo"
@@ -89,6 +103,8 @@ class LossConfig:
     entropy_coefficient: float = 0.0
     value_clip: float | None = 0.2
     value_coefficient: float = 0.1
+    importance: ImportanceConfig = ImportanceConfig()
+    covariance: CovarianceConfig = CovarianceConfig()
 
     def __post_init__(self):
         for name, kind in _CHOICES.items():
@@ -121,6 +137,24 @@ class LossConfig:
                 f"loss.aggregation must be {own.aggregation!r} for {self.loss_type}, which weighs "
                 f"whole sequences, got {self.aggregation!r}"
             )
+        if own.of_sequences and self.importance.cap and self.importance.level == "token":
+            raise JaxdynError(
+                f"loss.importance.level must be 'sequence' for {self.loss_type}, which weighs "
+                "whole sequences, got 'token'"
+            )
+        control = self.covariance.control
+        if control and own.surrogate is not token_ratio:
+            raise JaxdynError(
+                f"loss.covariance.control is of no use to {self.loss_type}, which has no ratio of "
+                f"each token, got {control!r}"
+            )
+        if control == "kl":
+            for name in sorted(_CLIP):
+                if (value := getattr(self, name)) is not None:
+                    raise JaxdynError(
+                        f"loss.{name} is of no use with loss.covariance.control kl, whose penalty "
+                        f"takes the clip's place, got {value}"
+                    )
 
     @property
     def resolved_epsilon(self) -> float:
@@ -139,7 +173,9 @@ class LossConfig:
 
     @property
     def clip_range(self) -> tuple[float, float]:
-        """[1 - ε, 1 + ε_high]."""
+        """[1 - ε, 1 + ε_high]; everything under KL-Cov."""
+        if self.covariance.control == "kl":
+            return 0.0, float("inf")
         return 1 - self.resolved_epsilon, 1 + self.resolved_epsilon_high
 
     @property
@@ -168,14 +204,19 @@ def policy_loss(
     completion_mask: Bool[Array, "B C"],
     normalizer: Normalizer | None = None,
     entropy: Float[Array, "B C"] | None = None,
+    sampler_per_token_logps: Float[Array, "B C"] | None = None,
+    held_back: Bool[Array, "B C"] | None = None,
 ) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
     """The loss to minimise and its metrics: `policy_loss`, with a reference `kl`, and for clipped
-    losses `clip_ratio/low_mean` and `clip_ratio/high_mean`.
+    losses `clip_ratio/low_mean` and `clip_ratio/high_mean`; with the sampler's log-probs how far
+    ℓᵒ is from them (`sampling/…`). All but a maximum add up over the parts of a batch.
 
     `normalizer` counts the whole batch when these rows are a part of it; by default they are all.
     `entropy` is the policy's at every slot, in nats, for the bonus. `kl` is the mean over tokens.
-    Masked slots may hold anything, and get gradient 0.
-    Raises `JaxdynError` when β asks for a reference, or c for an entropy, that is not there.
+    `held_back` are the tokens of `loss.covariance` (`jaxdyn.rl.held_back`). Masked slots may hold
+    anything, and get gradient 0.
+    Raises `JaxdynError` when β asks for a reference, c for an entropy, a cap for the sampler's
+    log-probs, or a control for its tokens, that are not there.
     """
     if config.beta and ref_per_token_logps is None:
         raise JaxdynError(f"loss.beta is {config.beta} but there are no reference log-probs")
@@ -183,6 +224,14 @@ def policy_loss(
         raise JaxdynError(
             f"loss.entropy_coefficient is {config.entropy_coefficient} but there is no entropy"
         )
+    control, cap = config.covariance.control, config.importance.cap
+    if control and (held_back is None or old_per_token_logps is None):
+        raise JaxdynError(
+            f"loss.covariance.control is {control} but there are no old log-probs or no tokens "
+            "held back"
+        )
+    if cap and sampler_per_token_logps is None:
+        raise JaxdynError(f"loss.importance.cap is {cap} but there are no log-probs of the sampler")
     normalizer = normalizer_of(completion_mask) if normalizer is None else normalizer
     mask, aggregation = completion_mask, config.resolved_aggregation
     new = jnp.where(mask, per_token_logps, 0)
@@ -192,8 +241,25 @@ def policy_loss(
 
     own = LOSSES[config.loss_type]
     surrogate = own.surrogate(config, new, old, weights, mask)
+    of_tokens, beside = surrogate.loss, {}
+    if control == "clip":
+        of_tokens = jnp.where(held_back, 0, of_tokens)
+    elif control == "kl":
+        penalty = config.covariance.beta * per_token_kl("k3", old, new)
+        of_tokens = of_tokens + jnp.where(held_back, penalty, 0)
+    if control:
+        held = jnp.asarray(held_back, new.dtype)
+        beside["covariance/held_back"] = aggregate("token-mean", held, mask, normalizer)
+    if sampler_per_token_logps is not None:
+        sampler = jnp.where(mask, sampler_per_token_logps, 0)
+        beside |= sampler_difference(old, sampler, mask, normalizer)
+        if cap:
+            ratios, of_ratios = importance_weights(
+                config.importance, old, sampler, mask, normalizer
+            )
+            of_tokens, beside = ratios * of_tokens, beside | of_ratios
     mean = lambda x: aggregate(aggregation, x, surrogate.mask, normalizer)
-    loss = mean(surrogate.loss)
+    loss = mean(of_tokens)
     share = lambda x: aggregate(
         "sequence-mean-token-mean" if own.of_sequences else "token-mean",
         x,
@@ -201,6 +267,7 @@ def policy_loss(
         normalizer,
     )
     metrics = {"policy_loss": loss} | {name: share(x) for name, x in surrogate.metrics.items()}
+    metrics |= beside
     if ref_per_token_logps is not None:
         ref = jax.lax.stop_gradient(jnp.where(mask, ref_per_token_logps, 0))
         kl = per_token_kl(config.resolved_kl_estimator, new, ref)
@@ -216,66 +283,6 @@ def policy_loss(
 
 
 # -- the losses -------------------------------------------------------------------------------
-
-
-class Surrogate(NamedTuple):
-    """A loss before aggregation, over the C tokens or, as one column, over whole sequences."""
-
-    loss: jax.Array
-    metrics: dict[str, jax.Array]
-    mask: jax.Array
-
-
-def clipped(config: LossConfig, ratio: jax.Array, advantages: jax.Array, mask: jax.Array):
-    """-min(min(ρ, δ) A, clip(ρ, 1 - ε, 1 + ε_high) A), and where each bound took effect.
-
-    Sources: Schulman et al. 2017 (PPO), eq. 7; the dual clip δ, Ye et al. 2020, eq. 5.
-    """
-    low, high = config.clip_range
-    capped = ratio if config.delta is None else jnp.minimum(ratio, config.delta)
-    loss = -jnp.minimum(capped * advantages, jnp.clip(ratio, low, high) * advantages)
-    metrics = {
-        "clip_ratio/low_mean": ((ratio < low) & (advantages < 0)).astype(loss.dtype),
-        "clip_ratio/high_mean": ((ratio > high) & (advantages > 0)).astype(loss.dtype),
-    }
-    return Surrogate(loss, metrics, mask)
-
-
-def token_ratio(config, new, old, advantages, mask) -> Surrogate:
-    """ρ of every token, clipped. Source: Shao et al. 2024 (GRPO), eq. 3."""
-    return clipped(config, jnp.exp(new - old), advantages, mask)
-
-
-def mean_ratio(config, new, old, advantages, mask) -> Surrogate:
-    """ρ of the sequence, exp(mean_t (ℓ - ℓᵒ)), clipped; a token's gradient goes through its ℓ.
-
-    Source: Zheng et al. 2025 (GSPO), eq. 7 and 14.
-    """
-    lengths = jnp.maximum(mask.sum(axis=1, keepdims=True), 1)
-    log_ratio = jnp.sum(new - old, axis=1, keepdims=True) / lengths
-    held = jax.lax.stop_gradient
-    return clipped(config, jnp.exp(held(log_ratio) + new - held(new)), advantages, mask)
-
-
-def product_ratio(config, new, old, advantages, mask) -> Surrogate:
-    """ρ of the whole sequence, exp(Σ_t (ℓ - ℓᵒ)), clipped. Source: Ahmadian et al. 2024 (RLOO)."""
-    if advantages.shape[1] != 1:
-        raise JaxdynError(f"rloo takes one advantage a sequence, got {advantages.shape}")
-    ratio = jnp.exp(jnp.sum(new - old, axis=1, keepdims=True))
-    return clipped(config, ratio, advantages, mask.any(axis=1, keepdims=True))
-
-
-def capped_weight(config, new, old, advantages, mask) -> Surrogate:
-    """-stop_gradient(min(ρ, ε_high)) A ℓ. Sources: MiniMax 2025 (CISPO), eq. 4; TRL for the cap."""
-    ratio, cap = jax.lax.stop_gradient(jnp.exp(new - old)), config.resolved_epsilon_high
-    metrics = {"clip_ratio/high_mean": (ratio > cap).astype(ratio.dtype)}
-    return Surrogate(-jnp.minimum(ratio, cap) * advantages * new, metrics, mask)
-
-
-def log_prob(config, new, old, advantages, mask) -> Surrogate:
-    """-A ℓ, whose gradient is the policy gradient at the sampled tokens. Source: Williams 1992."""
-    return Surrogate(-advantages * new, {}, mask)
-
 
 _CLIP = frozenset({"epsilon", "epsilon_high", "delta"})
 _VALUE = frozenset({"value_clip", "value_coefficient"})

@@ -1,9 +1,9 @@
 """The data-parallel update compiled by `jax.pmap`: every device has all parameters and some rows.
 
 `jax.jit` over a mesh does the same with fsdp = tensor = 1, and more; it is the default. One would
-still want this one where the sums between devices should be those written here and no others (two
-in a program: the gradients with the metrics, and the batch's counts), to rule the partitioner out
-when two results differ, or on a device whose compiler cannot partition.
+still want this one where the sums between devices should be those written here and no others (three
+in a program: the gradients with the metrics, the metrics that are maxima, and the batch's counts),
+to rule the partitioner out when two results differ, or on a device whose compiler cannot partition.
 """
 
 import functools

@@ -37,6 +37,8 @@ class UpdateBatch(Sequences):
     old_per_token_logps: Float[Array, "B C"] | None = None
     ref_per_token_logps: Float[Array, "B C"] | None = None
     values: ValueTargets | None = None
+    sampler_per_token_logps: Float[Array, "B C"] | None = None
+    held_back: Bool[Array, "B C"] | None = None
 
 
 @dataclasses.dataclass(frozen=True)

@@ -152,6 +152,8 @@ def _loss_weights(
         batch.completion_mask,
         normalizer_of(batch.completion_mask, max_completion_length),
         found.entropy,
+        batch.sampler_per_token_logps,
+        batch.held_back,
     )
     return jnp.stack([cotangents.of_logp, cotangents.of_entropy], axis=-1)
 

@@ -17,8 +17,8 @@ import numpy as np
 from jaxdyn.config import RunConfig
 from jaxdyn.hosts import fetch, whole
 from jaxdyn.optim import Stage, learning_rate, merge, trainable
-from jaxdyn.rl import ScoredBatch, drop_truncated, estimate_advantages
-from jaxdyn.rollout import trim
+from jaxdyn.rl import ScoredBatch, drop_truncated, estimate_advantages, held_back
+from jaxdyn.rollout import step_key, trim
 from jaxdyn.train.experience import Experience, experience_metrics
 from jaxdyn.train.pmap import pmap_update
 from jaxdyn.train.policy import Policy, UpdateBatch, ValueTargets, batch_values
@@ -85,7 +85,7 @@ def prepare_step(task: Task[RunConfig], state: TrainState, stage: Stage, step: i
     began = time.perf_counter()
     experience = draw_experience(task, state.params, step, harvest=stage.name == "classifier")
     sampled = time.perf_counter()
-    batch, features = make_batch(task, state, stage, experience)
+    batch, features = make_batch(task, state, stage, experience, step)
     jax.block_until_ready(batch)
     seconds = {
         "time/rollout": sampled - began - experience.reward_seconds,
@@ -113,7 +113,7 @@ def progress_of(task: Task, stage: Stage, step: int, rate: float) -> dict[str, A
 
 @functools.partial(jax.profiler.annotate_function, name="reference")
 def make_batch(
-    task: Task[RunConfig], state: TrainState, stage: Stage, experience: Experience
+    task: Task[RunConfig], state: TrainState, stage: Stage, experience: Experience, step: int
 ) -> tuple[UpdateBatch, jax.Array | None]:
     """The update's arrays; in the classifier stage also the features, harvested in decoding.
 
@@ -134,7 +134,8 @@ def make_batch(
     policy = Policy(model, state.params, features)
 
     values = batch_values(state.params["value"], features) if loss.critic else None
-    wants_old = config.train.num_iterations > 1 or loss.kl_placement == "reward"
+    control = loss.covariance.control
+    wants_old = config.train.num_iterations > 1 or loss.kl_placement == "reward" or control
     old = policy.logps(sequences, temperature) if wants_old else None
     ref, reference = None, state.reference or reference_of(task.params, config)
     if reference is not None:
@@ -154,6 +155,10 @@ def make_batch(
         config.sampling.max_completion_length,
     )
     counted = drop_truncated(mask, finished) if loss.mask_truncated else mask
+    held = None
+    if control:
+        key = step_key(config.seed, "covariance", step)
+        held = layout.rows(held_back(loss.covariance, whole(old), advantages, counted, key))
     batch = UpdateBatch(
         tokens=sequences.tokens,
         mask=sequences.mask,
@@ -163,6 +168,8 @@ def make_batch(
         old_per_token_logps=old,
         ref_per_token_logps=ref,
         values=None if values is None else ValueTargets(values, layout.rows(returns)),
+        sampler_per_token_logps=sequences.per_token_logps,
+        held_back=held,
     )
     return batch, features if stage.name == "classifier" else None
 

@@ -71,7 +71,7 @@ def descend(
 
     by_path, metrics = accumulate(gradient_of, batch, microbatches)
     if axis is not None:
-        by_path, metrics = jax.lax.psum((by_path, metrics), axis)
+        by_path, metrics = over_devices((by_path, metrics), axis)
     gradient = model.fold(by_path) if shared else by_path
     direction, opt_state = make_optimizer(optim).update(gradient, state.opt_state, moving)
     step = lambda p, d: (p - learning_rate * d).astype(p.dtype)
@@ -91,7 +91,8 @@ def descend(
 
 
 def accumulate(function: Callable[[Any], Any], batch: Any, microbatches: int) -> Any:
-    """Σ `function(part)` over `microbatches` equal parts of the batch, one part in memory.
+    """Σ `function(part)` over `microbatches` equal parts of the batch, one part in memory; of
+    metrics that are a maximum the largest.
 
     A part has every so-manieth row, and so an equal share of every device's. Of arrays that are a
     multiple as long as the shortest it has what belongs to these rows.
@@ -109,8 +110,23 @@ def accumulate(function: Callable[[Any], Any], batch: Any, microbatches: int) ->
     of_part = lambda part: function(jax.tree.unflatten(structure, part))
     shapes = jax.eval_shape(of_part, [x[0] for x in parts])
     zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
-    add = lambda total, part: (jax.tree.map(jnp.add, total, of_part(part)), None)
+    join = lambda path, x, y: jnp.maximum(x, y) if is_maximum(path) else x + y
+    add = lambda total, part: (jax.tree.map_with_path(join, total, of_part(part)), None)
     return jax.lax.scan(add, zeros, parts)[0]
+
+
+def over_devices(tree: Any, axis: str) -> Any:
+    """Σ of the parts of all devices under `jax.pmap`."""
+    leaves, structure = jax.tree.flatten_with_path(tree)
+    largest = [x for path, x in leaves if is_maximum(path)]
+    summed = [x for path, x in leaves if not is_maximum(path)]
+    joined = iter(jax.lax.psum(summed, axis)), iter(jax.lax.pmax(largest, axis))
+    return jax.tree.unflatten(structure, [next(joined[is_maximum(path)]) for path, _ in leaves])
+
+
+def is_maximum(path: tuple) -> bool:
+    """Whether a metric is a maximum, ≥ 0, which parts do not add up to."""
+    return getattr(path[-1], "key", "").endswith("/max")
 
 
 # -- RL -------------------------------------------------------------------------------------------
@@ -129,8 +145,9 @@ def policy_objective(
     ids, mask = batch.completion_ids, batch.completion_mask
     old, ref = batch.old_per_token_logps, batch.ref_per_token_logps
     policy = completion_statistics(model, view["classifier"], features, ids, temperature)
+    beside = policy.entropy, batch.sampler_per_token_logps, batch.held_back
     value, metrics = policy_loss(
-        loss, policy.logps, old, ref, batch.advantages, mask, normalizer, policy.entropy
+        loss, policy.logps, old, ref, batch.advantages, mask, normalizer, *beside
     )
     if batch.values is not None:
         estimates, goal = state_values(view["value"], features), batch.values

@@ -7,6 +7,8 @@ import pytest
 
 from jaxdyn.rl import (
     LOSSES,
+    CovarianceConfig,
+    ImportanceConfig,
     LossConfig,
     logit_cotangents,
     normalizer_of,
@@ -22,6 +24,10 @@ CONFIGS |= {
     "grpo corrected": LossConfig(beta=0.3, use_bias_correction_kl=True),
     "grpo dual clip": LossConfig(delta=1.25, entropy_coefficient=0.1),
     "gspo wide": LossConfig(loss_type="gspo", epsilon=0.05, epsilon_high=0.06, **KL),
+    "grpo weighed": LossConfig(importance=ImportanceConfig(1.1), **KL),
+    "rloo weighed": LossConfig("rloo", importance=ImportanceConfig(1.3, "sequence"), **KL),
+    "grpo clip-cov": LossConfig(covariance=CovarianceConfig("clip"), **KL),
+    "dapo kl-cov": LossConfig("dapo", covariance=CovarianceConfig("kl"), **KL),
     "cispo capped": LossConfig(loss_type="cispo", epsilon_high=1.1, **KL),
 }
 
@@ -42,16 +48,18 @@ def batch(config):
 @pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS.keys())
 def test_the_whole_losses_gradient(config, x64):
     logits, ids, rest = batch(config)
+    beside = rest[0] + 0.3 * jnp.sin(jnp.arange(ROWS * SLOTS)).reshape(ROWS, SLOTS), ids % 2 == 0
 
     def loss(logits):
         found = token_statistics(logits, ids, TEMPERATURE)
-        return policy_loss(config, found.logps, *rest, found.entropy)
+        return policy_loss(config, found.logps, *rest, found.entropy, *beside)
 
     (_, metrics), expected = jax.value_and_grad(loss, has_aux=True)(logits)
     clips = [float(x) for name, x in metrics.items() if name.startswith("clip_ratio")]
-    assert not clips or max(clips) > 0 or config.loss_type == "cispo"  # where it is capped, below
+    unclipped = config.loss_type == "cispo" or config.covariance.control == "kl"
+    assert not clips or max(clips) > 0 or unclipped  # where it is capped, below
     found = token_statistics(logits, ids, TEMPERATURE)
-    compact = logit_cotangents(config, found.logps, *rest, found.entropy)
+    compact = logit_cotangents(config, found.logps, *rest, found.entropy, *beside)
     whole = compact.whole(logits, ids, TEMPERATURE)
     np.testing.assert_allclose(whole, expected, rtol=1e-10, atol=1e-15)
     mask = np.asarray(rest[3])

@@ -14,6 +14,7 @@ from jaxdyn.commands.influence_momentum import decay_of, earlier_of, traced
 from jaxdyn.dynamics import delta_logits, influence, sites_from_rollout
 from jaxdyn.kernels.rows import statistics_of
 from jaxdyn.optim import Stage
+from jaxdyn.rl import CovarianceConfig, ImportanceConfig
 from jaxdyn.rollout import SamplingConfig
 from jaxdyn.train import fresh_state
 from jaxdyn.train.policy import ValueTargets, batch_values
@@ -34,6 +35,11 @@ CASES = {
     "microbatches": ("joint", {**KL, **ADAM, "train__microbatches": 2}),
     "epochs": ("joint", {**ADAM, "train__num_iterations": 2, "tied": True}),
     "critic": ("joint", {**KL, **ADAM, "loss__loss_type": "ppo", "loss__kl_placement": "reward"}),
+    "importance": ("joint", {**KL, **ADAM, "loss__importance": ImportanceConfig(1.02)}),
+    "covariance": (
+        "joint",
+        {**KL, **ADAM, "loss__covariance": CovarianceConfig("kl"), "train__num_iterations": 2},
+    ),
     "sequences": ("joint", {**KL, "loss__loss_type": "rloo", "loss__kl_placement": "loss"}),
 }
 
@@ -65,6 +71,10 @@ def taken(root, stage, tied=False, **changes):
     stage = Stage(stage, 0, 8)
     state = fresh_state(task.model, task.params, config.optim, stage.name, config.critic)
     batch = tiny_batch(task.model.config.vocab_size)
+    logps, entries = batch.old_per_token_logps, jnp.arange(4.0 * C).reshape(4, C)
+    batch = batch.replace(
+        sampler_per_token_logps=logps + 0.3 * jnp.sin(entries), held_back=jnp.cos(entries) > 0
+    )
     features = batch_features(task.model, task.params["backbone"], batch)
     if config.critic:
         rng = np.random.default_rng(6)
