@@ -206,7 +206,9 @@ class LanguageModel:
             shape = (*one.shape[:axis], *tokens.shape, *one.shape[axis + 2 :])
             return jnp.zeros(shape, one.dtype)
 
-        still = jax.tree_util.tree_map_with_path(zeros, _output_shapes(module, 1 + (window is not None)))
+        still = jax.tree_util.tree_map_with_path(
+            zeros, _output_shapes(module, 1 + (window is not None))
+        )
 
         def run(shifts):
             variables = {"params": backbone, "perturbations": shifts}

@@ -24,7 +24,7 @@ from jaxdyn.train.experience import Experience, experience_metrics, gather_exper
 from jaxdyn.train.frozen import reference_of
 from jaxdyn.train.pmap import pmap_update
 from jaxdyn.train.policy import Policy, UpdateBatch, ValueTargets, batch_values
-from jaxdyn.train.sharing import batch_features, completions_together, sequences_of
+from jaxdyn.train.sharing import batch_features, sequences_of
 from jaxdyn.train.state import TrainState
 from jaxdyn.train.task import Task
 from jaxdyn.train.update import update
@@ -135,8 +135,7 @@ def make_batch(
     temperature = np.float32(config.sampling.temperature)
     finished, mask = jnp.asarray(experience.finished), rollout.completion_mask
     parts = config.train.microbatches * model.row_shards
-    together = completions_together(rollout, config.train.num_generations, parts)
-    sequences = layout.rows(sequences_of(rollout, together))
+    sequences = layout.rows(sequences_of(rollout, config.train.num_generations, parts))
 
     features = layout.rows(rollout.features)
     if features is None and loss.critic:
