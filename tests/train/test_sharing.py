@@ -1,4 +1,4 @@
-"""A pass over a prompt for all of its completions: which batches take it, and that it is the same."""
+"""A pass over a prompt for all of its completions: who takes it, and that it is the same."""
 
 import dataclasses
 
