@@ -17,7 +17,14 @@ from jaxdyn.optim import OptimConfig
 from jaxdyn.rewards import RewardConfig
 from jaxdyn.rl import AdvantageConfig, LossConfig, check_combination
 from jaxdyn.rollout import SamplingConfig
-from jaxdyn.sections import EvaluationConfig, LoopConfig, MeshConfig, ModelSource, TrainConfig
+from jaxdyn.sections import (
+    EvaluationConfig,
+    LoopConfig,
+    MeshConfig,
+    ModelSource,
+    SupervisedConfig,
+    TrainConfig,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -107,7 +114,7 @@ class SFTConfig(Config):
     kind: Annotated[Literal["sft"], tyro.conf.Suppress] = "sft"
     output: str = "runs/sft"
     optim: OptimConfig = OptimConfig(learning_rate=1e-3, warmup_steps=20, decay="cosine")
-    train: LoopConfig = LoopConfig(steps=300, num_prompts=64, checkpoint_every=100)
+    train: SupervisedConfig = SupervisedConfig(steps=300, num_prompts=64, checkpoint_every=100)
     evaluation: EvaluationConfig = EvaluationConfig(every=50)
     probe: ProbeConfig = ProbeConfig(every=0)
 

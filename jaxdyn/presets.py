@@ -11,7 +11,7 @@ from jaxdyn.optim import OptimConfig
 from jaxdyn.rewards import RewardConfig
 from jaxdyn.rl import LossConfig
 from jaxdyn.rollout import SamplingConfig
-from jaxdyn.sections import EvaluationConfig, LoopConfig, ModelSource, TrainConfig
+from jaxdyn.sections import EvaluationConfig, ModelSource, SupervisedConfig, TrainConfig
 from jaxdyn.types import JaxdynError
 
 _ANAGRAMS: dict[str, Any] = {
@@ -26,7 +26,7 @@ SFT = {
         model=ModelSource("runs/quickstart/new"),
         **_ANAGRAMS,
         optim=OptimConfig(learning_rate=2e-3, warmup_steps=20, decay="cosine"),
-        train=LoopConfig(
+        train=SupervisedConfig(
             steps=300, num_prompts=64, max_prompt_length=8, target_reward=0.35, checkpoint_every=100
         ),
         evaluation=EvaluationConfig(every=10, num_prompts=64, num_generations=8),

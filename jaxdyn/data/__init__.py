@@ -12,6 +12,7 @@ from jaxdyn.data.batching import (
 from jaxdyn.data.examples import read_examples
 from jaxdyn.data.fit import fit_prompts
 from jaxdyn.data.jsonl import JsonlFile
+from jaxdyn.data.packing import pack
 from jaxdyn.data.prompts import Prompts, written
 from jaxdyn.data.scored import Scored, read_scored
 from jaxdyn.data.source import SETS, DataConfig, DataSet, Example, Source, columns, load_source
