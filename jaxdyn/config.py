@@ -24,6 +24,7 @@ from jaxdyn.sections import (
     MeshConfig,
     ModelSource,
     PairsConfig,
+    SupervisedConfig,
     TrainConfig,
 )
 
@@ -164,7 +165,7 @@ class SFTConfig(Config):
     kind: Annotated[Literal["sft"], tyro.conf.Suppress] = "sft"
     output: str = "runs/sft"
     optim: OptimConfig = OptimConfig(learning_rate=1e-3, warmup_steps=20, decay="cosine")
-    train: LoopConfig = LoopConfig(steps=300, num_prompts=64, checkpoint_every=100)
+    train: SupervisedConfig = SupervisedConfig(steps=300, num_prompts=64, checkpoint_every=100)
     evaluation: EvaluationConfig = EvaluationConfig(every=50)
     probe: ProbeConfig = ProbeConfig(every=0)
 

@@ -16,7 +16,13 @@ from jaxdyn.optim import OptimConfig
 from jaxdyn.rewards import LearnedReward, RewardConfig
 from jaxdyn.rl import LossConfig
 from jaxdyn.rollout import SamplingConfig
-from jaxdyn.sections import EvaluationConfig, LoopConfig, ModelSource, PairsConfig, TrainConfig
+from jaxdyn.sections import (
+    EvaluationConfig,
+    ModelSource,
+    PairsConfig,
+    SupervisedConfig,
+    TrainConfig,
+)
 from jaxdyn.types import JaxdynError
 
 
@@ -70,7 +76,7 @@ PAPER = Preset(
             reward=RewardConfig(("finished",)),
             sampling=SamplingConfig(max_completion_length=_LIMIT),
             optim=OptimConfig(learning_rate=2e-5, warmup_steps=7, decay="cosine"),
-            train=LoopConfig(
+            train=SupervisedConfig(
                 steps=epochs(3, ALPACA_FARM, 128),
                 num_prompts=128,
                 microbatches=8,
@@ -220,7 +226,7 @@ PYTHIA_70M = Preset(
             reward=RewardConfig(("numeric_match",)),
             sampling=SamplingConfig(max_completion_length=320),
             optim=OptimConfig(learning_rate=5e-5, warmup_steps=20, decay="cosine"),
-            train=LoopConfig(steps=epochs(3, GSM8K, 32), num_prompts=32, microbatches=4),
+            train=SupervisedConfig(steps=epochs(3, GSM8K, 32), num_prompts=32, microbatches=4),
             evaluation=EvaluationConfig(every=200, num_prompts=64),
         ),
         "rl": _gsm8k(
@@ -248,7 +254,7 @@ QUICKSTART = Preset(
             model=ModelSource("runs/quickstart/new"),
             **_ANAGRAMS,
             optim=OptimConfig(learning_rate=2e-3, warmup_steps=20, decay="cosine"),
-            train=LoopConfig(
+            train=SupervisedConfig(
                 steps=300,
                 num_prompts=64,
                 max_prompt_length=8,

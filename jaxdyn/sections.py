@@ -142,6 +142,18 @@ class LoopConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class SupervisedConfig(LoopConfig):
+    """The shape of a supervised run.
+
+    Attributes:
+      packing: put a step's examples into as few rows of the longest's slots as hold them; changes
+        nothing but the time.
+    """
+
+    packing: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
 class TrainConfig(LoopConfig):
     """The shape of an RL run.
 

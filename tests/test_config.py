@@ -14,7 +14,7 @@ from jaxdyn.optim import OptimConfig
 from jaxdyn.presets import RL, SFT, preset
 from jaxdyn.rewards import RewardConfig
 from jaxdyn.rl import AdvantageConfig, LossConfig, advantage_kind
-from jaxdyn.sections import LoopConfig, TrainConfig
+from jaxdyn.sections import SupervisedConfig, TrainConfig
 from jaxdyn.types import JaxdynError
 
 FULL = RunConfig(
@@ -108,7 +108,7 @@ def test_files_that_hold_no_configuration(text, message, tmp_path):
 def test_a_file_says_what_kind_of_run_it_is_of(tmp_path):
     """Supervised training has the sections of RL that it reads, and no others."""
     path = tmp_path / "config.json"
-    save_config(SFTConfig(train=LoopConfig(microbatches=4, num_prompts=8)), path)
+    save_config(SFTConfig(train=SupervisedConfig(microbatches=4, num_prompts=8)), path)
     assert load_config(KINDS, path).train.microbatches == 4
     with pytest.raises(JaxdynError, match=r"expected one of \('rl',\), got 'sft'"):
         load_config(RunConfig, path)

@@ -17,7 +17,7 @@ from jaxdyn.models import LanguageModel, gpt_neox, save_pretrained
 from jaxdyn.optim import OptimConfig
 from jaxdyn.rewards import RegexMatch, RewardConfig
 from jaxdyn.rollout import SamplingConfig
-from jaxdyn.sections import EvaluationConfig, LoopConfig, ModelSource, TrainConfig
+from jaxdyn.sections import EvaluationConfig, ModelSource, SupervisedConfig, TrainConfig
 
 ALPHABET = "0123456789=abcd"
 
@@ -91,7 +91,7 @@ def sft_config(root: Path, output: str, **changes):
         output=str(root / output),
         **parts(root),
         optim=OptimConfig(learning_rate=1e-2, warmup_steps=2, decay="cosine"),
-        train=LoopConfig(steps=6, num_prompts=4, checkpoint_every=2, max_prompt_length=8),
+        train=SupervisedConfig(steps=6, num_prompts=4, checkpoint_every=2, max_prompt_length=8),
     )
     return replaced(config, changes)
 

@@ -24,8 +24,10 @@ from jaxdyn.rollout import SamplingConfig, step_key
 from jaxdyn.sections import TrainConfig
 from jaxdyn.train import TrainState, UpdateBatch, fresh_state, update
 from jaxdyn.train.experience import examples_of, gather_experience
+from jaxdyn.train.sharing import completions_together
 from jaxdyn.train.step import make_batch, split_state, take_step
 from jaxdyn.train.task import Task
+from jaxdyn.types import Branches
 
 REWARD = RewardConfig(functions=(f"{even_words.__module__}:even_words",))
 
@@ -194,10 +196,15 @@ def joint_update(shape: Shape, architecture: str, remat: Remat, microbatches: in
     params = jax.eval_shape(model.init, jax.random.key(0))
     state = TrainState(params, jax.eval_shape(make_optimizer(config.optim).init, params))
     array = lambda dtype, *sizes: jax.ShapeDtypeStruct(sizes, dtype)
-    rows, completion = shape.rows, shape.completion_length
+    rows, (prompt, completion) = shape.rows, (shape.prompt_length, shape.completion_length)
+    together = completions_together(
+        (prompt, completion), shape.prompts, shape.generations, microbatches
+    )
+    shared = rows // together
+    masks = array("bool", shared, prompt), array("bool", shared, together, completion)
     batch = UpdateBatch(
-        tokens=array("int32", rows, shape.slots),
-        mask=array("bool", rows, shape.slots),
+        tokens=array("int32", shared, prompt + together * completion),
+        mask=Branches(*masks) if together > 1 else array("bool", rows, shape.slots),
         completion_ids=array("int32", rows, completion),
         completion_mask=array("bool", rows, completion),
         advantages=array("float32", rows),

@@ -13,6 +13,7 @@ from jaxdyn.data.conversations import conversation, conversation_ids
 from jaxdyn.data.examples import read_examples
 from jaxdyn.data.fit import fit_prompts
 from jaxdyn.data.jsonl import JsonlFile
+from jaxdyn.data.packing import pack
 from jaxdyn.data.pairs import Pairs, fit_pairs
 from jaxdyn.data.prompts import Prompts, written
 from jaxdyn.data.scored import Scored, read_scored

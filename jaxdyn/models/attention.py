@@ -83,7 +83,7 @@ def _branched(query, key, value, mask: Seen, kind):
 
 
 def _in_parts(attend, query, shared, own, mask):
-    """`attend` of queries to all of the shared keys and values, and to their own up to themselves."""
+    """`attend` of queries to all shared keys and values, and to their own up to themselves."""
     wide = lambda x: x.astype(jnp.promote_types(query.dtype, jnp.float32))
     shared, own = [wide(x) for x in shared], [wide(x) for x in own]
     slots = query.shape[1]

@@ -56,8 +56,9 @@ def splash(
 ) -> Float[Array, "B T heads width"]:
     """Softmax in float32; the causal blocks alone are computed, and no weights are kept.
 
-    The mask must hide the later slots and those without a token, and nothing else: these are read
-    off its diagonal. What they see is each other, unlike in the plain one, and nobody reads it.
+    The mask must hide the later slots, those without a token, and other sequences of the row, and
+    nothing else: a sequence is read off it as what begins at the same slot. What slots without a
+    token see is each other, unlike in the plain one, and nobody reads it.
     """
     # Pallas takes a while to import, and few have a use for it.
     from jax.experimental.pallas.ops.tpu import splash_attention as kernels
@@ -80,9 +81,10 @@ def splash(
     def heads_first(x):
         return jnp.pad(x, [(0, 0), (0, whole - slots), (0, 0), (0, 0)]).swapaxes(1, 2)
 
-    tokens = jnp.diagonal(mask[:, 0], axis1=1, axis2=2).astype(jnp.int32)
-    tokens = jnp.pad(tokens, [(0, 0), (0, whole - slots)])
+    tokens = jnp.diagonal(mask[:, 0], axis1=1, axis2=2)
+    numbers = jnp.where(tokens, 1 + jnp.argmax(mask[:, 0], axis=2).astype(jnp.int32), 0)
+    numbers = jnp.pad(numbers, [(0, 0), (0, whole - slots)])
     scaled = query * jnp.asarray(width**-0.5, query.dtype)
-    segments = kernels.SegmentIds(tokens, tokens)
+    segments = kernels.SegmentIds(numbers, numbers)
     mixed = jax.vmap(kernel)(heads_first(scaled), heads_first(key), heads_first(value), segments)
     return mixed.swapaxes(1, 2)[:, :slots]

@@ -35,12 +35,19 @@ from jaxdyn.rollout.generate import cache_sizes
 from jaxdyn.rollout.sampling import sample_token
 from jaxdyn.train.frozen import held
 from jaxdyn.train.policy import UpdateBatch, policy_logps
+from jaxdyn.train.sharing import completions_together
 from jaxdyn.train.state import TrainState
 from jaxdyn.train.update import update
-from jaxdyn.types import KVCache, PromptBatch, Sites
+from jaxdyn.types import Branches, KVCache, PromptBatch, Sites
 
 WORKSPACE = 2**27
 """Bytes of a block of a kernel's products on an accelerator (`jaxdyn.kernels.blocks`)."""
+
+
+def batch_of(arrays: dict[str, Any]) -> UpdateBatch:
+    """The batch of `Setting.batch`'s arrays, of which a pair are the masks of rows that branch."""
+    mask = arrays["mask"]
+    return UpdateBatch(**{**arrays, "mask": Branches(*mask) if isinstance(mask, tuple) else mask})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -125,10 +132,20 @@ class Setting:
         )
 
     @property
-    def batch(self) -> dict[str, jax.ShapeDtypeStruct]:
+    def batch(self) -> dict[str, Any]:
+        """The update's, in rows that share their prompt as a run's do (`batch_of`)."""
         of_tokens = self.by_rows(self.rows, self.slots[1], dtype=jnp.float32)
+        train, (prompt, completion) = self.run.train, self.slots
+        parts = train.microbatches * self.model.row_shards
+        together = completions_together(self.slots, train.num_prompts, train.num_generations, parts)
+        rows = self.sequences(
+            self.rows // together, prompt + together * completion, "tokens", "mask"
+        )
+        if together > 1:
+            of_mask = lambda *slots: self.by_rows(self.rows // together, *slots, dtype=bool)
+            rows["mask"] = of_mask(prompt), of_mask(together, completion)  # type: ignore[assignment]
         return {
-            **self.sequences(self.rows, sum(self.slots), "tokens", "mask"),
+            **rows,
             **self.sequences(self.rows, self.slots[1], "completion_ids", "completion_mask"),
             "advantages": self.by_rows(self.rows, dtype=jnp.float32),
             **({"ref_per_token_logps": of_tokens} if self.run.loss.beta else {}),
@@ -200,7 +217,8 @@ class Setting:
 
             return jax.lax.fori_loop(0, steps, step, (token, jnp.zeros(self.rows), KVCache(*cache)))
 
-        token, mask = self.by_rows(self.rows), self.batch["mask"]
+        token = self.by_rows(self.rows)
+        mask = self.by_rows(self.rows, sum(self.slots), dtype=bool)
         lower = lambda: loop.lower(self.view, *self.caches, token, mask, self.key)
         roles = {"parameters": self.view, "cache": self.caches}
         return Program("decode", lower, roles, self.beside, steps=steps)
@@ -208,7 +226,7 @@ class Setting:
     def reference(self) -> Program:
         measure = jax.jit(
             lambda view, batch, temperature: policy_logps(
-                self.model, view, UpdateBatch(**batch), temperature
+                self.model, view, batch_of(batch), temperature
             )
         )
         lower = lambda: measure.lower(self.kept, self.batch, self.number)
@@ -237,7 +255,7 @@ class Setting:
             return update(
                 state,
                 frozen,
-                UpdateBatch(**batch),
+                batch_of(batch),
                 features,
                 rate,
                 temperature,

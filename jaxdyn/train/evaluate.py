@@ -25,7 +25,7 @@ from jaxdyn.sections import EvaluationConfig
 from jaxdyn.train.experience import Experience, experience_metrics, gather_experience, score
 from jaxdyn.train.policy import policy_certainty
 from jaxdyn.train.run_directory import RunDirectory
-from jaxdyn.train.sharing import completions_together, sequences_of
+from jaxdyn.train.sharing import sequences_of
 from jaxdyn.train.task import Task
 from jaxdyn.types import Params
 
@@ -72,9 +72,8 @@ def sample_held_out(task: Task, params: Params) -> Sampled:
     examples, key = task.test[: evaluation.num_prompts], step_key(config.seed, "evaluation", 0)
     experience = gather_experience(task, params, examples, key, evaluation.num_generations)
     temperature = np.float32(config.sampling.temperature)
-    rollout = experience.rollout
-    together = completions_together(rollout, evaluation.num_generations, task.model.row_shards)
-    batch = task.layout.rows(sequences_of(rollout, together))
+    given = experience.rollout, evaluation.num_generations, task.model.row_shards
+    batch = task.layout.rows(sequences_of(*given))
     certainty = fetch(policy_certainty(task.model, params, batch, temperature))
     grouped = lambda values: values.reshape(len(examples), -1).astype(np.float64)
     scores = {}

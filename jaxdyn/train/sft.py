@@ -12,7 +12,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxdyn.data import encode_supervised
+from jaxdyn.config import SFTConfig
+from jaxdyn.data import encode_supervised, pack
 from jaxdyn.hosts import fetch
 from jaxdyn.optim import OptimConfig, Stage, merge
 from jaxdyn.train.experience import examples_of
@@ -21,10 +22,10 @@ from jaxdyn.train.state import TrainState
 from jaxdyn.train.step import Taken, progress_of, rate_of, split_state
 from jaxdyn.train.task import Task
 from jaxdyn.train.update import Metrics, descend
-from jaxdyn.types import JaxdynError, Model, Params
+from jaxdyn.types import JaxdynError, Mask, Model, Params
 
-Encoded = tuple[jax.Array, jax.Array, jax.Array]
-"""Tokens, their mask, and which are to be predicted, each [B, T]."""
+Encoded = tuple[jax.Array, Mask, jax.Array]
+"""Tokens [B, T], their mask, and which are to be predicted [B, T]."""
 
 
 @functools.partial(
@@ -63,7 +64,9 @@ def supervised_update(
     )
 
 
-def take_supervised_step(task: Task, state: TrainState, stage: Stage, step: int) -> Taken:
+def take_supervised_step(
+    task: Task[SFTConfig], state: TrainState, stage: Stage, step: int
+) -> Taken:
     """Learn a batch of completions. `state`'s buffers are donated."""
     config = task.config
     began = time.perf_counter()
@@ -75,6 +78,8 @@ def take_supervised_step(task: Task, state: TrainState, stage: Stage, step: int)
         task.model.config.max_positions,
         config.train.max_prompt_length if task.cuts else None,
     )
+    if config.train.packing:
+        encoded = pack(*encoded, config.train.microbatches * task.model.row_shards)
     state, frozen = split_state(task, state, stage)
     with jax.profiler.TraceAnnotation("update"):
         state, measured = supervised_update(
@@ -93,7 +98,7 @@ def take_supervised_step(task: Task, state: TrainState, stage: Stage, step: int)
         "step_time": time.perf_counter() - began,
     }
     state = state.replace(params=merge(state.params, frozen))
-    return Taken(state, metrics, int(np.sum(encoded[1])), [])
+    return Taken(state, metrics, int(np.count_nonzero(encoded[1])), [])
 
 
 def completions_of(examples: Sequence[dict[str, Any]]) -> list[str]:

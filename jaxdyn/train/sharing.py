@@ -31,29 +31,34 @@ class Sequences(struct.PyTreeNode):
 
 
 def completions_together(
-    rollout: Rollout, generations: int, parts: int = 1, least: float = LEAST_GAIN
+    slots: tuple[int, int], prompts: int, generations: int, parts: int = 1
 ) -> int:
-    """How many of a prompt's `generations` share a pass over it; 1 where that gains little.
+    """How many of a prompt's completions share a pass over it; 1 where that gains little.
 
-    The most that leave every one of `parts`, micro-batches times shares of a mesh, whole rows.
+    The most that leave every part whole rows.
+
+    Args:
+      slots: S and C, a prompt's and a completion's.
+      prompts, generations: P and G of the batch.
+      parts: micro-batches times the shares of a mesh.
     """
-    rows, prompt = rollout.prompt_ids.shape
-    completion = rollout.completion_ids.shape[1]
-    fits = lambda n: generations % n == 0 and rows // n % parts == 0
+    fits = lambda n: generations % n == 0 and prompts * generations // n % parts == 0
     most = max((n for n in range(2, generations + 1) if fits(n)), default=1)
-    gain = most * (prompt + completion) / (prompt + most * completion)
-    return most if gain >= least else 1
+    gain = most * sum(slots) / (slots[0] + most * slots[1])
+    return most if gain >= LEAST_GAIN else 1
 
 
-def sequences_of(rollout: Rollout, together: int = 1) -> Sequences:
-    """The completions' rows, so many of them in each, of rows that share a prompt one by one."""
-    tokens, mask = rollout.tokens, rollout.mask
+def sequences_of(rollout: Rollout, generations: int = 1, parts: int = 1) -> Sequences:
+    """The completions of a rollout in rows, `completions_together` in each."""
     ids, sampled = rollout.completion_ids, rollout.completion_mask
-    if together > 1:
-        once = lambda x: x[::together]
-        side_by_side = lambda x: x.reshape(len(x) // together, -1)
-        tokens = jnp.concatenate([once(rollout.prompt_ids), side_by_side(ids)], axis=1)
-        mask = Branches(once(rollout.prompt_mask), sampled.reshape(-1, together, sampled.shape[1]))
+    slots = rollout.prompt_ids.shape[1], ids.shape[1]
+    together = completions_together(slots, len(ids) // generations, generations, parts)
+    if together == 1:
+        return Sequences(rollout.tokens, rollout.mask, ids, sampled)
+    once = lambda x: x[::together]
+    side_by_side = ids.reshape(-1, together * slots[1])
+    tokens = jnp.concatenate([once(rollout.prompt_ids), side_by_side], axis=1)
+    mask = Branches(once(rollout.prompt_mask), sampled.reshape(-1, together, slots[1]))
     return Sequences(tokens, mask, ids, sampled)
 
 

@@ -24,7 +24,7 @@ from jaxdyn.train.pmap import pmap_update
 from jaxdyn.train.policy import Policy, UpdateBatch, ValueTargets, batch_values
 from jaxdyn.train.redraw import draw_experience
 from jaxdyn.train.reference import reference_of, synchronised
-from jaxdyn.train.sharing import batch_features, completions_together, sequences_of
+from jaxdyn.train.sharing import batch_features, sequences_of
 from jaxdyn.train.state import TrainState
 from jaxdyn.train.task import Task
 from jaxdyn.train.update import update
@@ -125,8 +125,7 @@ def make_batch(
     temperature = np.float32(config.sampling.temperature)
     finished, mask = jnp.asarray(experience.finished), rollout.completion_mask
     parts = config.train.microbatches * model.row_shards
-    together = completions_together(rollout, config.train.num_generations, parts)
-    sequences = layout.rows(sequences_of(rollout, together))
+    sequences = layout.rows(sequences_of(rollout, config.train.num_generations, parts))
 
     features = layout.rows(rollout.features)
     if features is None and loss.critic:
