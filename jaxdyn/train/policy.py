@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 from jax.typing import ArrayLike
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 
 from jaxdyn.models import state_values
 from jaxdyn.rl import Normalizer, TokenStatistics, feature_statistics, normalizer_of

@@ -11,7 +11,7 @@ import tiny_runs
 from jaxdyn.cli import main
 from jaxdyn.grammar import save_config
 from jaxdyn.train import open_run, run_sft
-from jaxdyn.train.step import examples_of
+from jaxdyn.train.experience import examples_of
 from jaxdyn.types import JaxdynError
 
 FEW = {
