@@ -56,7 +56,8 @@ BAD = {
     "unknown choice": (
         {"optim": {"schedule": "both"}},
         "schedule: expected one of ('joint', 'classifier_first', 'classifier_only', "
-        "'joint_extra', 'linear_probe', 'linear_probe_then_finetune'), got 'both'",
+        "'joint_extra', 'whitened_first', 'whitened_only', 'linear_probe', "
+        "'linear_probe_then_finetune'), got 'both'",
     ),
     "wrong item": (
         {"reward": {"weights": [1.0, "a"]}},

@@ -167,7 +167,7 @@ def make_batch(
         old_per_token_logps=old,
         ref_per_token_logps=ref,
         values=None if values is None else ValueTargets(values, layout.rows(returns)),
-        sampler_per_token_logps=sequences.per_token_logps,
+        sampler_per_token_logps=layout.rows(rollout.per_token_logps),
         held_back=held,
     )
     return batch, features if stage.name == "classifier" else None
