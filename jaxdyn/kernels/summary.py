@@ -1,5 +1,6 @@
 """What a report says of a kernel between N places, as numbers by name."""
 
+import functools
 from collections.abc import Mapping
 from typing import Any
 
@@ -31,7 +32,7 @@ def summarize(
     with host_memory(), jax.enable_x64(True):
         wide = lambda x: np.asarray(x, np.float64)
         matrices = {name: wide(kernel[name]) for name in COMPONENTS}
-        total = sum(matrices.values())
+        total = functools.reduce(np.add, matrices.values())
         on = np.eye(len(total), dtype=bool)
         groups = np.ones_like(on), on, ~on
         found: dict[str, Any] = {}
