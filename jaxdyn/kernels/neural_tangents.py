@@ -24,6 +24,7 @@ from jaxdyn.kernels.trace import trace_kernel
 from jaxdyn.types import JaxdynError, Model, Params, Sites
 
 
+@jax.jit
 def site_prefixes(sites: Sites) -> Int[Array, "N T"]:
     """Each site as the tokens before it: the batch `x` of `ApplyFn`.
 

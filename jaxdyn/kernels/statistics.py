@@ -1,7 +1,10 @@
 """What a kernel matrix says: its spectrum, its likeness to another, its parts, its signs.
 
-Pure functions of arrays. Everything is computed in float32 or better, whatever comes in.
+Pure functions of arrays, each a program. Everything is computed in float32 or better, whatever
+comes in.
 """
+
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +18,7 @@ from jaxdyn.types import Components, JaxdynError
 # -- the spectrum ---------------------------------------------------------------------------------
 
 
+@jax.jit
 def spectrum(kernel: Float[Array, "N N"]) -> Float[Array, " N"]:
     """Eigenvalues of (K + Kᵀ) / 2, the largest first.
 
@@ -27,6 +31,7 @@ def spectrum(kernel: Float[Array, "N N"]) -> Float[Array, " N"]:
     return jnp.linalg.eigvalsh((kernel + kernel.T) / 2)[::-1]
 
 
+@jax.jit
 def effective_rank(eigenvalues: Float[Array, " N"]) -> Float[Array, ""]:
     """exp H(p) with p_i = |λ_i| / Σ|λ| and H the entropy: between 1 and N.
 
@@ -38,6 +43,7 @@ def effective_rank(eigenvalues: Float[Array, " N"]) -> Float[Array, ""]:
     return jnp.exp(-jnp.sum(xlogy(shares, shares)))
 
 
+@jax.jit
 def participation_ratio(eigenvalues: Float[Array, " N"]) -> Float[Array, ""]:
     """(Σ|λ|)² / Σλ²: between 1 and N, and never above the effective rank.
 
@@ -52,6 +58,7 @@ def participation_ratio(eigenvalues: Float[Array, " N"]) -> Float[Array, ""]:
 # -- two kernels ----------------------------------------------------------------------------------
 
 
+@functools.partial(jax.jit, static_argnames="centred")
 def alignment(
     kernel: Float[Array, "N M"], target: Float[Array, "N M"], *, centred: bool = True
 ) -> Float[Array, ""]:
@@ -75,6 +82,7 @@ def alignment(
     return _inner(_unit(kernel), _unit(target))
 
 
+@jax.jit
 def kernel_distance(a: Float[Array, "N M"], b: Float[Array, "N M"]) -> Float[Array, ""]:
     """1 - ⟨A, B⟩ / (‖A‖ ‖B‖): 0 for kernels equal up to a positive factor.
 
@@ -91,6 +99,7 @@ def kernel_distance(a: Float[Array, "N M"], b: Float[Array, "N M"]) -> Float[Arr
     return _inner(difference, difference) / 2
 
 
+@jax.jit
 def debiased_hsic(gram: Float[Array, "N N"], other: Float[Array, "N N"]) -> Float[Array, ""]:
     """The unbiased estimate of the Hilbert-Schmidt independence criterion, from N ≥ 4 samples.
 
@@ -116,6 +125,7 @@ def debiased_hsic(gram: Float[Array, "N N"], other: Float[Array, "N N"]) -> Floa
     return _inner(_centre_off(gram), _centre_off(other)) / (count * (count - 3))
 
 
+@jax.jit
 def debiased_cka(gram: Float[Array, "N N"], other: Float[Array, "N N"]) -> Float[Array, ""]:
     """HSIC(K, L) / √(HSIC(K, K) HSIC(L, L)) with `debiased_hsic`: likeness of features of N sites.
 
@@ -139,6 +149,7 @@ def debiased_cka(gram: Float[Array, "N N"], other: Float[Array, "N N"]) -> Float
 # -- the parts ------------------------------------------------------------------------------------
 
 
+@jax.jit
 def component_shares(components: Components) -> Components:
     """⟨part, total⟩ / ⟨total, total⟩ of each part: scalars that sum to 1.
 
@@ -149,6 +160,7 @@ def component_shares(components: Components) -> Components:
     return jax.tree.map(lambda part: share(part, components.total), components)
 
 
+@jax.jit
 def share(part: Float[Array, "*N"], total: Float[Array, "*N"]) -> Float[Array, ""]:
     """⟨part, total⟩ / ⟨total, total⟩ over all entries."""
     part, total = _wide(part), _wide(total)
@@ -179,6 +191,7 @@ class InnerProducts:
     cosine_quantiles: Float[Array, " Q"]
 
 
+@jax.jit
 def inner_products(gram: Float[Array, "N N"]) -> InnerProducts:
     """Sign and size of the inner products in a Gram matrix G_ij = ⟨φ_i, φ_j⟩, G_ii left out.
 

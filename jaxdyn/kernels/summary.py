@@ -5,7 +5,6 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from jaxdyn.hosts import host_memory
@@ -31,9 +30,9 @@ def summarize(
       features/cosines [N (N − 1) / 2]: of every two places, NaN where a feature is zero.
     """
     with host_memory(), jax.enable_x64(True):
-        wide = lambda x: jnp.asarray(np.asarray(x, np.float64))
+        wide = lambda x: np.asarray(x, np.float64)
         matrices = {name: wide(kernel[name]) for name in COMPONENTS}
-        total = functools.reduce(jnp.add, matrices.values())
+        total = functools.reduce(np.add, matrices.values())
         on = np.eye(len(total), dtype=bool)
         groups = np.ones_like(on), on, ~on
         found: dict[str, Any] = {}
@@ -51,6 +50,6 @@ def summarize(
             found[f"share_by_layer/{kind}"] = [share(wide(x), total) for x in stack]
         if features is not None:
             phi = wide(features)
-            unit = phi / jnp.linalg.norm(phi, axis=1, keepdims=True)
+            unit = phi / np.linalg.norm(phi, axis=1, keepdims=True)
             found["features/cosines"] = (unit @ unit.T)[np.triu_indices(len(phi), k=1)]
         return {name: np.asarray(x, np.float64) for name, x in found.items()}

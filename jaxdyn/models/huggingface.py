@@ -165,7 +165,7 @@ def _read_weights(model: LanguageModel, tensors: dict[str, Tensor]) -> Params:
             for target, leaf in zip(stacks, s.unpack(tensors[name].read()), strict=True):
                 target[layer] = leaf
         for path, array in zip(s.leaves, stacks, strict=True):
-            leaves[path] = jnp.array(array if s.stacked else array[0])
+            leaves[path] = jnp.asarray(array if s.stacked else array[0])
     return {"classifier": {}, **unflatten_dict(leaves)}
 
 

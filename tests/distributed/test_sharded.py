@@ -62,10 +62,16 @@ def layout_of(sizes):
     return Layout(make_mesh(MeshConfig(*sizes, devices=int(np.prod(sizes)))))
 
 
+def on_host(tree):
+    """What the host lays out on a mesh, a device would by a program for every shape."""
+    return jax.tree.map(np.array, tree)
+
+
+@functools.cache
 def problem(name):
     model = LanguageModel(CONFIGS[name], jnp.float64)
     params = model.init(jax.random.key(0))
-    return model, jax.tree.map(lambda x: 3 * x.astype(jnp.float64), params)
+    return model, jax.tree.map(lambda x: 3 * np.asarray(x, np.float64), params)
 
 
 def placed(name, sizes):
@@ -97,12 +103,12 @@ def batch_of(vocab):
 
 
 def fresh_state(model, layout, params, stage):
-    moving, frozen = trainable(OPTIM, stage, jax.tree.map(jnp.copy, params))
+    moving, frozen = trainable(OPTIM, stage, on_host(params))
     state = TrainState(moving, make_optimizer(OPTIM).init(moving))
     if model.config.tied:
-        zeros = jnp.zeros_like(params["backbone"]["embed"]["embedding"])
-        state = state.replace(head_moment=zeros, head_share=jnp.copy(zeros))
-    return layout.place(state), {} if stage == "classifier" else frozen
+        zeros = np.zeros(params["backbone"]["embed"]["embedding"].shape)
+        state = state.replace(head_moment=zeros, head_share=zeros)
+    return layout.place(on_host(state)), {} if stage == "classifier" else frozen
 
 
 def static(model):
@@ -208,9 +214,10 @@ def test_adapters_on_a_mesh():
         if layout.mesh.size > 1:
             model = shard_model(model, layout.mesh)
         optim = dataclasses.replace(OPTIM, backbone="lora", classifier="lora")
-        params = layout.place(jax.tree.map(lambda x: x.astype(jnp.float64), params))
+        params = jax.tree.map(lambda x: np.asarray(x, np.float64), params)
         moving, frozen = trainable(optim, "joint", params)
-        state = layout.place(TrainState(moving, make_optimizer(optim).init(moving)))
+        state = TrainState(moving, make_optimizer(optim).init(moving))
+        state, frozen = layout.place(on_host(state)), layout.place(frozen)
         batch = layout.rows(batch_of(64))
         numbers = (np.float64(1e-2), np.float64(1.0))
         results.append(update(state, frozen, batch, None, *numbers, **static(model)))
@@ -298,10 +305,11 @@ def test_a_budget_is_each_devices_and_rows_are_shared():
 def test_a_ledger_on_a_mesh():
     results = []
     for sizes in (None, (2, 2, 2)):
-        model, _, params = placed("odd", sizes)
+        model, layout, params = placed("odd", sizes)
         moved = jax.tree.map(
-            lambda x: x + 0.01 * jnp.cos(jnp.arange(x.size)).reshape(x.shape), params
+            lambda x: x + 0.01 * np.cos(np.arange(x.size)).reshape(x.shape), on_host(params)
         )
+        moved = layout.place(moved)
         sites = jax.tree.map(lambda x: x[:6], sites_of(one_device(), model.config.vocab_size))
         options = {"by_layer": ("log_prob",), "tolerance": 1e-3}
         results.append(vars(ledger(model, [params, moved], sites, **options)))

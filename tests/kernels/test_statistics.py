@@ -1,5 +1,7 @@
 """Kernel statistics on matrices whose answers are known, and against numpy."""
 
+import inspect
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -28,7 +30,7 @@ def test_spectrum_is_that_of_the_symmetric_part_largest_first(x64):
 @pytest.mark.parametrize("shape", [(2, 3), (4,)])
 def test_spectrum_refuses_what_is_not_square(shape):
     with pytest.raises(JaxdynError, match="square"):
-        statistics.spectrum.__wrapped__(jnp.ones(shape))
+        inspect.unwrap(statistics.spectrum)(jnp.ones(shape))
 
 
 @pytest.mark.parametrize(
@@ -128,7 +130,7 @@ def test_large_and_narrow_kernels_do_not_overflow():
 @pytest.mark.parametrize("function", [statistics.alignment, statistics.kernel_distance])
 def test_two_kernels_must_have_one_shape(function):
     with pytest.raises(JaxdynError, match=r"\(2, 2\) and \(3, 3\)"):
-        function.__wrapped__(jnp.eye(2), jnp.eye(3))
+        inspect.unwrap(function)(jnp.eye(2), jnp.eye(3))
 
 
 # -- two sets of features -------------------------------------------------------------------------
@@ -198,7 +200,7 @@ def test_debiased_cka_survives_float32_and_what_all_features_share():
 def test_debiased_cka_of_what_does_not_vary_is_nan_and_few_sites_are_refused():
     assert np.isnan(statistics.debiased_cka(jnp.ones((5, 5)), jnp.eye(5)))
     with pytest.raises(JaxdynError, match=r"4 sites or more, got \(3, 3\)"):
-        statistics.debiased_hsic.__wrapped__(jnp.eye(3), jnp.eye(3))
+        inspect.unwrap(statistics.debiased_hsic)(jnp.eye(3), jnp.eye(3))
 
 
 # -- the parts ------------------------------------------------------------------------------------
@@ -281,7 +283,7 @@ def test_the_diagonal_is_no_pair(x64):
 @pytest.mark.parametrize("shape", [(1, 1), (2, 3)])
 def test_inner_products_need_pairs(shape):
     with pytest.raises(JaxdynError, match="2 sites or more"):
-        statistics.inner_products.__wrapped__(jnp.ones(shape))
+        inspect.unwrap(statistics.inner_products)(jnp.ones(shape))
 
 
 def test_everything_compiles_and_is_float32_or_better():

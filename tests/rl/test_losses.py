@@ -239,7 +239,7 @@ def test_micro_batches_add_up_to_the_batch(config, x64):
     normalizer = normalizer_of(jnp.asarray(whole[4]), LONGEST)
     parts = [
         value_and_grad(config, *(x[rows] for x in whole), normalizer)
-        for rows in (slice(0, 1), slice(1, 3), slice(3, 6))
+        for rows in (slice(0, 1), slice(1, 6))
     ]
     np.testing.assert_allclose(sum(part[0] for part in parts), value, rtol=1e-13)
     for name in metrics:
