@@ -12,6 +12,7 @@ def main() -> None:
     sys.stdout = sys.stderr  # whatever it says, it is no answer
     from math_verify import parse, verify
 
+    print("ready", file=answers, flush=True)
     for line in sys.stdin:
         asked = json.loads(line)
         print(json.dumps(judged(parse, verify, **asked)), file=answers, flush=True)
