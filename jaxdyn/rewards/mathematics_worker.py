@@ -6,7 +6,7 @@ import sys
 
 
 def main() -> None:
-    sys.path.extend(path for path in sys.argv[1:] if path not in sys.path)
+    sys.path[:] = sys.argv[1:]  # as in the process that asks
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # it ends with its input, not by Ctrl-C
     answers = sys.stdout
     sys.stdout = sys.stderr  # whatever it says, it is no answer
