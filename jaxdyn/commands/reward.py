@@ -23,6 +23,9 @@ from jaxdyn.train.scorer import Scorer
 from jaxdyn.train.task import open_scorer
 from jaxdyn.types import JaxdynError
 
+FIELDS = {"completion": "score", "chosen": "score_chosen", "rejected": "score_rejected"}
+"""What is scored, and what its score is called."""
+
 
 def run(options: ScoreOptions) -> AnyPath:
     """Read, score, print and write; returns the file's path.
@@ -36,24 +39,18 @@ def run(options: ScoreOptions) -> AnyPath:
         raise JaxdynError(f"{path} already exists; choose another --output")
     examples = read(options)
     scorer = open_model(options)
-    sequences = [(e["prompt"], e[name]) for e in examples for name in answers_of(e)]
-    rows = [scorer.read(prompt, answer) for prompt, answer in sequences]
-    scores = iter(scorer.score(rows))
-    lengths = iter(len(row) for row in rows)
-    lines: list[dict[str, Any]] = []
-    pairs = []
-    for example in examples:
-        names = answers_of(example)
-        found = [next(scores) for _ in names]
-        if names == PAIR:
-            longer = next(lengths) - next(lengths)
-            chosen, rejected = found
-            if chosen is not None and rejected is not None:
-                pairs.append((chosen - rejected, longer))
-            lines.append({**example, "score_chosen": chosen, "score_rejected": rejected})
-        else:
-            next(lengths)
-            lines.append({**example, "score": found[0]})
+    places = [(i, name) for i, example in enumerate(examples) for name in answers_of(example)]
+    rows = [scorer.read(examples[i]["prompt"], examples[i][name]) for i, name in places]
+    lines: list[dict[str, Any]] = [{**example} for example in examples]
+    lengths = {}
+    for (i, name), row, score in zip(places, rows, scorer.score(rows), strict=True):
+        lines[i][FIELDS[name]] = score
+        lengths[i, name] = len(row)
+    pairs = [
+        (line["score_chosen"] - line["score_rejected"], lengths[i, PAIR[0]] - lengths[i, PAIR[1]])
+        for i, line in enumerate(lines)
+        if None not in (line.get("score_chosen"), line.get("score_rejected"))
+    ]
     text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
     write_file(path, text)
     say(lines, pairs)
@@ -104,8 +101,8 @@ def say(lines: list[dict[str, Any]], pairs: list[tuple[float, int]]) -> None:
         for name, words in SHOWN.items():
             ends = (found.get(f"{name}_ci_{end}", math.nan) for end in ("low", "high"))
             print_line(f"  {words:<34}{interval(found[name], *ends)}")
-    if unscored := sum(None in line.values() for line in lines):
-        print_line(f"{unscored} rows are too long and have no score")
+    if unscored := sum(line.get(name, 0) is None for line in lines for name in FIELDS.values()):
+        print_line(f"{unscored} answers are too long and have no score")
 
 
 SHOWN = {

@@ -6,8 +6,6 @@ What computes it is not here, since rewards know nothing of models: `jaxdyn.trai
 import dataclasses
 from typing import Literal
 
-from jaxdyn.grammar import at_least
-
 
 @dataclasses.dataclass(frozen=True)
 class LearnedReward:
@@ -30,6 +28,3 @@ class LearnedReward:
     max_length: int | None = None
     overlong: Literal["error", "none", "truncate-left"] = "error"
     prompt_template: Literal["auto", "chat", "plain", "hh", "alpaca", "none"] = "auto"
-
-    def __post_init__(self):
-        at_least(1, self, "reward.model", "batch_size", "max_length")

@@ -22,7 +22,7 @@ from jaxdyn.rewards.verifiable import Scores, Texts, column_of
 from jaxdyn.types import JaxdynError
 
 GRACE = 30.0
-"""Seconds that the process may take beyond its own limits, starting included."""
+"""Seconds that the process may take to start, and beyond its own limits."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,7 +59,11 @@ class Judge:
         self._lock = threading.Lock()
 
     def ask(self, wanted: str, completion: str, timeout: int) -> float | None:
-        """1 or 0, or None where `wanted` cannot be read; 0 where no answer comes in time."""
+        """1 or 0, or None where `wanted` cannot be read; 0 where no answer comes in time.
+
+        Raises:
+          JaxdynError: if the process does not start.
+        """
         with self._lock:
             process = self._running()
             answers: Any = process.stdout
@@ -81,6 +85,10 @@ class Judge:
                 stderr=subprocess.DEVNULL,
                 text=True,
             )
+            answers: Any = self._process.stdout
+            if not (select.select([answers], [], [], GRACE)[0] and answers.readline()):
+                self.stop()
+                raise JaxdynError("math-verify does not start: try python -c 'import math_verify'")
         return self._process
 
     def stop(self) -> None:

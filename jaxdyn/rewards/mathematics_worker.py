@@ -6,12 +6,13 @@ import sys
 
 
 def main() -> None:
-    sys.path.extend(path for path in sys.argv[1:] if path not in sys.path)
+    sys.path[:] = sys.argv[1:]  # as in the process that asks
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # it ends with its input, not by Ctrl-C
     answers = sys.stdout
     sys.stdout = sys.stderr  # whatever it says, it is no answer
     from math_verify import parse, verify
 
+    print("ready", file=answers, flush=True)
     for line in sys.stdin:
         asked = json.loads(line)
         print(json.dumps(judged(parse, verify, **asked)), file=answers, flush=True)

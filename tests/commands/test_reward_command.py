@@ -65,7 +65,7 @@ def test_a_files_rows_with_their_scores(score, model, capsys, tmp_path):
     assert kept == ROWS
     said = capsys.readouterr().out
     assert "1 completions: score" in said and "1 pairs" in said
-    assert "1 rows are too long and have no score" in said and found[2]["score"] is None
+    assert "1 answers are too long and have no score" in said and found[2]["score"] is None
     tokenizer = load_tokenizer(model)
     lm, params = load_reward_model(model)
     for text, value in (

@@ -1,7 +1,6 @@
 """math-verify as a reward: without it, a line; with it, in a process that can be lost."""
 
 import threading
-from importlib.util import find_spec
 
 import pytest
 
@@ -32,7 +31,7 @@ def judge(tmp_path, monkeypatch):
     """The reward beside a stand-in for the package."""
     (tmp_path / "math_verify.py").write_text(STAND_IN)
     monkeypatch.syspath_prepend(str(tmp_path))
-    monkeypatch.setattr(room, "GRACE", 5.0)
+    monkeypatch.setattr(room, "GRACE", 20.0)
     monkeypatch.setattr(room, "JUDGE", room.Judge())
     yield MathVerify(timeout=1)
     room.JUDGE.stop()
@@ -47,15 +46,18 @@ def test_completions_are_judged_one_by_one_and_a_lost_process_is_a_wrong_answer(
 
 
 def test_what_hangs_is_stopped_and_the_next_is_judged(judge, monkeypatch):
-    monkeypatch.setattr(room, "GRACE", -2.0)  # a second in all
-    judge([""], ["$4$"], answer=["4"])  # started, or lost
-    monkeypatch.setattr(room, "GRACE", 5.0)
     assert judge([""], ["$4$"], answer=["4"]) == [1]
-    monkeypatch.setattr(room, "GRACE", -2.0)
+    monkeypatch.setattr(room, "GRACE", -2.0)  # a second in all
     assert judge([""], ["hang $4$"], answer=["4"]) == [0]
     assert room.JUDGE._process is None
-    monkeypatch.setattr(room, "GRACE", 5.0)
+    monkeypatch.setattr(room, "GRACE", 20.0)
     assert judge([""], ["$4$"], answer=["4"]) == [1]
+
+
+def test_a_package_that_cannot_be_imported_is_no_wrong_answer(judge, tmp_path):
+    (tmp_path / "math_verify.py").write_text("import absent_module")
+    with pytest.raises(JaxdynError, match="math-verify does not start: try python -c"):
+        judge([""], ["$4$"], answer=["4"])
 
 
 def test_it_works_in_a_thread(judge):
@@ -67,8 +69,8 @@ def test_it_works_in_a_thread(judge):
     assert found == [1]
 
 
-@pytest.mark.skipif(find_spec("math_verify") is not None, reason="it is installed")
-def test_without_it_the_run_says_what_to_install():
+def test_without_it_the_run_says_what_to_install(monkeypatch):
+    monkeypatch.setattr(room, "find_spec", lambda name: None)
     reward = make_reward(RewardConfig(("math_verify",)))
     with pytest.raises(JaxdynError, match=r"needs math-verify: pip install 'jaxdyn\[math\]'"):
         reward([""], ["4"], {"answer": ["4"]})
