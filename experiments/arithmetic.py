@@ -1,6 +1,6 @@
 """RL of a chat model with a reward that a program checks: sums that it can partly do.
 
-A problem reads "Ben has 16 shells and gets 17 more. How many?" after one that is solved. The reward
+A problem reads "Ben has 6 shells and gets 7 more. How many?" after one that is solved. The reward
 is 1 where the last number of the answer is right. No pair of numbers is in both splits. pass@k on
 held-out problems before and after says whether RL made right answers likelier (pass@1) or only
 sharpened what some of k samples had right already (pass@8).
@@ -9,7 +9,8 @@ Command:   python experiments/arithmetic.py --model DIRECTORY [--output runs/ari
            DIRECTORY holds a chat model in the Hugging Face layout, SmolLM2-135M-Instruct, say.
 Time:      about 15 minutes a schedule for 135 million parameters on two CPU cores; 4 GB of disk.
            Started again, it goes on where it stopped.
-Expected:  pass@1 well above where it began; arithmetic.json and arithmetic.png.
+Expected:  the start has about a quarter of the answers right, and some but not all answers in three
+           groups of five; arithmetic.json and arithmetic.png say what became of that.
 """
 
 import argparse
@@ -40,21 +41,26 @@ SHOWN = [
     {"role": "user", "content": "Tom has 3 cards and gets 4 more. How many?"},
     {"role": "assistant", "content": "3 + 4 = 7"},
 ]
-SMALLEST, LARGEST, HELD_OUT = 2, 30, 0.2
+SMALLEST, LARGEST, HELD_OUT = 2, 12, 0.25
+WORDINGS = 4
+"""Of each pair of numbers."""
 
 
 def problems() -> dict[str, list[dict[str, Any]]]:
-    """The problems of each split, a pair of numbers each."""
+    """The problems of each split, in some wordings of each pair of numbers."""
     rng = np.random.default_rng(0)
     numbers = range(SMALLEST, LARGEST + 1)
-    rows = []
-    for a, b in rng.permutation(list(itertools.product(numbers, numbers))).tolist():
-        name, thing = rng.choice(NAMES), rng.choice(THINGS)
-        asked = f"{name} has {a} {thing} and gets {b} more. How many?"
+    pairs = rng.permutation(list(itertools.product(numbers, numbers))).tolist()
+
+    def one(a, b):
+        asked = f"{rng.choice(NAMES)} has {a} {rng.choice(THINGS)} and gets {b} more. How many?"
         prompt = [*SHOWN, {"role": "user", "content": asked}]
-        rows.append({"prompt": prompt, "answer": str(a + b)})
-    test = round(HELD_OUT * len(rows))
-    return {"test": rows[:test], "train": rows[test:]}
+        return {"prompt": prompt, "answer": str(a + b)}
+
+    test = round(HELD_OUT * len(pairs))
+    shares = {"test": pairs[:test], "train": pairs[test:]}
+    worded = lambda share: [one(*pair) for _ in range(WORDINGS) for pair in share]
+    return {split: worded(share) for split, share in shares.items()}
 
 
 def write_problems(output: Path) -> dict[str, str]:

@@ -1,6 +1,7 @@
 """The experiments on chat models, on a tiny one: the problems, and what a run of each leaves."""
 
 import dataclasses
+import itertools
 import json
 import string
 import sys
@@ -34,6 +35,7 @@ def test_the_splits_share_no_pair_of_numbers_and_the_answers_are_sums():
     count = (arithmetic.LARGEST - arithmetic.SMALLEST + 1) ** 2
     assert not pairs["train"] & pairs["test"] and len(pairs["train"] | pairs["test"]) == count
     assert len(pairs["test"]) == round(arithmetic.HELD_OUT * count)
+    assert len(found["test"]) == arithmetic.WORDINGS * len(pairs["test"])
 
 
 @pytest.mark.slow
@@ -93,7 +95,7 @@ def test_preferences(model, monkeypatch, tmp_path):
     parts = [
         (tmp_path / f"out/{name}.jsonl").read_text().splitlines() for name in preferences.PARTS
     ]
-    assert [len(part) for part in parts] == [8, 8, 4] and len(set(sum(parts, []))) == 20
+    assert [len(part) for part in parts] == [8, 8, 4] and len({*itertools.chain(*parts)}) == 20
     found = json.loads((tmp_path / "out/preferences.json").read_text())
     assert found["reward_models"]["reward"]["before"]["eval_accuracy"] == 0.5
     curve = found["runs"]["classifier_first"]["curve"]
