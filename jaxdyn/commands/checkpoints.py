@@ -22,7 +22,7 @@ from jaxdyn.models import (
     pretrained_config,
 )
 from jaxdyn.models.peft import add_peft, is_peft
-from jaxdyn.train.saved import SavedRun, open_run
+from jaxdyn.train.saved import SavedRun, open_run, require_policy
 from jaxdyn.train.task import open_tokenizer
 from jaxdyn.types import JaxdynError, Params
 
@@ -135,6 +135,7 @@ def _is_run(path: str) -> bool:
 
 
 def _of_run(run: SavedRun, step: int) -> Checkpoint:
+    require_policy(run)
     loaded = run.loaded
     load = lambda: run.policy(step, merged=False)[1]
     adapted = has_adapters(loaded.params)

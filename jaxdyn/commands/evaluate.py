@@ -24,7 +24,7 @@ from jaxdyn.sections import ModelSource
 from jaxdyn.train.evaluate import sample_held_out
 from jaxdyn.train.loop import say_about_data
 from jaxdyn.train.progress import Progress
-from jaxdyn.train.saved import open_run
+from jaxdyn.train.saved import open_run, require_policy
 from jaxdyn.train.task import Task, open_task
 from jaxdyn.types import JaxdynError, Params
 
@@ -69,6 +69,7 @@ def open_policy(options: EvaluateOptions) -> tuple[Task, Params, int | None]:
         task = open_task(dataclasses.replace(config, **chosen(config, options)))
         return task, task.params, None
     with open_run(options.run) as run:
+        require_policy(run)
         step = run.find(options.step)
         task = run.task.told(**chosen(run.config, options))
         return task, run.state(step).params, step

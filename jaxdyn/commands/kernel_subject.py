@@ -13,7 +13,7 @@ from jaxdyn.data import Tokenizer
 from jaxdyn.distributed import Layout, make_mesh, require_divisible, shard_model
 from jaxdyn.models import LanguageModel
 from jaxdyn.sections import MeshConfig, ModelSource
-from jaxdyn.train.saved import open_run
+from jaxdyn.train.saved import open_run, require_policy
 from jaxdyn.train.task import open_model
 from jaxdyn.types import JaxdynError, Params
 
@@ -46,6 +46,7 @@ def open_subject(options: KernelOptions) -> Subject:
         name = Path(str(options.model)).resolve().name
     else:
         with open_run(options.run) as run:
+            require_policy(run)
             step = run.find(options.step)
             # Adam's metric is that of the adapters themselves.
             model, params = run.policy(step, merged=not options.preconditioned)

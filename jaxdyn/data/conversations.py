@@ -5,6 +5,8 @@ template for base models writes the prompt, or the prompt is a text, the answer 
 stop token follows that.
 """
 
+from collections.abc import Sequence
+
 from jaxdyn.data.messages import Messages
 from jaxdyn.data.prompts import write, written
 from jaxdyn.data.source import DataConfig
@@ -25,6 +27,12 @@ def conversation(
         return example["prompt"] + example["completion"]
     whole = [*example["messages"], {"role": "assistant", "content": answer}]
     return write(whole, config, tokenizer, add_generation_prompt=False)
+
+
+def conversation_lengths(tokenizer: Tokenizer, texts: Sequence[str]) -> list[int]:
+    """How many tokens `conversation_ids` gives each of many, on all cores."""
+    counts = zip(tokenizer.lengths(texts), texts, strict=True)
+    return [count + (not isinstance(text, Rendered)) for count, text in counts]
 
 
 def conversation_ids(tokenizer: Tokenizer, text: str) -> list[int]:

@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from jaxdyn.data.conversations import conversation, conversation_ids
+from jaxdyn.data.conversations import conversation, conversation_lengths
 from jaxdyn.data.examples import PAIR
 from jaxdyn.data.fit import counted, refuse
 from jaxdyn.data.source import DataConfig, Source
@@ -79,8 +79,8 @@ def fit_pairs(pairs: Pairs, max_length: int) -> FittedPairs:
 
     def longest(start: int, stop: int) -> list[int]:
         found = pairs[start:stop]
-        tokens = lambda text: len(conversation_ids(pairs.tokenizer, text))
-        return [max(tokens(pair[name]) for name in PAIR) for pair in found]
+        of = lambda name: conversation_lengths(pairs.tokenizer, [pair[name] for pair in found])
+        return list(map(max, *map(of, PAIR)))
 
     lengths, how = counted(pairs, "pair", longest), pairs.config.overlong
     over = lengths > max_length

@@ -12,7 +12,7 @@ import numpy as np
 from jaxdyn.paths import AnyPath, open_path
 from jaxdyn.train.probe import Probe
 from jaxdyn.train.progress import Progress
-from jaxdyn.train.saved import open_run
+from jaxdyn.train.saved import open_run, require_policy
 
 
 def analyze(
@@ -28,6 +28,7 @@ def analyze(
     output = open_path(output or path / "analysis")
     writes = jax.process_index() == 0
     with open_run(path) as saved:
+        require_policy(saved)
         probe = Probe(saved.task)
         output.mkdir(parents=True, exist_ok=True)
         lines = [{"step": -1, **probe.measure_state(saved.task.params)[0]}]

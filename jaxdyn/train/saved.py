@@ -105,6 +105,12 @@ class SavedRun:
         return stage, state
 
 
+def require_policy(run: SavedRun) -> None:
+    """JaxdynError for a run that trains a reward model: it predicts no token."""
+    if run.config.kind == "reward":
+        raise JaxdynError(f"{run.path} is a run of jaxdyn reward: it has no policy")
+
+
 @contextlib.contextmanager
 def open_run(path: str | PathLike) -> Iterator[SavedRun]:
     """Open a run's directory, on the run's own mesh or, where that does not fit, on this machine's.

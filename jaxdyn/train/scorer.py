@@ -70,9 +70,8 @@ class Scorer:
             return ids
         if self.options.overlong == "error":
             raise JaxdynError(
-                f"prompt and completion have {len(ids)} tokens of the reward model's, "
-                f"reward.{self.name}.max_length is {self.limit}; reward.{self.name}.overlong may "
-                "be truncate-left or none"
+                f"prompt and completion have {len(ids)} tokens of the reward model's, the limit is "
+                f"{self.limit} (max_length); its overlong may be truncate-left or none"
             )
         return [] if self.options.overlong == "none" else cut_left(self.tokenizer, ids, self.limit)
 

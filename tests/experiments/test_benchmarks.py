@@ -22,6 +22,7 @@ import numpy as np
 import plans
 import precision
 import pytest
+import reward
 import rl_step
 import rollout
 from peers.protocol import SHAPES
@@ -207,6 +208,15 @@ def test_precision(run):
         assert error["float32"] < 1e-5 < 1e-3 < error["bfloat16"] < 0.1
     frozen = found["precision_frozen"]["errors"]
     assert all(error["bfloat16"] == 0 != error["float32"] for error in frozen.values())
+
+
+def test_reward(run):
+    shape = {"rows": 2, "slots": 8, "layers": 1, "width": 16, "vocab": 32, "rounds": 2}
+    words = [word for name, size in shape.items() for word in (f"--{name}", str(size))]
+    found = run(reward, *words)["reward"]
+    assert len(found["rounds"]) == 2 and found["shape"]["slots"] == 8
+    medians = found["medians"]
+    assert found["ratios"]["texts"]["of_medians"] == medians["texts"] / medians["features"]
 
 
 @pytest.mark.slow

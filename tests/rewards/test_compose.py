@@ -193,7 +193,5 @@ def test_a_scorer_that_exists_already_can_be_handed_in(mine):
         np.testing.assert_array_equal(output.total, 11 * (call + lengths))
         np.testing.assert_array_equal(output.values["halves"], [0.5] * 3)
     assert (counting.calls, other.calls) == (2, 2)
-    with pytest.raises(
-        JaxdynError, match="the reward .model. is a model, which is not"
-    ):
+    with pytest.raises(JaxdynError, match=r"the reward .model. is a model, which is not"):
         make_reward(RewardConfig(("model",)))

@@ -17,7 +17,7 @@ from jaxdyn.models import load_reward_model, save_pretrained
 from jaxdyn.optim import OptimConfig
 from jaxdyn.rewards import LearnedReward, RewardConfig
 from jaxdyn.sections import EvaluationConfig, ModelSource, PairsConfig
-from jaxdyn.train import loop, open_run, run_reward, run_rl
+from jaxdyn.train import analyze, loop, open_run, run_reward, run_rl
 from jaxdyn.train.preference import pair_rows
 from jaxdyn.train.step import examples_of
 from jaxdyn.train.task import open_task
@@ -182,6 +182,11 @@ def test_rl_is_rewarded_by_its_scores_and_watched_by_a_judge(root, trained):
         by_hand.append(float(phi @ params["classifier"]["weight"][0]))
     np.testing.assert_allclose([r["reward"] for r in rows], by_hand, atol=1e-5)
     assert step["rewards/model/mean"] == pytest.approx(np.mean(by_hand), abs=1e-5)
+
+
+def test_what_wants_a_policy_says_that_there_is_none(trained):
+    with pytest.raises(JaxdynError, match="is a run of jaxdyn reward: it has no policy"):
+        analyze(trained)
 
 
 def test_scores_on_a_mesh_are_those_of_one_device(root, trained):
