@@ -9,14 +9,17 @@ Command:   python experiments/arithmetic.py --model DIRECTORY [--output runs/ari
            DIRECTORY holds a chat model in the Hugging Face layout, SmolLM2-135M-Instruct, say.
 Time:      about 15 minutes a schedule for 135 million parameters on two CPU cores; 4 GB of disk.
            Started again, it goes on where it stopped.
-Expected:  the start has about a quarter of the answers right, and some but not all answers in three
-           groups of five; arithmetic.json and arithmetic.png say what became of that.
+Expected:  the start has 0.12 (0.07 to 0.17) of its answers right, and one of eight at 0.48 (0.33 to
+           0.63) of the problems. After four steps with a learning rate of 1e-5 these were 0.70 and
+           0.96: most of it form, for 0.91 of the answers were then written as the sum that is
+           shown, and 0.13 before. So arithmetic.json counts that too; arithmetic.png.
 """
 
 import argparse
 import dataclasses
 import itertools
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -100,6 +103,20 @@ def run_config(chosen: argparse.Namespace, files: dict[str, str]) -> RunConfig:
     )
 
 
+def written_as_shown(run: Path) -> dict[str, dict[str, float]]:
+    """Of held-out answers before and after: how many are written "a + b = c", and how many of those
+    are right."""
+    lines = (run / "samples.jsonl").read_text().splitlines()
+    rows = [json.loads(line) for line in lines]
+    found = {}
+    for when, step in (("before", rows[0]["step"]), ("after", rows[-1]["step"])):
+        own = [row for row in rows if row["step"] == step]
+        shown = [r["reward"] for r in own if re.match(r"\d+ \+ \d+ = \d+", r["completion"])]
+        right = sum(shown) / len(shown) if shown else 0.0
+        found[when] = {"share": len(shown) / len(own), "right": right}
+    return found
+
+
 def draw(runs: dict[str, Any], path: Path) -> None:
     """pass@k before and after, and the reward along training."""
     figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.5), layout="constrained")
@@ -140,7 +157,7 @@ def main():
     parser.add_argument("--schedules", nargs="+", default=["joint"])
     parser.add_argument("--steps", default=40, type=int)
     parser.add_argument("--classifier-steps", default=10, type=int)
-    parser.add_argument("--learning-rate", default=1e-5, type=float)
+    parser.add_argument("--learning-rate", default=3e-6, type=float)
     parser.add_argument("--temperature", default=0.7, type=float)
     parser.add_argument("--test-problems", default=48, type=int)
     chosen = parser.parse_args()
@@ -160,6 +177,7 @@ def main():
             "after": of(lines[-1]),
             "rewards": [line["reward"] for line in lines[1:]],
             "mixed_groups": [1 - line["frac_reward_zero_std"] for line in lines[1:]],
+            "written_as_shown": written_as_shown(Path(str(run))),
             "seconds": lines[-1]["time/wall"],
             "config": json.loads((Path(str(run)) / "config.json").read_text()),
         }

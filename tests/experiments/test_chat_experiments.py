@@ -38,6 +38,14 @@ def test_the_splits_share_no_pair_of_numbers_and_the_answers_are_sums():
     assert len(found["test"]) == arithmetic.WORDINGS * len(pairs["test"])
 
 
+def test_answers_that_are_written_as_the_sum_that_is_shown_are_counted(tmp_path):
+    said = [(-1, "8", 0), (-1, "3 + 4 = 7", 1), (3, "3 + 4 = 8", 0), (3, "3 + 4 = 7 cups", 1)]
+    rows = [{"step": step, "completion": text, "reward": reward} for step, text, reward in said]
+    (tmp_path / "samples.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    found = arithmetic.written_as_shown(tmp_path)
+    assert found == {"before": {"share": 0.5, "right": 1.0}, "after": {"share": 1.0, "right": 0.5}}
+
+
 @pytest.mark.slow
 def test_arithmetic(model, monkeypatch, tmp_path):
     config = arithmetic.run_config
