@@ -1,6 +1,6 @@
 """RL of a chat model with a reward that a program checks: sums that it can partly do.
 
-A problem reads "Ben has 16 shells and gets 17 more. How many?" after one that is solved. The reward
+A problem reads "Ben has 6 shells and gets 7 more. How many?" after one that is solved. The reward
 is 1 where the last number of the answer is right. No pair of numbers is in both splits. pass@k on
 held-out problems before and after says whether RL made right answers likelier (pass@1) or only
 sharpened what some of k samples had right already (pass@8).
@@ -9,13 +9,17 @@ Command:   python experiments/arithmetic.py --model DIRECTORY [--output runs/ari
            DIRECTORY holds a chat model in the Hugging Face layout, SmolLM2-135M-Instruct, say.
 Time:      about 15 minutes a schedule for 135 million parameters on two CPU cores; 4 GB of disk.
            Started again, it goes on where it stopped.
-Expected:  pass@1 well above where it began; arithmetic.json and arithmetic.png.
+Expected:  the start has 0.12 (0.07 to 0.17) of its answers right, and one of eight at 0.48 (0.33 to
+           0.63) of the problems. After four steps with a learning rate of 1e-5 these were 0.70 and
+           0.96: most of it form, for 0.91 of the answers were then written as the sum that is
+           shown, and 0.13 before. So arithmetic.json counts that too; arithmetic.png.
 """
 
 import argparse
 import dataclasses
 import itertools
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -40,21 +44,26 @@ SHOWN = [
     {"role": "user", "content": "Tom has 3 cards and gets 4 more. How many?"},
     {"role": "assistant", "content": "3 + 4 = 7"},
 ]
-SMALLEST, LARGEST, HELD_OUT = 2, 30, 0.2
+SMALLEST, LARGEST, HELD_OUT = 2, 12, 0.25
+WORDINGS = 4
+"""Of each pair of numbers."""
 
 
 def problems() -> dict[str, list[dict[str, Any]]]:
-    """The problems of each split, a pair of numbers each."""
+    """The problems of each split, in some wordings of each pair of numbers."""
     rng = np.random.default_rng(0)
     numbers = range(SMALLEST, LARGEST + 1)
-    rows = []
-    for a, b in rng.permutation(list(itertools.product(numbers, numbers))).tolist():
-        name, thing = rng.choice(NAMES), rng.choice(THINGS)
-        asked = f"{name} has {a} {thing} and gets {b} more. How many?"
+    pairs = rng.permutation(list(itertools.product(numbers, numbers))).tolist()
+
+    def one(a, b):
+        asked = f"{rng.choice(NAMES)} has {a} {rng.choice(THINGS)} and gets {b} more. How many?"
         prompt = [*SHOWN, {"role": "user", "content": asked}]
-        rows.append({"prompt": prompt, "answer": str(a + b)})
-    test = round(HELD_OUT * len(rows))
-    return {"test": rows[:test], "train": rows[test:]}
+        return {"prompt": prompt, "answer": str(a + b)}
+
+    test = round(HELD_OUT * len(pairs))
+    shares = {"test": pairs[:test], "train": pairs[test:]}
+    worded = lambda share: [one(*pair) for _ in range(WORDINGS) for pair in share]
+    return {split: worded(share) for split, share in shares.items()}
 
 
 def write_problems(output: Path) -> dict[str, str]:
@@ -92,6 +101,20 @@ def run_config(chosen: argparse.Namespace, files: dict[str, str]) -> RunConfig:
         evaluation=EvaluationConfig(num_prompts=chosen.test_problems, num_generations=8),
         probe=ProbeConfig(every=0),
     )
+
+
+def written_as_shown(run: Path) -> dict[str, dict[str, float]]:
+    """Of held-out answers before and after: how many are written "a + b = c", and how many of those
+    are right."""
+    lines = (run / "samples.jsonl").read_text().splitlines()
+    rows = [json.loads(line) for line in lines]
+    found = {}
+    for when, step in (("before", rows[0]["step"]), ("after", rows[-1]["step"])):
+        own = [row for row in rows if row["step"] == step]
+        shown = [r["reward"] for r in own if re.match(r"\d+ \+ \d+ = \d+", r["completion"])]
+        right = sum(shown) / len(shown) if shown else 0.0
+        found[when] = {"share": len(shown) / len(own), "right": right}
+    return found
 
 
 def draw(runs: dict[str, Any], path: Path) -> None:
@@ -134,7 +157,7 @@ def main():
     parser.add_argument("--schedules", nargs="+", default=["joint"])
     parser.add_argument("--steps", default=40, type=int)
     parser.add_argument("--classifier-steps", default=10, type=int)
-    parser.add_argument("--learning-rate", default=1e-5, type=float)
+    parser.add_argument("--learning-rate", default=3e-6, type=float)
     parser.add_argument("--temperature", default=0.7, type=float)
     parser.add_argument("--test-problems", default=48, type=int)
     chosen = parser.parse_args()
@@ -154,6 +177,7 @@ def main():
             "after": of(lines[-1]),
             "rewards": [line["reward"] for line in lines[1:]],
             "mixed_groups": [1 - line["frac_reward_zero_std"] for line in lines[1:]],
+            "written_as_shown": written_as_shown(Path(str(run))),
             "seconds": lines[-1]["time/wall"],
             "config": json.loads((Path(str(run)) / "config.json").read_text()),
         }

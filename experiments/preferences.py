@@ -96,11 +96,11 @@ def rl_config(chosen: argparse.Namespace, files: dict[str, str], models: dict[st
             num_prompts=4,
             num_generations=4,
             max_prompt_length=64,
-            checkpoint_every=chosen.every,
-            keep_checkpoints=0,
+            checkpoint_every=20,
+            keep_checkpoints=1,
         ),
         evaluation=EvaluationConfig(
-            every=chosen.every, num_prompts=12, num_generations=4, metrics=("judge",)
+            every=chosen.every, num_prompts=8, num_generations=4, metrics=("judge",)
         ),
         probe=ProbeConfig(every=0),
     )

@@ -90,7 +90,8 @@ class LoopConfig:
     """The shape of a training.
 
     Attributes:
-      steps: steps of joint training; a classifier stage comes on top (optim.classifier_steps).
+      steps: steps of joint training, or of a linear probe; a classifier stage before it comes on
+        top (optim.classifier_steps).
       num_prompts: prompts a step (P).
       microbatches: split each update's batch, to save memory; changes nothing else.
       max_prompt_length: longest prompt, in tokens.

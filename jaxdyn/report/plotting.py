@@ -39,6 +39,8 @@ LOOKS = {
     "classifier_first": Look("CF-RL", "#D55E00", "-"),
     "joint_extra": Look("standard RL + extra steps", "#009E73", (0, (5, 1.5))),
     "classifier_only": Look("classifier only", "#AA4499", (0, (1.5, 1.2))),
+    "linear_probe": Look("linear probe", "#AA4499", (0, (1.5, 1.2))),
+    "linear_probe_then_finetune": Look("linear probe, then fine-tuning", "#D55E00", "-"),
 }
 STAGE_COLOUR = "#FBE3D0"
 COSINE_BINS = np.linspace(-1.0, 1.0, 41)

@@ -1,6 +1,7 @@
 """The experiments on chat models, on a tiny one: the problems, and what a run of each leaves."""
 
 import dataclasses
+import itertools
 import json
 import string
 import sys
@@ -34,6 +35,15 @@ def test_the_splits_share_no_pair_of_numbers_and_the_answers_are_sums():
     count = (arithmetic.LARGEST - arithmetic.SMALLEST + 1) ** 2
     assert not pairs["train"] & pairs["test"] and len(pairs["train"] | pairs["test"]) == count
     assert len(pairs["test"]) == round(arithmetic.HELD_OUT * count)
+    assert len(found["test"]) == arithmetic.WORDINGS * len(pairs["test"])
+
+
+def test_answers_that_are_written_as_the_sum_that_is_shown_are_counted(tmp_path):
+    said = [(-1, "8", 0), (-1, "3 + 4 = 7", 1), (3, "3 + 4 = 8", 0), (3, "3 + 4 = 7 cups", 1)]
+    rows = [{"step": step, "completion": text, "reward": reward} for step, text, reward in said]
+    (tmp_path / "samples.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    found = arithmetic.written_as_shown(tmp_path)
+    assert found == {"before": {"share": 0.5, "right": 1.0}, "after": {"share": 1.0, "right": 0.5}}
 
 
 @pytest.mark.slow
@@ -93,7 +103,7 @@ def test_preferences(model, monkeypatch, tmp_path):
     parts = [
         (tmp_path / f"out/{name}.jsonl").read_text().splitlines() for name in preferences.PARTS
     ]
-    assert [len(part) for part in parts] == [8, 8, 4] and len(set(sum(parts, []))) == 20
+    assert [len(part) for part in parts] == [8, 8, 4] and len({*itertools.chain(*parts)}) == 20
     found = json.loads((tmp_path / "out/preferences.json").read_text())
     assert found["reward_models"]["reward"]["before"]["eval_accuracy"] == 0.5
     curve = found["runs"]["classifier_first"]["curve"]
