@@ -67,9 +67,9 @@ def replace_groups(
 ) -> Experience:
     """The first with the second's groups `sources` in its `places`."""
     rows, each = len(experience.completions), experience.num_generations
-    index = np.arange(rows).reshape(-1, each)
-    index[places] = rows + index[sources]
-    index = index.ravel()
+    groups = np.arange(rows).reshape(-1, each)
+    groups[places] = rows + groups[sources]
+    index = groups.ravel()
     pick = lambda a, b: [(a + b)[i] for i in index]
     join = lambda a, b: np.concatenate([a, b])[index]
     one, two = experience.columns, other.columns

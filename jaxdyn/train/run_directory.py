@@ -103,7 +103,7 @@ class RunDirectory(Closing):
         if name in ("metrics.jsonl", "dynamics.jsonl"):
             for record in records:
                 scalars = {k: v for k, v in record.items() if isinstance(v, int | float)}
-                step = scalars.pop("step")
+                step = int(scalars.pop("step"))
                 for tracker in self._trackers:
                     tracker.log(step, scalars)
 
