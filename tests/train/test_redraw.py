@@ -40,8 +40,8 @@ def test_places_are_filled_by_other_prompts_groups(root, monkeypatch):
     # 0: no signal, +: some; four groups a round.
     script = iter(["0+00", "0+00", "+0+0"])
 
-    def scored(task, params, examples, key, groups, harvest):
-        drawn = gathered(task, params, examples, key, groups, harvest)
+    def scored(task, params, examples, key, groups, *keep):
+        drawn = gathered(task, params, examples, key, groups, *keep)
         total = drawn.rewards.total.reshape(4, groups)
         total[:] = 100 * len(rounds) + 10 * np.arange(4)[:, None]
         total[:, 0] += [sign == "+" for sign in next(script)]
