@@ -16,7 +16,7 @@ from typing import Any, NewType, Protocol, runtime_checkable
 
 import jax
 from flax import struct
-from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
+from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, UInt8
 
 from jaxdyn import COMPONENTS as COMPONENTS
 from jaxdyn.errors import JaxdynError as JaxdynError
@@ -156,6 +156,18 @@ class PromptBatch:
 
 
 @struct.dataclass
+class Support:
+    """The tokens that top-k, top-p and min-p left the sampler at every slot of a completion.
+
+    `bits` has a bit a token of the vocabulary, eight to a byte and the first lowest; `log_mass` is
+    the log of what the sampler's softmax(f / temperature) gives to all of them.
+    """
+
+    bits: UInt8[Array, "B C V8"]
+    log_mass: Float[Array, "B C"]
+
+
+@struct.dataclass
 class Rollout:
     """B sampled completions. Row p * G + g is generation g of prompt p.
 
@@ -163,6 +175,7 @@ class Rollout:
     completes a stop string. `per_token_logps` is log softmax(f / temperature) at the sampled token,
     before any filter: the quantity a teacher-forced pass computes. `features`, if they were
     harvested, are the φ that predicted each token, and 0 in the slots after a completion's end.
+    `support`, if it was asked for, is what the filters left.
     """
 
     prompt_ids: Int[Array, "B S"]
@@ -171,6 +184,7 @@ class Rollout:
     completion_mask: Bool[Array, "B C"]
     per_token_logps: Float[Array, "B C"]
     features: Float[Array, "B C D"] | None = None
+    support: Support | None = None
 
     @property
     def tokens(self) -> jax.Array:

@@ -20,6 +20,7 @@ from jaxdyn.rl.importance import ImportanceConfig
 from jaxdyn.rl.kl import kl_penalty, penalised_rewards, per_token_kl
 from jaxdyn.rl.logprobs import TokenStatistics, token_statistics
 from jaxdyn.rl.losses import LOSSES, LossConfig, policy_loss
+from jaxdyn.rl.support import support_log_mass
 from jaxdyn.rl.values import (
     explained_variance,
     generalized_advantages,

@@ -242,13 +242,13 @@ def policy_loss(
     own = LOSSES[config.loss_type]
     surrogate = own.surrogate(config, new, old, weights, mask)
     of_tokens, beside = surrogate.loss, {}
-    if control == "clip":
-        of_tokens = jnp.where(held_back, 0, of_tokens)
-    elif control == "kl":
-        penalty = config.covariance.beta * per_token_kl("k3", old, new)
-        of_tokens = of_tokens + jnp.where(held_back, penalty, 0)
-    if control:
-        held = jnp.asarray(held_back, new.dtype)
+    if control and held_back is not None:
+        if control == "clip":
+            of_tokens = jnp.where(held_back, 0, of_tokens)
+        else:
+            penalty = config.covariance.beta * per_token_kl("k3", old, new)
+            of_tokens = of_tokens + jnp.where(held_back, penalty, 0)
+        held = held_back.astype(new.dtype)
         beside["covariance/held_back"] = aggregate("token-mean", held, mask, normalizer)
     if sampler_per_token_logps is not None:
         sampler = jnp.where(mask, sampler_per_token_logps, 0)

@@ -10,8 +10,8 @@ import numpy as np
 from jaxtyping import PRNGKeyArray
 
 from jaxdyn.grammar import MOST_TOKENS, at_least, between
-from jaxdyn.rollout.sampling import sample_token
-from jaxdyn.types import JaxdynError, Model, Params, PromptBatch, Rollout
+from jaxdyn.rollout.sampling import sample_within
+from jaxdyn.types import JaxdynError, Model, Params, PromptBatch, Rollout, Support
 
 SMALLEST_CACHE = 64
 
@@ -66,13 +66,15 @@ def generate(
     stop_ids: tuple[int, ...] = (),
     pad_id: int = 0,
     harvest: bool = False,
+    support: bool = False,
 ) -> Rollout:
     """Sample G completions of up to C tokens for each of P left-padded prompts.
 
     A completion ends with the first of `stop_ids`, which belongs to it and to its mask; after it
     come `pad_id`s. Decoding ends when every completion has. `harvest` keeps the features that
-    predicted the tokens, those of a teacher-forced pass (`Rollout.features`). Only a new model,
-    shape, number of stop ids or `harvest` compiles: key, temperature, top-k, top-p, min-p, stop
+    predicted the tokens, those of a teacher-forced pass (`Rollout.features`), and `support` which
+    tokens the filters left. Only a new model, shape, number of stop ids, `harvest` or `support`
+    compiles: key, temperature, top-k, top-p, min-p, stop
     and pad ids are traced.
 
     Fold the step into `key` (`step_key`). Raises `JaxdynError` when S + C slots exceed
@@ -84,15 +86,15 @@ def generate(
             f"prompts of {prompts.prompt_ids.shape[1]} slots and completions of "
             f"{max_completion_length} exceed the model's context of {model.config.max_positions}"
         )
-    static = model, num_generations, max_completion_length, harvest
+    static = model, num_generations, max_completion_length, harvest, support
     filters = np.float32(temperature), np.int32(top_k), np.float32(top_p), np.float32(min_p)
     ends = np.asarray(stop_ids, np.int32), np.int32(pad_id)
     return _generate(*static, params, prompts, key, filters, ends)
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
+@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3, 4))
 @jax.named_scope("rollout")
-def _generate(model, generations, length, harvest, params, prompts, key, filters, ends):
+def _generate(model, generations, length, harvest, support, params, prompts, key, filters, ends):
     view, (stop_ids, pad_id) = model.view(params), ends
     per_generation = lambda x: jnp.repeat(x, generations, axis=0)
     prompt_ids, prompt_mask = map(per_generation, (prompts.prompt_ids, prompts.prompt_mask))
@@ -109,17 +111,21 @@ def _generate(model, generations, length, harvest, params, prompts, key, filters
 
     def draw(state, features):
         """Sample token t of every completion from the features that predict it, and record it."""
-        t, cache, _, alive, ids, mask, logps, kept = state
+        t, cache, _, alive, ids, mask, logps, kept, left = state
         logits = model.logits(view["classifier"], features)
-        token, logp = sample_token(jax.random.fold_in(key, t), logits, *filters)
+        drawn = sample_within(jax.random.fold_in(key, t), logits, *filters)
+        token, logp, within, log_mass = drawn
         token = jnp.where(alive, token, pad_id)
         column = lambda array, x: jax.lax.dynamic_update_index_in_dim(array, x, t, axis=1)
         ids, mask = column(ids, token), column(mask, alive)
         logps = column(logps, jnp.where(alive, logp, 0))
         if harvest:
             kept = column(kept, jnp.where(alive[:, None], features, 0))
+        if support:
+            bits = jnp.packbits(within, axis=-1, bitorder="little")
+            left = Support(column(left.bits, bits), column(left.log_mass, log_mass))
         stopped = (token[:, None] == stop_ids[None, :]).any(axis=1)
-        return t + 1, cache, token, alive & ~stopped, ids, mask, logps, kept
+        return t + 1, cache, token, alive & ~stopped, ids, mask, logps, kept, left
 
     def unfinished(state):
         """Whether another token is wanted, and the cache has a slot for the one before it."""
@@ -154,6 +160,12 @@ def _generate(model, generations, length, harvest, params, prompts, key, filters
         jnp.zeros((rows, length), bool),
         jnp.zeros((rows, length), wide),
         jnp.zeros((rows, length, first.shape[1]), first.dtype) if harvest else None,
+        Support(
+            jnp.zeros((rows, length, -(-model.config.vocab_size // 8)), jnp.uint8),
+            jnp.zeros((rows, length), wide),
+        )
+        if support
+        else None,
     )
     state = draw(empty, first)
     for slots in cache_sizes(length):
@@ -163,8 +175,8 @@ def _generate(model, generations, length, harvest, params, prompts, key, filters
         ]
         cache = jax.tree.map(lambda x, spare=spare: jnp.pad(x, spare), cache)
         state = jax.lax.while_loop(unfinished, advance, (t, cache, *rest))
-    *_, ids, mask, logps, kept = state
-    return Rollout(prompt_ids, prompt_mask, ids, mask, logps, kept)
+    *_, ids, mask, logps, kept, left = state
+    return Rollout(prompt_ids, prompt_mask, ids, mask, logps, kept, left)
 
 
 def cache_sizes(length: int) -> list[int]:

@@ -24,6 +24,18 @@ def sample_token(
     Temperature 0 is greedy. The log-probability, in nats, is that under softmax(f / temperature)
     before any filter, the quantity a teacher-forced pass computes; under softmax(f) when greedy.
     """
+    return sample_within(key, logits, temperature, top_k, top_p, min_p)[:2]
+
+
+def sample_within(
+    key: PRNGKeyArray,
+    logits: Float[Array, "B V"],
+    temperature: Float[Array, ""],
+    top_k: Int[Array, ""],
+    top_p: Float[Array, ""],
+    min_p: Float[Array, ""] | float = 0.0,
+) -> tuple[Int[Array, " B"], Float[Array, " B"], Bool[Array, "B V"], Float[Array, " B"]]:
+    """`sample_token`, with the tokens that the filters kept, and the log of their probability."""
     greedy = temperature <= 0
     scaled = logits / jnp.where(greedy, 1, temperature)
     off = (top_k <= 0) & (top_p >= 1)
@@ -34,7 +46,10 @@ def sample_token(
     uniforms = jax.random.uniform(key, (2, len(logits)), mass.dtype)
     token = categorical(jnp.where(greedy, 0, uniforms), mass)
     chosen = jnp.take_along_axis(scaled, token[:, None], axis=-1)[:, 0]
-    return token, chosen - jax.nn.logsumexp(scaled, axis=-1)
+    total = jax.nn.logsumexp(scaled, axis=-1)
+    kept = mass > 0
+    log_mass = jax.nn.logsumexp(jnp.where(kept, scaled, -jnp.inf), axis=-1) - total
+    return token, chosen - total, kept, log_mass
 
 
 def categorical(uniforms: Float[Array, "2 B"], mass: Float[Array, "B V"]) -> Int[Array, " B"]:

@@ -25,4 +25,5 @@ def trim(rollout: Rollout) -> Rollout:
         completion_mask=cut(rollout.completion_mask),
         per_token_logps=cut(rollout.per_token_logps),
         features=jax.tree.map(cut, rollout.features),
+        support=jax.tree.map(cut, rollout.support),
     )

@@ -75,10 +75,12 @@ def gather_experience(
     key: jax.Array,
     num_generations: int,
     harvest: bool = False,
+    support: bool = False,
 ) -> Experience:
     """Sample `num_generations` completions of each example's prompt and score them.
 
-    `harvest` keeps the features that predicted the tokens (`Rollout.features`).
+    `harvest` keeps the features that predicted the tokens, `support` those that the filters left
+    (`Rollout`).
     """
     tokenizer, longest = task.tokenizer, task.config.train.max_prompt_length
     sampling = task.config.sampling
@@ -93,9 +95,10 @@ def gather_experience(
         stop_ids=tokenizer.stop_ids,
         pad_id=tokenizer.pad_id,
         harvest=harvest,
+        support=support,
     )
-    here = whole(dataclasses.replace(rollout, features=None))
-    rollout = dataclasses.replace(here, features=rollout.features)
+    here = whole(dataclasses.replace(rollout, features=None, support=None))
+    rollout = dataclasses.replace(here, features=rollout.features, support=rollout.support)
     rollout = stop_at_strings(tokenizer, rollout, sampling.stop)
     texts, finished, ids = decode_completions(
         tokenizer, rollout.completion_ids, rollout.completion_mask, sampling.stop

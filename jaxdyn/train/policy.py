@@ -15,9 +15,15 @@ from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float
 
 from jaxdyn.models import state_values
-from jaxdyn.rl import Normalizer, TokenStatistics, feature_statistics, normalizer_of
+from jaxdyn.rl import (
+    Normalizer,
+    TokenStatistics,
+    feature_statistics,
+    normalizer_of,
+    support_log_mass,
+)
 from jaxdyn.train.sharing import Sequences, completion_features
-from jaxdyn.types import Model, Params, Rollout
+from jaxdyn.types import Model, Params, Rollout, Support
 
 
 class ValueTargets(struct.PyTreeNode):
@@ -88,6 +94,23 @@ def policy_logps(
     """Teacher-forced per-token log-probs of the batch's completions."""
     features = completion_features(model, params["backbone"], batch)
     return classifier_logps(model, params, features, batch.completion_ids, temperature)
+
+
+@functools.partial(jax.jit, static_argnames="model")
+@jax.named_scope("reference")
+def support_correction(
+    model: Model, params: Params, features: jax.Array, support: Support, temperature: ArrayLike
+) -> Float[Array, "B C"]:
+    """log q − log qˢ of the support's probability under the policy, q, and under the sampler, qˢ.
+
+    What the sampler's log-probs take for the difference to the policy's to be that of both
+    renormalised to the support: (ℓ − log q) − (ℓˢ − log qˢ).
+    """
+    classifier = model.view(params)["classifier"]
+    mass = support_log_mass(
+        model.logits, classifier, features, support.bits, temperature, shards=model.shards
+    )
+    return mass - support.log_mass
 
 
 @functools.partial(jax.jit, static_argnames="model")

@@ -33,8 +33,8 @@ def draw_experience(
     """The step's batch: of its own prompts, those without signal drawn again if that is wanted."""
     config = task.config
     own = step_key(config.seed, "rollout", step)
-    groups = config.train.num_generations
-    drawn = gather_experience(task, params, examples_of(task, step), own, groups, harvest)
+    groups, keep = config.train.num_generations, (harvest, config.loss.importance.support)
+    drawn = gather_experience(task, params, examples_of(task, step), own, groups, *keep)
     most = config.train.redraw_rounds
     if not most:
         return drawn
@@ -47,7 +47,7 @@ def draw_experience(
         rounds += 1
         key = jax.random.fold_in(again, rounds)
         others = examples_of(task, step, rounds)
-        other = gather_experience(task, params, others, key, groups, harvest)
+        other = gather_experience(task, params, others, key, groups, *keep)
         seconds += other.reward_seconds
         found = np.flatnonzero(with_signal(other))[: len(vacant)]
         drawn = replace_groups(drawn, other, vacant[: len(found)], found, task.tokenizer.pad_id)
@@ -67,9 +67,9 @@ def replace_groups(
 ) -> Experience:
     """The first with the second's groups `sources` in its `places`."""
     rows, each = len(experience.completions), experience.num_generations
-    index = np.arange(rows).reshape(-1, each)
-    index[places] = rows + index[sources]
-    index = index.ravel()
+    groups = np.arange(rows).reshape(-1, each)
+    groups[places] = rows + groups[sources]
+    index = groups.ravel()
     pick = lambda a, b: [(a + b)[i] for i in index]
     join = lambda a, b: np.concatenate([a, b])[index]
     one, two = experience.columns, other.columns

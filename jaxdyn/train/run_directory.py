@@ -135,10 +135,10 @@ class RunDirectory(Closing):
             os.fsync(file.fileno())
         if name in ("metrics.jsonl", "dynamics.jsonl"):
             for record in records:
-                numbers = {k: v for k, v in record.items() if isinstance(v, int | float)}
-                scalars = {k: v for k, v in numbers.items() if k != "step"}
+                scalars = {k: v for k, v in record.items() if isinstance(v, int | float)}
+                step = int(scalars.pop("step"))
                 for tracker in self._trackers:
-                    tracker.log(record["step"], scalars)
+                    tracker.log(step, scalars)
 
     def read(self, name: str) -> list[dict[str, Any]]:
         """The records of a log so far."""

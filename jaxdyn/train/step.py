@@ -21,7 +21,13 @@ from jaxdyn.rl import ScoredBatch, drop_truncated, estimate_advantages, held_bac
 from jaxdyn.rollout import step_key, trim
 from jaxdyn.train.experience import Experience, experience_metrics
 from jaxdyn.train.pmap import pmap_update
-from jaxdyn.train.policy import Policy, UpdateBatch, ValueTargets, batch_values
+from jaxdyn.train.policy import (
+    Policy,
+    UpdateBatch,
+    ValueTargets,
+    batch_values,
+    support_correction,
+)
 from jaxdyn.train.redraw import draw_experience
 from jaxdyn.train.reference import reference_of, synchronised
 from jaxdyn.train.sharing import batch_features, sequences_of
@@ -128,7 +134,7 @@ def make_batch(
     sequences = layout.rows(sequences_of(rollout, config.train.num_generations, parts))
 
     features = layout.rows(rollout.features)
-    if features is None and loss.critic:
+    if features is None and (loss.critic or loss.importance.support):
         features = batch_features(model, state.params["backbone"], sequences)
     policy = Policy(model, state.params, features)
 
@@ -154,6 +160,10 @@ def make_batch(
         config.sampling.max_completion_length,
     )
     counted = drop_truncated(mask, finished) if loss.mask_truncated else mask
+    sampler = layout.rows(rollout.per_token_logps)
+    if loss.importance.support:
+        about = state.params, features, layout.rows(rollout.support), temperature
+        sampler = sampler + support_correction(model, *about)
     held = None
     if control:
         key = step_key(config.seed, "covariance", step)
@@ -167,7 +177,7 @@ def make_batch(
         old_per_token_logps=old,
         ref_per_token_logps=ref,
         values=None if values is None else ValueTargets(values, layout.rows(returns)),
-        sampler_per_token_logps=layout.rows(rollout.per_token_logps),
+        sampler_per_token_logps=sampler,
         held_back=held,
     )
     return batch, features if stage.name == "classifier" else None

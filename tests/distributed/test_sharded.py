@@ -18,7 +18,7 @@ from jaxdyn.kernels.gram import factorize
 from jaxdyn.kernels.rows import site_rows
 from jaxdyn.models import LanguageModel, LoraConfig, add_adapters, gpt_neox
 from jaxdyn.optim import OptimConfig, make_optimizer, trainable
-from jaxdyn.rl import LossConfig
+from jaxdyn.rl import ImportanceConfig, LossConfig
 from jaxdyn.rollout import generate
 from jaxdyn.sections import MeshConfig
 from jaxdyn.train import TrainState, UpdateBatch, update
@@ -52,7 +52,7 @@ CONFIGS = {
     ),
 }
 OPTIM = OptimConfig(learning_rate=1e-2, weight_decay=0.01)
-LOSS = LossConfig(beta=0.04)
+LOSS = LossConfig(beta=0.04, importance=ImportanceConfig(1.1))
 
 
 pytestmark = pytest.mark.usefixtures("x64")
@@ -96,7 +96,8 @@ def batch_of(vocab):
     lengths = rng.integers(1, LENGTH + 1, (rows, 1))
     ends = np.arange(SLOTS + LENGTH)[None] < SLOTS + lengths
     mask = jnp.asarray(ends)
-    rest = {"ref_per_token_logps": jnp.asarray(rng.normal(-4, 0.3, (rows, LENGTH)))}
+    names = ("ref_per_token_logps", "sampler_per_token_logps")
+    rest = {name: jnp.asarray(rng.normal(-4, 0.3, (rows, LENGTH))) for name in names}
     return UpdateBatch(
         tokens, mask, tokens[:, SLOTS:], mask[:, SLOTS:], jnp.asarray(rng.normal(size=rows)), **rest
     )
@@ -162,6 +163,8 @@ def everything(name, sizes):
         max_completion_length=LENGTH,
         stop_ids=(3,),
         harvest=True,
+        support=True,
+        top_p=0.9,
     )
     batch = layout.rows(batch_of(vocab))
     found["reference"] = policy_logps(model, view, batch, np.float64(0.7))

@@ -40,8 +40,8 @@ def test_places_are_filled_by_other_prompts_groups(root, monkeypatch):
     # 0: no signal, +: some; four groups a round.
     script = iter(["0+00", "0+00", "+0+0"])
 
-    def scored(task, params, examples, key, groups, harvest):
-        drawn = gathered(task, params, examples, key, groups, harvest)
+    def scored(task, params, examples, key, groups, *keep):
+        drawn = gathered(task, params, examples, key, groups, *keep)
         total = drawn.rewards.total.reshape(4, groups)
         total[:] = 100 * len(rounds) + 10 * np.arange(4)[:, None]
         total[:, 0] += [sign == "+" for sign in next(script)]
@@ -86,6 +86,7 @@ def test_prompts_of_other_widths_are_padded_on_the_left():
     assert np.array_equal(wide.prompt_ids, ids) and narrow.completion_ids.shape == (2, 2)
 
 
+@pytest.mark.slow
 def test_a_run_redraws_alike_and_says_what_is_left(root, tmp_path, monkeypatch):
     """Killed and started again; one program of sampling whatever was redrawn; rewards that never
     differ exhaust the rounds."""
@@ -124,6 +125,7 @@ def test_a_run_redraws_alike_and_says_what_is_left(root, tmp_path, monkeypatch):
     assert line["frac_reward_zero_std"] == 1 and line["grad_norm"] == 0
 
 
+@pytest.mark.slow
 def test_the_reference_follows(root, tmp_path, monkeypatch):
     """As the recursion says of the checkpoints; and a run that was killed goes on with it."""
     changes = {

@@ -38,7 +38,7 @@ CASES = {
     "importance": ("joint", {**KL, **ADAM, "loss__importance": ImportanceConfig(1.02)}),
     "covariance": (
         "joint",
-        {**KL, **ADAM, "loss__covariance": CovarianceConfig("kl"), "train__num_iterations": 2},
+        {**KL, **ADAM, "train__num_iterations": 2, "loss__covariance": CovarianceConfig("kl")},
     ),
     "sequences": ("joint", {**KL, "loss__loss_type": "rloo", "loss__kl_placement": "loss"}),
 }

@@ -18,8 +18,8 @@ from jaxdyn.optim import OptimConfig
 from jaxdyn.rewards import LearnedReward, RewardConfig
 from jaxdyn.sections import EvaluationConfig, ModelSource, PairsConfig
 from jaxdyn.train import analyze, loop, open_run, run_reward, run_rl
-from jaxdyn.train.preference import pair_rows
 from jaxdyn.train.experience import examples_of
+from jaxdyn.train.preference import pair_rows
 from jaxdyn.train.task import open_task
 from jaxdyn.types import JaxdynError
 
