@@ -11,6 +11,7 @@ import tyro
 
 from jaxdyn.data import DataConfig
 from jaxdyn.dynamics import ProbeConfig
+from jaxdyn.errors import JaxdynError
 from jaxdyn.grammar import LARGEST_SEED, at_least
 from jaxdyn.models import LoraConfig
 from jaxdyn.optim import OptimConfig
@@ -18,6 +19,9 @@ from jaxdyn.rewards import RewardConfig
 from jaxdyn.rl import AdvantageConfig, LossConfig, check_combination
 from jaxdyn.rollout import SamplingConfig
 from jaxdyn.sections import EvaluationConfig, LoopConfig, MeshConfig, ModelSource, TrainConfig
+
+MOST_TOKENS_A_STEP = 2**31 - 1
+"""Tokens are counted in int32."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,6 +52,12 @@ class Config:
     def __post_init__(self):
         at_least(0, self, "", "seed", most=LARGEST_SEED)
         at_least(0, self, "", "profile")
+        longest = self.train.max_prompt_length + self.sampling.max_completion_length
+        if (tokens := self.train.sequences * longest) > MOST_TOKENS_A_STEP:
+            raise JaxdynError(
+                f"train and sampling make a step of {self.train.sequences} sequences of up to "
+                f"{longest} tokens; the product must be at most {MOST_TOKENS_A_STEP}, got {tokens}"
+            )
 
     @property
     def title(self) -> str:

@@ -232,7 +232,7 @@ def begin_or_resume(
     loaded: LoadedModel, config: Config, checkpoints: Checkpoints, step: int | None = None
 ) -> tuple[TrainState, dict[str, Any]]:
     """The state and position of a checkpoint (the newest), or those a run starts with."""
-    position = {
+    position: dict[str, Any] = {
         "step": 0,
         "seed": config.seed,
         "stage": plan_of(config)[0].name,
@@ -256,7 +256,7 @@ def require_position(found: Any, like: dict[str, Any], checkpoints: Checkpoints)
     """A checkpoint's position, if it has all fields of the start's, of their types."""
     there = found if isinstance(found, dict) else {}
     for name, value in like.items():
-        got = there.get(name)
+        got: Any = there.get(name)
         whole = is_number(got) and isinstance(value, float)
         if not (type(got) is type(value) or whole) or (is_number(got) and got < 0):
             raise JaxdynError(
