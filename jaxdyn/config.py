@@ -28,6 +28,9 @@ from jaxdyn.sections import (
     TrainConfig,
 )
 
+MOST_TOKENS_A_STEP = 2**31 - 1
+"""Tokens are counted in int32."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Config:
@@ -57,6 +60,12 @@ class Config:
     def __post_init__(self):
         at_least(0, self, "", "seed", most=LARGEST_SEED)
         at_least(0, self, "", "profile")
+        longest = self.train.max_prompt_length + self.sampling.max_completion_length
+        if (tokens := self.train.sequences * longest) > MOST_TOKENS_A_STEP:
+            raise JaxdynError(
+                f"train and sampling make a step of {self.train.sequences} sequences of up to "
+                f"{longest} tokens; the product must be at most {MOST_TOKENS_A_STEP}, got {tokens}"
+            )
 
     @property
     def title(self) -> str:

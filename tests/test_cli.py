@@ -111,6 +111,13 @@ def test_the_help_of_every_command_is_tried():
         (["rl", "--sampling.top-p", "1.5"], "sampling.top_p must lie in (0, 1], got 1.5"),
         (["rl", "--seed", "-1"], "seed"),
         (["sft", "--seed", "-1"], "seed"),
+        (["rl"], "model.path names no model: give --model.path"),
+        (["rl", "--output", "a\0b"], "an argument cannot have a NUL in it"),
+        (["report", "\ud800"], "an argument must be valid Unicode"),
+        (
+            ["plan", "tiny", "--num-prompts", "1000000", "--num-generations", "10000"],
+            "at most 2147",
+        ),
         (["sft", "--train.num-prompts", "0"], "train.num_prompts must be at least 1, got 0"),
         (["analyze"], "RUN"),
         (["report"], "at least one run directory"),

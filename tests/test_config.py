@@ -74,6 +74,10 @@ BAD = {
         {"train": {"num_generations": 1}},
         "train.num_generations must be at least 2, got 1",
     ),
+    "too large together": (
+        {"train": {"num_prompts": 10**6, "num_generations": 10**4}},
+        "sequences of up to 512 tokens; the product must be at most 2147483647, got 5120000000000",
+    ),
     "not a number": (
         {"optim": {"learning_rate": math.nan}},
         "optim.learning_rate must be finite, got nan",

@@ -170,6 +170,15 @@ def test_a_model_of_more_layers_than_it_has_tensors(size, copy):
         load_pretrained(copy)
 
 
+@pytest.mark.parametrize("name", ["hidden_size", "vocab_size", "intermediate_size"])
+def test_a_size_of_more_than_the_file_has(name, copy):
+    """Refused before anything is made of that size."""
+    told = json.loads((copy / "config.json").read_text())
+    (copy / "config.json").write_text(json.dumps(told | {name: 10**9}))
+    with pytest.raises(JaxdynError, match=r"of 1000000000, and the checkpoint holds \d+ numbers"):
+        load_pretrained(copy)
+
+
 def test_a_model_that_does_not_fit_the_machine(copy, monkeypatch):
     monkeypatch.setattr(reading, "available_memory", lambda: 1000)
     with pytest.raises(JaxdynError, match=r"takes 1\.\d+e-05 GB in memory, and 1e-06 GB are avail"):

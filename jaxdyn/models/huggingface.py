@@ -147,11 +147,7 @@ def _weight_files(directory: Path) -> list[Path]:
 
 
 def _read_weights(model: LanguageModel, tensors: dict[str, Tensor]) -> Params:
-    if model.config.num_layers > len(tensors):  # before a name is made for each of them
-        raise JaxdynError(
-            f"config.json promises {model.config.num_layers} layers, and the checkpoint holds "
-            f"{len(tensors)} tensors"
-        )
+    _require_plausible(model.config, tensors)
     modules = modules_of(model.config, family_of(model.config.architecture))
     prefix, head = modules["backbone/embed"].split(".")[0] + ".", modules["classifier"] + "."
     if not any(name.startswith(prefix) for name in tensors):  # a checkpoint of the bare body
@@ -167,6 +163,24 @@ def _read_weights(model: LanguageModel, tensors: dict[str, Tensor]) -> Params:
         for path, array in zip(s.leaves, stacks, strict=True):
             leaves[path] = jnp.asarray(array if s.stacked else array[0])
     return {"classifier": {}, **unflatten_dict(leaves)}
+
+
+def _require_plausible(config: ModelConfig, tensors: dict[str, Tensor]) -> None:
+    """That the sizes are of a file like this, before shapes and names are made of them."""
+    if config.num_layers > len(tensors):
+        raise JaxdynError(
+            f"config.json promises {config.num_layers} layers, and the checkpoint holds "
+            f"{len(tensors)} tensors"
+        )
+    numbers = sum(math.prod(tensor.shape) for tensor in tensors.values())
+    heads = config.num_heads * config.head_dim
+    sizes = {"width": config.width, "vocab_size": config.vocab_size, "mlp_width": config.mlp_width}
+    for name, size in {**sizes, "num_heads * head_dim": heads}.items():
+        if size > numbers:
+            raise JaxdynError(
+                f"config.json promises a {name} of {size}, and the checkpoint holds {numbers} "
+                "numbers in all"
+            )
 
 
 def _check(

@@ -279,7 +279,7 @@ def require_position(found: Any, like: dict[str, Any], checkpoints: Checkpoints)
     """A checkpoint's position, if it has all fields of the start's, of their types."""
     there = found if isinstance(found, dict) else {}
     for name, value in like.items():
-        got = there.get(name)
+        got: Any = there.get(name)
         whole = is_number(got) and isinstance(value, float)
         right = type(got) is type(value) or whole
         if not right or (isinstance(got, int | float) and got < 0):

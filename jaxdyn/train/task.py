@@ -205,6 +205,10 @@ def load_model(config: Config) -> LoadedModel:
     Raises:
       JaxdynError: if the mesh, the model or the tokenizer cannot be had, or do not fit each other.
     """
+    if not config.model.path:
+        raise JaxdynError(
+            "model.path names no model: give --model.path, a Hugging Face directory or a hub name"
+        )
     layout = Layout(make_mesh(config.mesh))
     shape = pretrained_config(local_directory(config.model.path))
     require_divisible(layout.mesh, shape, config.train.num_prompts, "train.num_prompts")
