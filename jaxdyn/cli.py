@@ -153,7 +153,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """The console script's entry point."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     keep_compiled_programs()
-    with failing_at_once(), hearing_interrupts():
+    with failing_at_once(), hearing_interrupts(), quiet_threads():
         run_or_fail(arguments)
 
 
@@ -214,6 +214,21 @@ def hearing_interrupts() -> Iterator[None]:
         yield
     finally:
         sys.unraisablehook = before
+
+
+@contextlib.contextmanager
+def quiet_threads() -> Iterator[None]:
+    """What goes wrong in the thread of a save is told by who waits for it, in a line; its
+    traceback is left out."""
+    before = sys.excepthook, sys.unraisablehook, threading.excepthook
+    is_main = lambda: threading.current_thread() is threading.main_thread()
+    sys.excepthook = lambda *error: before[0](*error) if is_main() else None
+    sys.unraisablehook = lambda lost: before[1](lost) if is_main() else None
+    threading.excepthook = lambda _: None
+    try:
+        yield
+    finally:
+        sys.excepthook, sys.unraisablehook, threading.excepthook = before
 
 
 @contextlib.contextmanager

@@ -8,7 +8,7 @@ import math
 import os
 import sys
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -199,7 +199,8 @@ def call(
     neither is anybody else's to find changed."""
     with warnings.catch_warnings():
         own = {name: copied(column) for name, column in columns.items()}
-        return function(list(prompts), list(completions), **own)
+        returned = function(list(prompts), list(completions), **own)
+        return list(returned) if isinstance(returned, Iterator) else returned  # it runs here
 
 
 _PLAIN = frozenset((str, int, float, bool, type(None)))

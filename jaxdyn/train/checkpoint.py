@@ -32,7 +32,8 @@ DELETED = "deleted"
 """Where a checkpoint goes that is not kept, by one rename, before its files are removed."""
 
 # Orbax logs the traceback of every error that it raises; here they end as one line.
-logging.getLogger("absl").addFilter(lambda record: not record.exc_info)
+for _name in ("absl", "asyncio", "concurrent.futures"):
+    logging.getLogger(_name).addFilter(lambda record: not record.exc_info)
 
 
 class Checkpoints(Closing):

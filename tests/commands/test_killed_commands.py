@@ -7,6 +7,7 @@ import json
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 import tiny_runs
 from crash import kill_everywhere
@@ -16,6 +17,7 @@ from jaxdyn.commands.kernel_options import KernelOptions
 from jaxdyn.commands.ledger_options import LedgerOptions
 from jaxdyn.data import load_tokenizer
 from jaxdyn.errors import JaxdynError
+from jaxdyn.kernels.store import Store
 from jaxdyn.models import load_pretrained, save_pretrained
 from jaxdyn.report.kernel_file import load_kernel
 
@@ -64,7 +66,7 @@ def kernel_options(root, output):
 
 def test_a_kernel(root, tmp_path, monkeypatch):
     monkeypatch.setattr(kernel, "drawn_kernel", lambda saved: b"a picture")
-    for name in ("open_subject", "completion_places"):
+    for name in ("open_subject", "completion_places", "compute", "to_save"):
         monkeypatch.setattr(kernel, name, once(getattr(kernel, name)))
 
     def work(output):  # where a relative path means the same in all of them
@@ -75,6 +77,21 @@ def test_a_kernel(root, tmp_path, monkeypatch):
     for output in kill_everywhere(tmp_path, work):
         if (output / "kernel.npz").exists():
             assert load_kernel(output / "kernel.npz").total.shape == (4, 4)
+
+
+def test_its_tiles(tmp_path):
+    tiles = [{"total": np.full((2, 2), i, np.float32)} for i in range(2)]
+
+    def work(output):
+        store = Store(output, ["a kernel"])
+        for i, tile in enumerate(tiles):
+            if (kept := store.load(i, 0)) is None:
+                store.save(i, 0, tile)
+            else:
+                assert np.array_equal(kept["total"], tile["total"])
+
+    for _ in kill_everywhere(tmp_path, work):
+        pass
 
 
 def test_a_kernel_of_other_options_is_not_taken_for_this_one(root, tmp_path, monkeypatch):

@@ -1,5 +1,7 @@
+import copy
 import math
 import sys
+import warnings
 
 import numpy as np
 import pytest
@@ -47,6 +49,42 @@ def scalars(prompts, completions, **columns):
     return np.array([True, False, True])
 
 constant = 3
+
+def leaves(prompts, completions, **columns):
+    raise SystemExit(0)
+
+def dies(prompts, completions, **columns):
+    raise BaseException("no ordinary failure")
+
+class Mute(Exception):
+    def __str__(self):
+        raise RuntimeError("says nothing")
+
+def mute(prompts, completions, **columns):
+    raise Mute()
+
+class Odd:
+    def __float__(self):
+        raise KeyError("no number")
+    __repr__ = __float__
+
+def odd(prompts, completions, **columns):
+    return [Odd()] * len(completions)
+
+def endless(prompts, completions, **columns):
+    yield 1.0
+    raise SystemExit(0)
+
+def greedy(prompts, completions, letters, spans, **columns):
+    prompts.clear(), completions.clear(), letters.append("z")
+    for span in spans:
+        span["at"].pop()
+    return [1.0, 2.0, 3.0]
+
+def strict(prompts, completions, **columns):
+    import warnings
+    warnings.simplefilter("error")
+    return [1.0] * len(completions)
 """
 
 
@@ -195,3 +233,63 @@ def test_a_scorer_that_exists_already_can_be_handed_in(mine):
     assert (counting.calls, other.calls) == (2, 2)
     with pytest.raises(JaxdynError, match=r"the reward .model. is a model, which is not"):
         make_reward(RewardConfig(("model",)))
+
+
+# -- what a reward may do to the run ---------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "name, words",
+    [
+        ("leaves", r"reward 'leaves' failed for example 0 \('abc='\): SystemExit: 0"),
+        ("dies", "reward 'dies' failed for example 0 .*: BaseException: no ordinary failure"),
+        ("mute", "reward 'mute' failed for example 0 .*: Mute$"),
+        ("odd", "reward 'odd' returned Odd for example 0 .*, wanted a finite number or None"),
+        ("endless", "reward 'endless' failed.*: SystemExit: 0"),
+    ],
+)
+def test_a_reward_that_would_end_the_run_is_named(name, words, mine):
+    reward = make_reward(RewardConfig((f"{mine}:{name}",)))
+    with pytest.raises(JaxdynError, match=words):
+        reward(PROMPTS, COMPLETIONS, COLUMNS)
+
+
+def test_an_import_that_would_end_the_run_is_named(mine, tmp_path):
+    (tmp_path / "leaving_rewards.py").write_text("import sys; sys.exit(0)")
+    with pytest.raises(JaxdynError, match=r"cannot import .*leaving_rewards:f.*SystemExit: 0"):
+        make_reward(RewardConfig(("leaving_rewards:f",)))
+    with pytest.raises(JaxdynError, match=r"reward.weights must be finite, got nan"):
+        RewardConfig(("anagram",), weights=(math.nan,))
+
+
+def test_an_interrupt_is_no_reward_that_fails():
+    def interrupted(prompts, completions, **columns):
+        raise KeyboardInterrupt
+
+    reward = make_reward(RewardConfig(("mine",)), {"mine": interrupted})
+    with pytest.raises(KeyboardInterrupt):
+        reward(PROMPTS, COMPLETIONS, COLUMNS)
+
+
+def test_a_reward_changes_neither_its_columns_nor_what_warnings_do(mine):
+    columns = {**COLUMNS, "spans": [{"at": [i, [2]]} for i in range(3)]}
+    before = copy.deepcopy((PROMPTS, COMPLETIONS, columns)), list(warnings.filters)
+    reward = make_reward(RewardConfig((f"{mine}:greedy", f"{mine}:strict")))
+    assert reward(PROMPTS, COMPLETIONS, columns).total.tolist() == [2.0, 3.0, 4.0]
+    assert ((PROMPTS, COMPLETIONS, columns), list(warnings.filters)) == before
+
+
+def test_the_code_of_a_run_is_not_imported(tmp_path, monkeypatch):
+    """Whoever looks at a stranger's run from inside it does not run the stranger's code."""
+    run = tmp_path / "run"
+    (run / "checkpoints").mkdir(parents=True)
+    (run / "config.json").write_text("{}")
+    (run / "inner" / "nested_code").mkdir(parents=True)
+    for path in (run / "stranger_code.py", run / "inner" / "nested_code" / "__init__.py"):
+        path.write_text("raise SystemExit(f'ran {__name__}')")
+    monkeypatch.setattr("sys.path", list(sys.path))
+    for folder, name in ((run, "stranger_code"), (run / "inner", "nested_code")):
+        monkeypatch.chdir(folder)
+        with pytest.raises(JaxdynError, match=rf"'{name}:f' lies in the run .*/run, and a run's"):
+            make_reward(RewardConfig((f"{name}:f",)))
+        assert name not in sys.modules
