@@ -56,7 +56,8 @@ def attention(
     the gradients of keys and values, are in float32 or better.
 
     `mask` must hide every slot after the query's own. Where rows branch, the prompts attend so, and
-    a completion's queries to the prompt's keys and then so to their own (`shared_attention`).
+    a completion's queries to the prompt's keys and then so to their own: by `shared_attention`, or
+    cuDNN's with the prompt's keys repeated; the splash kernel has no part in completions.
     """
     if isinstance(mask, Seen):
         return _branched(query, key, value, mask, kind)
@@ -76,9 +77,13 @@ def _branched(query, key, value, mask: Seen, kind):
     shared = key[:, :split], value[:, :split]
     alone = lambda x: x[:, split:].reshape(prompts * generations, slots, *x.shape[2:])
     query, *own = map(alone, (query, key, value))
-    mixed = _in_parts(
-        shared_attention, query, shared, own, completions.reshape(len(query), 1, slots, -1)
-    )
+    visible = completions.reshape(len(query), 1, slots, -1)
+    if kind == "cudnn" and cudnn_can(query.dtype, query.shape) and split % 2 == 0:
+        each = (jnp.repeat(x, generations, axis=0) for x in shared)
+        held = (jnp.concatenate(pair, axis=1) for pair in zip(each, own, strict=True))
+        mixed = cudnn(query, *held, mask=visible)
+    else:
+        mixed = _in_parts(shared_attention, query, shared, own, visible)
     return jnp.concatenate([prompt, mixed.reshape(prompts, -1, *mixed.shape[2:])], axis=1)
 
 

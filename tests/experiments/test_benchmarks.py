@@ -247,7 +247,7 @@ def test_rl_step_alone(run, untyped, monkeypatch):
     """All suites without peers."""
     monkeypatch.setattr(rl_step, "LAYOUTS", ((3, 1),))
     monkeypatch.setattr(rl_step, "VARIANTS", (("float32", "none", 1), ("bfloat16", "full", 2)))
-    found = run(rl_step, "stages", "telemetry", "memory", "rate", *settings())
+    found = run(rl_step, "stages", "telemetry", "memory", "rate", "sharing", *settings())
     ratios = found["rl_step_stages_toy"]["ratios"]
     assert ratios["product_flops"] > 5 and ratios["peak_bytes"] > 3
     assert found["rl_step_stages_toy"]["harvest"]["largest_difference"] < 1e-5
@@ -255,6 +255,9 @@ def test_rl_step_alone(run, untyped, monkeypatch):
     assert layout["sites"] == 6 and len(layout["probe_seconds"]) == 2
     wide, narrow = found["rl_step_memory_toy"]["cases"]
     assert 0 < narrow["temporary_bytes"] < wide["temporary_bytes"]
+    apart, together = (found["rl_step_sharing_toy"]["costs"][way] for way in ("apart", "together"))
+    # 4 rows of 4 + 6 slots, and 2 of 4 + 12.
+    assert 1.1 < apart["product_flops"] / together["product_flops"] < 1.25
     rate = found["rl_step_rate_toy"]
     assert rate["model_flops"] == pytest.approx(wide["product_flops"]) and rate["share"] > 0
 

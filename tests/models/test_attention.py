@@ -14,6 +14,7 @@ from jaxdyn.models import attention as module
 from jaxdyn.models.attention import attention, plain_attention
 from jaxdyn.models.fused import cudnn_can, splash, splash_can
 from jaxdyn.models.shapes import SHAPES
+from jaxdyn.models.visibility import Seen
 from jaxdyn.sections import MeshConfig
 
 B, HEADS, WIDTH = 3, 4, 8
@@ -167,6 +168,14 @@ def test_cudnn_takes_half_precision(dtype, shape, fits, monkeypatch):
     text = traced.lower(lowering_platforms=("cuda",)).as_text()
     assert ("__cudnn$fmhaScaleBiasSoftmax" in text) == fits
     assert ("__cudnn$fmhaScaleBiasSoftmaxBackward" in text) == fits
+    # Rows of a prompt and two completions: once for the prompts, once for the completions.
+    prompts, third = shape[0], 20
+    ones = lambda *shape: jax.ShapeDtypeStruct(shape, bool)
+    mask = Seen(ones(prompts, 1, third, third), ones(prompts, 2, third, 2 * third))
+    row = jax.ShapeDtypeStruct((prompts, 3 * third, *shape[2:]), dtype)
+    text = jax.jit(loss).trace(row, row, row, mask).lower(lowering_platforms=("cuda",)).as_text()
+    kernels = text.count("custom_call @__cudnn$fmhaScaleBiasSoftmax(")
+    assert kernels == 2 * cudnn_can(dtype, row.shape)
 
 
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32])

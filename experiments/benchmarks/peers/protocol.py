@@ -46,6 +46,8 @@ class Shape:
 SHAPES = {
     "small": Shape(),
     "toy": Shape(1, 16, 32, 2, 32, 2, 2, 4, 6),  # to see in seconds that everything runs
+    "prompt-256": Shape(prompt_length=256),
+    "prompt-512": Shape(prompts=1, prompt_length=512, completion_length=128),
     "pythia-410m": Shape(24, 1024, 4096, 16, 50304, 8, 8, 128, 384, "bfloat16"),
     "pythia-2.8b": Shape(32, 2560, 10240, 32, 50304, 8, 8, 128, 384, "bfloat16"),
 }
