@@ -7,7 +7,8 @@ import oracles
 
 from jaxdyn.rl import support_log_mass
 from jaxdyn.rollout import generate, trim
-from jaxdyn.train.policy import batch_features, support_correction
+from jaxdyn.train.policy import support_correction
+from jaxdyn.train.sharing import batch_features
 from jaxdyn.types import PromptBatch
 
 TEMPERATURE, TOP_K, TOP_P, MIN_P = 0.75, 9, 0.9, 0.05
