@@ -14,7 +14,6 @@ the tied case is ours). In a preconditioner's metric Θ_P = D P D'ᵀ and ⟨φ,
 These functions run on the host, tile by tile: they are not to be called inside `jax.jit`.
 """
 
-import functools
 from typing import Any, Unpack
 
 import jax
@@ -31,8 +30,7 @@ from jaxdyn.kernels.execution import (
     platform_of,
     require_options,
 )
-from jaxdyn.kernels.gram import Factors, contract, factorize
-from jaxdyn.kernels.memory import attention_bytes, nbytes
+from jaxdyn.kernels.gram import contract, factorize, row_bytes
 from jaxdyn.kernels.parts import has_adapters, require_merged
 from jaxdyn.kernels.plain import moving_leaves, plain_kernels
 from jaxdyn.kernels.preconditioner import roots_of
@@ -307,29 +305,6 @@ def _kernels(
         execution,
         None if other is None else (other, roots),
     )
-
-
-def row_bytes(model: Model, slots: int, counted: int, outputs: int) -> tuple[int, int]:
-    """What the factors of a row hold, and what making them needs beside that.
-
-    Args:
-      slots: T.
-      counted: S, the slots whose logits count.
-      outputs: K.
-    """
-    inputs, cotangents, vectors, features, g = map(nbytes, _smallest_factors(model))
-    held = slots * (inputs + outputs * cotangents) + outputs * vectors
-    held += counted * (features + outputs * g)
-    return held, 2 * held + outputs * attention_bytes(model, slots)
-
-
-@functools.lru_cache
-def _smallest_factors(model: Model) -> Factors:
-    """The shapes of a row's factors with one function of one slot."""
-    view = jax.eval_shape(lambda key: model.view(model.init(key)), jax.random.key(0))
-    one = np.zeros((1, 1), np.int32)
-    row = Rows(one, one == 0, one, one, one)
-    return jax.eval_shape(functools.partial(factorize, model), view, None, row)
 
 
 def gradient_of(kernels: dict) -> Any:

@@ -16,9 +16,11 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax.traverse_util import flatten_dict
 
 from jaxdyn.kernels import layers
+from jaxdyn.kernels.memory import attention_bytes, nbytes
 from jaxdyn.kernels.parts import kind_of
 from jaxdyn.kernels.rows import Rows, logit_cotangents
 from jaxdyn.types import Model, Params, View
@@ -108,6 +110,29 @@ def factorize(model: Model, view: View, roots: Params | None, rows: Rows) -> Fac
     body_roots = None if roots is None else roots["backbone"]
     body = factors_of(view["backbone"], stacked(inputs), cotangents, body_roots)
     return body._replace(features=phi[at], logit_cotangents=g)
+
+
+def row_bytes(model: Model, slots: int, counted: int, outputs: int) -> tuple[int, int]:
+    """What the factors of a row hold, and what making them needs beside that.
+
+    Args:
+      slots: T.
+      counted: S, the slots whose logits count.
+      outputs: K.
+    """
+    inputs, cotangents, vectors, features, g = map(nbytes, _smallest_factors(model))
+    held = slots * (inputs + outputs * cotangents) + outputs * vectors
+    held += counted * (features + outputs * g)
+    return held, 2 * held + outputs * attention_bytes(model, slots)
+
+
+@functools.lru_cache
+def _smallest_factors(model: Model) -> Factors:
+    """The shapes of a row's factors with one function of one slot."""
+    view = jax.eval_shape(lambda key: model.view(model.init(key)), jax.random.key(0))
+    one = np.zeros((1, 1), np.int32)
+    row = Rows(one, one == 0, one, one, one)
+    return jax.eval_shape(functools.partial(factorize, model), view, None, row)
 
 
 def body_kernels(

@@ -43,9 +43,8 @@ import numpy as np
 from flax import struct
 from jaxtyping import PRNGKeyArray
 
-from jaxdyn.kernels.contractions import row_bytes
 from jaxdyn.kernels.execution import Execution, budget_of, require_options
-from jaxdyn.kernels.gram import factorize
+from jaxdyn.kernels.gram import factorize, row_bytes
 from jaxdyn.kernels.layers import product
 from jaxdyn.kernels.memory import rows_at_once
 from jaxdyn.kernels.parts import require_merged

@@ -5,17 +5,14 @@ there, line by line, unless somebody or something has taken it away. After it th
 lines, of steps that a killed run takes again, and of the very last perhaps a half.
 """
 
-import json
 import zipfile
 from collections.abc import Iterable, Iterator
-from typing import Any
 
 from jaxdyn.config import Config
 from jaxdyn.errors import JaxdynError
 from jaxdyn.paths import AnyPath, in_bucket
+from jaxdyn.reading import Record, read_records
 from jaxdyn.train.seal import SAVED
-
-Record = dict[str, Any]
 
 
 def require_whole(run: AnyPath, config: Config, newest: int | None) -> None:
@@ -41,7 +38,7 @@ def damages(
       arrays: whether to read the files of arrays through, beside looking that they are there.
     """
     try:
-        logs = {path.name: read_log(path) for path in sorted(run.glob("*.jsonl"))}
+        logs = {path.name: read_records(path) for path in sorted(run.glob("*.jsonl"))}
     except JaxdynError as error:
         yield str(error)
         return
@@ -100,30 +97,6 @@ def ledger_gaps(run: AnyPath, segments: list[Record], config: Config, newest: in
         reached = max(reached, segment["step"] + 1)
     if reached < newest:
         yield f"{run / 'ledger.jsonl'} has no segment that begins with step {reached}"
-
-
-def read_log(path: AnyPath) -> list[Record]:
-    """The records of a log; the last may be the half that a killed run has left, and is left out.
-
-    Raises:
-      JaxdynError: naming the line that is no record.
-    """
-    # A text may hold other line separators.
-    lines = path.read_bytes().split(b"\n")
-    found = []
-    for number, line in enumerate(lines, 1):
-        if number == len(lines) and not line:
-            break
-        try:
-            record = json.loads(line)
-            if type(record["step"]) is not int:
-                raise TypeError
-        except (ValueError, TypeError, KeyError, RecursionError) as error:
-            if number == len(lines):
-                break
-            raise JaxdynError(f"{path}, line {number} is damaged") from error
-        found.append(record)
-    return found
 
 
 def repeated(steps: Iterable[int]) -> int | None:

@@ -13,8 +13,7 @@ import pytest
 from jaxdyn import kernels
 from jaxdyn.distributed import Layout, make_mesh, one_device, shard_model
 from jaxdyn.dynamics import ledger, measure_state, measure_update, site_state
-from jaxdyn.kernels.contractions import row_bytes
-from jaxdyn.kernels.gram import factorize
+from jaxdyn.kernels.gram import factorize, row_bytes
 from jaxdyn.kernels.rows import site_rows
 from jaxdyn.models import LanguageModel, LoraConfig, add_adapters, gpt_neox
 from jaxdyn.optim import OptimConfig, make_optimizer, trainable

@@ -13,7 +13,7 @@ import pytest
 from kernel_oracles import all_sites, assert_components, scalars, theta, tiny_model
 
 from jaxdyn import kernels
-from jaxdyn.kernels import blocks, contractions, gram, memory, trace_exact
+from jaxdyn.kernels import blocks, gram, memory, trace_exact
 from jaxdyn.kernels.rows import Rows
 from jaxdyn.models import LanguageModel
 from jaxdyn.types import JaxdynError
@@ -274,7 +274,7 @@ def test_kernels_on_devices_and_after_a_kill(x64, tiles_of_three, tmp_path):
 @pytest.mark.slow
 def test_a_small_budget_makes_tiles_that_change_nothing(x64):
     model, params = tiny_model("gpt_neox-untied")
-    held, working = contractions.row_bytes(model, 6, 1, 1)
+    held, working = gram.row_bytes(model, 6, 1, 1)
     done = []
     result = kernels.log_prob_kernel(
         model, params, all_sites(), method="gram",
@@ -323,7 +323,7 @@ def test_tiles_stay_within_the_budget_and_fill_it(name, slots, counted, outputs,
     model = LanguageModel(config)
     view = jax.eval_shape(lambda key: model.view(model.init(key)), jax.random.key(0))
     workspace, spare = memory.workspace_of(budget, "cpu")
-    need = contractions.row_bytes(model, slots, counted, outputs)
+    need = gram.row_bytes(model, slots, counted, outputs)
     size = memory.tile_size((1000, 1000), True, *need, budget - spare)
     rows = shaped_rows(size, slots, counted, outputs)
     factors = jax.eval_shape(functools.partial(gram.factorize, model), view, None, rows)

@@ -17,9 +17,9 @@ from jaxdyn.commands.check import check
 from jaxdyn.config import RunConfig
 from jaxdyn.errors import JaxdynError
 from jaxdyn.grammar import load_config, save_config
+from jaxdyn.reading import read_records
 from jaxdyn.train import lock, run_rl, seal
 from jaxdyn.train.checkpoint import Checkpoints
-from jaxdyn.train.records import read_log
 from jaxdyn.train.run_directory import RunDirectory
 
 
@@ -77,7 +77,7 @@ HARM = {
     ),
     "a line damaged": (
         lambda r: with_line(r / "metrics.jsonl", 1, b'{"step": 0, "lo'),
-        "metrics.jsonl, line 2 is damaged",
+        "metrics.jsonl, line 2 is not JSON",
     ),
     "a line twice": (
         lambda r: with_line(r / "metrics.jsonl", 4, b'{"step": 3}\n{"step": 3}'),
@@ -191,11 +191,11 @@ def test_what_a_kill_leaves_is_whole(run):
 def test_a_log_is_read_up_to_its_torn_end(tmp_path):
     path = tmp_path / "a.jsonl"
     path.write_bytes('{"step": 0, "text": "a\u2028b"}\n{"step": 1}\n{"st'.encode())
-    assert [record["step"] for record in read_log(path)] == [0, 1]
+    assert [record["step"] for record in read_records(path)] == [0, 1]
     for line in (b"[1]", b"nonsense", b'{"step": "0"}', b"{}", b"[" * 10**5):
         path.write_bytes(b'{"step": 0}\n' + line + b'\n{"step": 2}\n')
-        with pytest.raises(JaxdynError, match=r"a.jsonl, line 2 is damaged"):
-            read_log(path)
+        with pytest.raises(JaxdynError, match=r"a.jsonl, line 2 (is not JSON|must be an object)"):
+            read_records(path)
 
 
 # -- one writer -----------------------------------------------------------------------------------
