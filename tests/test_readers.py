@@ -224,6 +224,7 @@ def test_a_header_larger_than_its_file(copy):
         ("generation_config.json", {"pad_token_id": 1e99}, "pad_token_id should be"),
         ("config.json", {"bos_token_id": {}}, "bos_token_id should be a token's id"),
         ("tokenizer_config.json", {"eos_token": 3}, "eos_token should be a text, got 3"),
+        ("tokenizer_config.json", {"eos_token": "\ud800"}, "eos_token is not valid Unicode"),
         ("tokenizer_config.json", {"pad_token": {"content": [1]}}, "pad_token should be a text"),
         (
             "tokenizer_config.json",

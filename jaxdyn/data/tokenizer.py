@@ -11,6 +11,7 @@ from typing import Any
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, processors
 
+from jaxdyn.data.jsonl import require_unicode
 from jaxdyn.data.templates import Rendered
 from jaxdyn.paths import one_line
 from jaxdyn.reading import SETTINGS_BYTES, read_bytes, read_object, shown
@@ -290,6 +291,7 @@ def _require_tokens(settings: dict[str, Any], path: Path) -> None:
     for role in SPECIAL:
         if not isinstance(_content(settings.get(role)), str | None):
             raise JaxdynError(f"{path}: {role} should be a text, got {shown(settings[role])}")
+        require_unicode(_content(settings.get(role)) or "", f"{path}: {role}")
     if not isinstance(settings.get("add_bos_token"), bool | None):
         flag = shown(settings["add_bos_token"])
         raise JaxdynError(f"{path}: add_bos_token should be true or false, got {flag}")

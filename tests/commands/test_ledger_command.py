@@ -174,7 +174,7 @@ def test_what_does_not_fit_is_one_line(root, tmp_path, capsys):
         ),
         (
             [before, after, "--prompts", texts, *given, "--tolerance", "2"],
-            "--tolerance must be between 0 and 1, got 2",
+            "tolerance must lie in (0, 1), got 2.0",
         ),
         ([before, after, "--prompts", texts, *given, "--memory-budget", "1KB"], "memory_budget"),
     ]:
