@@ -82,7 +82,8 @@ only the classifier; “extra steps” gives standard RL as many steps as CF-RL 
 
 
 TITLE = "<title>jaxdyn: what the RL updates did</title>"
-"""By which a page of ours is known."""
+SOFTWARE = "jaxdyn report"
+"""By which a page and a picture of ours are known."""
 
 
 def write_page(runs: Sequence[Run], directory: AnyPath) -> AnyPath:
@@ -95,9 +96,10 @@ def write_page(runs: Sequence[Run], directory: AnyPath) -> AnyPath:
     """
     require_writable(directory)
     path = directory / "report.html"
-    earlier = path.exists()
-    if earlier and TITLE.encode() not in path.read_bytes()[:4000]:
+    if path.exists() and TITLE.encode() not in path.read_bytes()[:4000]:
         raise JaxdynError(f"{path} is not a report of jaxdyn; choose another output")
+    is_ours = lambda png: SOFTWARE.encode() in png.read_bytes()[:200]
+    earlier = path.exists() or any(map(is_ours, (directory / "figures").glob("*.png")))
     tables = {"summary": summary.by_group(runs), "summary_by_run": summary.by_run(runs)}
     sections, images = [_summary_section(runs)], {}
     for draw in EXHIBITS:
@@ -124,7 +126,7 @@ def write_page(runs: Sequence[Run], directory: AnyPath) -> AnyPath:
 
 def _png(figure: Figure) -> bytes:
     buffer = io.BytesIO()
-    figure.savefig(buffer, format="png")
+    figure.savefig(buffer, format="png", metadata={"Software": SOFTWARE})
     return buffer.getvalue()
 
 

@@ -203,6 +203,7 @@ def test_a_log_is_read_up_to_its_torn_end(tmp_path):
 
 HOLDER = """
 import sys, time
+from pathlib import Path
 from jaxdyn.train.lock import Lock
 lock = Lock(Path(sys.argv[1]))
 print("held", flush=True)
