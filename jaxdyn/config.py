@@ -214,6 +214,7 @@ class RewardModelConfig(Config):
 
     def __post_init__(self):
         super().__post_init__()
+        one_of(SUPERVISED, self.optim, "optim", "schedule")
         if self.optim.classifier == "lora":
             raise JaxdynError("optim.classifier must be full or frozen: a score's head is one row")
         for name in ("metrics", "temperatures"):

@@ -190,6 +190,12 @@ def test_the_command_prints_and_writes_its_figures(tmp_path, capsys, monkeypatch
     assert "to be given: --model.path" in said
     (row,) = (line for line in said.splitlines() if line.lstrip().startswith("paper  "))
     assert row.split()[1:3] == ["2.78", "B"]
+    other = tmp_path / "other.json"
+    other.write_text('{"paper": 1, "mine": 2}')
+    with pytest.raises(SystemExit):
+        main(["presets", "paper", "--json", str(other)])
+    assert "already exists and is no list of presets" in capsys.readouterr().err
+    assert other.read_text() == '{"paper": 1, "mine": 2}'
     with pytest.raises(SystemExit):
         main(["presets", "papre"])
     assert "did you mean 'paper'?" in capsys.readouterr().err

@@ -1,5 +1,6 @@
 """Where a command writes: a place that holds nothing of anyone else's."""
 
+import contextlib
 import dataclasses
 import json
 import shutil
@@ -27,6 +28,22 @@ def refuse_finished(output: Path, ours: Set[str]) -> None:
     """As `refuse_others`; and what is ours only where the command did not come to its end."""
     begun = BLOCKS in _names(output)
     refuse_others(output, ours | {BLOCKS} if begun else set())
+
+
+def refuse_another(path: Path, what: str, is_own: Callable[[Set[str]], bool]) -> None:
+    """JaxdynError if a JSON file cannot be written, or another is there; `is_own` knows its names.
+
+    Args:
+      what: what it is, in a word.
+    """
+    require_writable(path.parent)
+    if not path.exists():
+        return
+    with contextlib.suppress(OSError, ValueError):
+        known = json.loads(path.read_bytes())
+        if isinstance(known, dict) and is_own(known.keys()):
+            return
+    raise JaxdynError(f"{path} already exists and is no {what}; choose another --json")
 
 
 def is_finished(path: Path, options: Any, read: Callable[[Path], dict[str, Any]]) -> bool:

@@ -5,7 +5,6 @@ and prints what each asks of a chip. Times are those of a roofline: no run is fa
 takes about twice as long.
 """
 
-import contextlib
 import dataclasses
 import json
 from pathlib import Path
@@ -13,10 +12,10 @@ from typing import Any
 
 import jax
 
+from jaxdyn.commands.output import refuse_another
 from jaxdyn.commands.plan_options import PlanOptions
 from jaxdyn.config import RunConfig
-from jaxdyn.errors import JaxdynError
-from jaxdyn.files import require_writable, write_file
+from jaxdyn.files import write_file
 from jaxdyn.models.shapes import SHAPES
 from jaxdyn.plan.demand import Demand, Program, demand_of
 from jaxdyn.plan.figures import figures
@@ -39,7 +38,7 @@ def run(options: PlanOptions) -> dict[str, Any]:
         heads or the batch, before anything is compiled.
     """
     if options.json:
-        refuse_another(Path(options.json))
+        refuse_another(Path(options.json), "plan", lambda known: known >= OWN)
     shape, config = preset(SHAPES, options.preset), planned_run(options)
     if options.untie:
         shape = dataclasses.replace(shape, tied=False)
@@ -77,16 +76,8 @@ def run(options: PlanOptions) -> dict[str, Any]:
     return found
 
 
-def refuse_another(path: Path) -> None:
-    """JaxdynError if a plan cannot be written to `path`, or something else is there."""
-    require_writable(path.parent)
-    if not path.exists():
-        return
-    with contextlib.suppress(OSError, ValueError):
-        known = json.loads(path.read_bytes())
-        if isinstance(known, dict) and known.keys() >= {"preset", "topology", "programs"}:
-            return
-    raise JaxdynError(f"{path} already exists and is no plan; choose another --json")
+OWN = {"preset", "topology", "programs"}
+"""What a plan's JSON has."""
 
 
 def planned_run(options: PlanOptions) -> RunConfig:

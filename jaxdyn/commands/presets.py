@@ -10,6 +10,8 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from jaxdyn.commands.output import refuse_another
+from jaxdyn.files import write_file
 from jaxdyn.models.shapes import SHAPES
 from jaxdyn.plan.chips import GIB
 from jaxdyn.plan.needs import Need, hardware, needs, parameters
@@ -22,12 +24,14 @@ def presets(names: Sequence[str] = (), json: str | None = None) -> dict[str, Any
     Raises:
       JaxdynError: for a name that no preset has.
     """
+    if json:
+        refuse_another(Path(json), "list of presets", lambda known: known <= PRESETS.keys())
     chosen = {name: preset(PRESETS, name) for name in names or PRESETS}
     jax.config.update("jax_platforms", "cpu")  # nothing runs: no accelerator is taken for it
     found = {name: figures(one) for name, one in chosen.items()}
     show(found)
     if json:
-        Path(json).write_text(json_format.dumps(found, indent=1) + "\n")
+        write_file(Path(json), json_format.dumps(found, indent=1) + "\n")
     return found
 
 

@@ -49,7 +49,7 @@ def refused(capsys, monkeypatch):
         (["tiny", "--num-prompts", "1"], "no mesh of 8 devices suits this batch"),
         (["tiny", "--mesh.devices", "9"], "mesh.devices is 9; here (cpu) has 8"),
         (["tiny", "--meshes", "0"], "meshes must be at least 1, got 0"),
-        (["tiny", "--num-generations", "0"], "train.num_generations must be at least 1, got 0"),
+        (["tiny", "--num-generations", "0"], "num_generations must be at least 1, got 0"),
         (["tiny", "--remat", "some"], "some"),
         ([], "PRESET"),
     ],
@@ -86,6 +86,8 @@ def test_the_figures_are_written_and_compilations_bounded(compiled, tmp_path, ca
     path = tmp_path / "plan.json"
     main(["plan", "tiny", "--meshes", "2", "--json", str(path)])
     found = json.loads(path.read_text())
+    with pytest.raises(SystemExit):
+        main(["plan", "tiny", "--json", __file__])
     assert len(compiled) == 2 * 3 + 6  # three programs a mesh, then the others of the best
     assert [way["mesh"] for way in found["meshes"]] == [[1, 8, 1], [2, 4, 1]]
     assert found["chip"] is None and found["largest_batch"] is None
