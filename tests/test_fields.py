@@ -22,6 +22,7 @@ NEEDED = {
     "ExportOptions": {"run": "r", "output": "o"},
     "AnalyzeOptions": {"run": "r"},
     "ReportOptions": {"runs": ("r",)},
+    "ScoreOptions": {"model": "m", "file": "f"},
 }
 
 

@@ -74,7 +74,7 @@ def sequence_scores(
 
 
 TURN = (128009, 128006, 78191, 128007, 271)
-"""What begins the assistant's answer in Llama 3's chat template: where ArmoRM's gate reads."""
+"""What begins the assistant's answer in Llama3's chat template: where ArmoRM's gate reads."""
 
 
 def read_by(config: ModelConfig, ids: list[int]) -> list[int]:

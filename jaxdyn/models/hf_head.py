@@ -10,18 +10,12 @@ from jaxdyn.models.config import Gating, ModelConfig, SequenceHead
 from jaxdyn.models.families.family import Family
 from jaxdyn.models.hf_fields import get, number, refuse, size
 
-GATED = "LlamaForRewardModelWithGating"
 CLASSIFIES = "ForSequenceClassification"
-OTHER_NAMES = {
-    "Gemma3ForCausalLM": f"Gemma3Text{CLASSIFIES}",
-    "GPT2LMHeadModel": f"GPT2{CLASSIFIES}",
-}
 
 
 def class_of(family: Family) -> str:
     """The family's class in transformers that scores sequences."""
-    name = family.causal_lm
-    return OTHER_NAMES.get(name, name.removesuffix("ForCausalLM") + CLASSIFIES)
+    return family.scores or family.causal_lm.removesuffix("ForCausalLM") + CLASSIFIES
 
 
 def head_from_hf(data: dict[str, Any], family: Family) -> SequenceHead | None:
@@ -34,7 +28,7 @@ def head_from_hf(data: dict[str, Any], family: Family) -> SequenceHead | None:
     name = names[0] if isinstance(names, list) and names else None
     if not isinstance(name, str):
         return None
-    if name == GATED and family.model_type == "llama":
+    if name == family.gated:
         if (quantiles := data.get("num_quantiles")) is not None:
             refuse("num_quantiles", quantiles, "none: rewards as quantiles are not supported")
         gating = Gating(
@@ -46,7 +40,7 @@ def head_from_hf(data: dict[str, Any], family: Family) -> SequenceHead | None:
     if name == class_of(family):
         return SequenceHead(labels_of(data), pad_id_of(data))
     if CLASSIFIES in name or "Reward" in name:
-        supported = [class_of(family), *([GATED] if family.model_type == "llama" else [])]
+        supported = [class_of(family), *filter(None, [family.gated])]
         refuse("architectures", names, " or ".join(supported))
     return None
 
@@ -59,7 +53,7 @@ def head_to_hf(config: ModelConfig, family: Family) -> dict[str, Any]:
     about: dict[str, Any] = {"pad_token_id": head.pad_id}
     if head.gating is not None:
         return about | {
-            "architectures": [GATED],
+            "architectures": [family.gated],
             "num_objectives": head.labels,
             "gating_hidden_dim": head.gating.width,
             "gating_n_hidden": head.gating.layers,

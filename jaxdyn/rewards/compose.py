@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float
 
-from jaxdyn.grammar import MOST, at_least, finite
+from jaxdyn.grammar import MOST, finite
 from jaxdyn.rewards import verifiable
 from jaxdyn.rewards.learned import LearnedReward
 from jaxdyn.rewards.mathematics import MathVerify
@@ -53,8 +53,6 @@ class RewardConfig:
         if not self.functions:
             raise JaxdynError("reward.functions must name at least one, got ()")
         finite(self, "reward", "weights")
-        for name in ("model", "judge"):
-            at_least(1, getattr(self, name), f"reward.{name}", "batch_size", "max_length")
         if self.weights and len(self.weights) != len(self.functions):
             raise JaxdynError(
                 f"reward.weights must be as many as reward.functions ({len(self.functions)}), "

@@ -6,6 +6,8 @@ What computes it is not here, since rewards know nothing of models: `jaxdyn.trai
 import dataclasses
 from typing import Literal
 
+from jaxdyn.grammar import MOST_ROWS, MOST_TOKENS, at_least
+
 
 @dataclasses.dataclass(frozen=True)
 class LearnedReward:
@@ -28,3 +30,7 @@ class LearnedReward:
     max_length: int | None = None
     overlong: Literal["error", "none", "truncate-left"] = "error"
     prompt_template: Literal["auto", "chat", "plain", "hh", "alpaca", "none"] = "auto"
+
+    def __post_init__(self):
+        at_least(1, self, "reward.model/judge", "batch_size", most=MOST_ROWS)
+        at_least(1, self, "reward.model/judge", "max_length", most=MOST_TOKENS)

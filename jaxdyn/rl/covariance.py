@@ -57,8 +57,8 @@ class CovarianceConfig:
         between(0, 1, self, section, "share", ends="(]")
         above_bound(0, self, section, "beta")
         finite(self, section, "bounds")
-        if not self.bounds[0] < self.bounds[1]:
-            raise JaxdynError(f"{section}.bounds must ascend, got {self.bounds}")
+        if len(self.bounds) != 2 or not self.bounds[0] < self.bounds[1]:
+            raise JaxdynError(f"{section}.bounds must be 2 that ascend, got {self.bounds}")
         for field in dataclasses.fields(self)[1:]:
             value = getattr(self, field.name)
             if value != field.default and field.name not in _READS[self.control]:

@@ -277,7 +277,7 @@ def begin_or_resume(
 
 def require_position(found: Any, like: dict[str, Any], checkpoints: Checkpoints) -> dict[str, Any]:
     """A checkpoint's position, if it has all fields of the start's, of their types."""
-    there = found if isinstance(found, dict) else {}
+    there = {"reached": False, **found} if isinstance(found, dict) else {}
     for name, value in like.items():
         got: Any = there.get(name)
         whole = is_number(got) and isinstance(value, float)

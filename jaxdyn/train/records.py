@@ -80,7 +80,8 @@ def expected(config: Config, newest: int, metrics: list[Record]) -> dict[str, li
     return {
         "metrics.jsonl": steps,
         "dynamics.jsonl": probed,
-        "samples.jsonl": [step for step in evaluated if step < newest],
+        # Scores of pairs have no samples.
+        "samples.jsonl": [step for step in evaluated if step < newest and config.kind != "reward"],
         "completions.jsonl": steps[1:] if config.kind == "rl" and kept else [],
         "temperatures.jsonl": [-1] if config.evaluation.temperatures else [],
     }

@@ -227,8 +227,8 @@ def test_runs_and_files_that_are_refused(root, tied_run, completions, tmp_path):
         run(InfluenceOptions(str(supervised), output=output))
     lines = {
         '{"prompt": "1=", "completion": "a"}': "row 1 has no field 'advantage'",
-        '{"prompt": "1=", "completion": "a", "advantage": "high"}': "finite number, got 'high'",
-        '{"prompt": "1=", "completion": "a", "advantage": NaN}': "finite number, got nan",
+        '{"prompt": "1=", "completion": "a", "advantage": "high"}': "finite number, .* got 'high'",
+        '{"prompt": "1=", "completion": "a", "advantage": NaN}': "finite number, .* got nan",
         '{"prompt": "1=", "advantage": 1}': "no field 'completion'",
     }
     for line, words in lines.items():

@@ -389,7 +389,7 @@ def refused(root, tmp_path, capsys, monkeypatch):
     [
         (["--quantity", "hessian"], "hessian"),
         (["--num-probes", "8"], "--num-probes is of --quantity trace, got log_prob"),
-        (["--num-probes", "0"], "--num-probes is of --quantity trace, got log_prob"),
+        (["--num-probes", "0"], "num_probes must be at least 1, got 0"),
         (["--mean"], "--mean is of --quantity trace, got log_prob"),
         (["--by-part", "--quantity", "trace"], "--by-part is of --quantity log_prob, got trace"),
         (["--preconditioned"], "--preconditioned is of a run: give --run, not --model"),

@@ -36,8 +36,8 @@ def small(monkeypatch, tmp_path):
         optim=dataclasses.replace(rl.optim, classifier_steps=1),
         probe=dataclasses.replace(rl.probe, every=1, num_prompts=2),
     )
-    monkeypatch.setitem(SFT, "anagrams", sft)
-    monkeypatch.setitem(RL, "anagrams", rl)
+    monkeypatch.setitem(SFT, "quickstart", sft)
+    monkeypatch.setitem(RL, "quickstart", rl)
     monkeypatch.setattr(command, "LEDGER_PROMPTS", 2)
 
 

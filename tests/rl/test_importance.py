@@ -206,7 +206,7 @@ def test_kl_cov_at_ratio_1_adds_no_gradient(x64):
         (lambda: ImportanceConfig(level="sequence"), "level needs loss.importance.cap, which is"),
         (lambda: ImportanceConfig(support=True), "support needs loss.importance.cap, which"),
         (lambda: CovarianceConfig("kl", 0.0), r"share must lie in \(0, 1\], got 0.0"),
-        (lambda: CovarianceConfig("clip", bounds=(2.0, 1.0)), "must ascend, got"),
+        (lambda: CovarianceConfig("clip", bounds=(2.0, 1.0)), "must be 2 that ascend, got"),
         (lambda: CovarianceConfig("clip", beta=2.0), "beta is of no use to control clip, got 2.0"),
         (lambda: CovarianceConfig(share=0.1), "share is of no use to control None, got 0.1"),
         (lambda: LossConfig("rloo", importance=ImportanceConfig(2.0)), "be 'sequence' for rloo"),

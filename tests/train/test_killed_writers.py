@@ -78,6 +78,7 @@ def test_an_analysis(root, tmp_path, monkeypatch):
         measure=lambda before, state: ({"entropy": 2.0}, arrays),
     )
     monkeypatch.setattr(analysis, "open_run", lambda run: contextlib.nullcontext(saved))
+    monkeypatch.setattr(analysis, "require_policy", lambda run: None)
     monkeypatch.setattr(analysis, "Probe", lambda task: probe)
     (tmp_path / "run").mkdir()
     for _ in kill_everywhere(tmp_path, lambda output: analysis.analyze(tmp_path / "run", output)):

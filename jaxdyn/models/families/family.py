@@ -16,6 +16,8 @@ class Family:
     Attributes:
       model_type: its name, in `config.json` and as `ModelConfig.architecture`.
       causal_lm: its class in transformers.
+      scores: its class there that scores sequences, where that is not named after `causal_lm`.
+      gated: ArmoRM's class, which has a gate beside, of the family that it is of.
       fields: what varies in its `config.json`.
       constant: fields of `ModelConfig` that never do.
       modules: {path of our module: its name in a checkpoint, with {} for the layer}. Modules of
@@ -38,6 +40,8 @@ class Family:
     fields: tuple[Field, ...]
     constant: dict[str, Any]
     modules: dict[str, str]
+    scores: str = ""
+    gated: str = ""
     transposed: bool = True
     fused_by_head: bool = False
     rotary_fraction: float = 1.0

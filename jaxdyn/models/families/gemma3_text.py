@@ -58,6 +58,7 @@ GEMMA3_TEXT = Family(
         "backbone/layers/attention_norm": "model.layers.{}.input_layernorm",
         "backbone/layers/mlp_norm": "model.layers.{}.pre_feedforward_layernorm",
     },
+    scores="Gemma3TextForSequenceClassification",
     rotary_base=1000000.0,
     window_rotary=("rope_local_base_freq", 10000.0),
     layers=_layers,

@@ -40,6 +40,7 @@ GPT2 = Family(
         "backbone/norm": "transformer.ln_f",
         "classifier": "lm_head",
     },
+    scores="GPT2ForSequenceClassification",
     transposed=False,
     rotary_fraction=0.0,
 )

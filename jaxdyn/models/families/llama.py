@@ -15,5 +15,6 @@ LLAMA = Family(
     fields=(*GATED_FIELDS, *ATTENTION_BIAS, Field("mlp_bias", "mlp_bias", flag, False)),
     constant=GATED,
     modules=GATED_MODULES,
+    gated="LlamaForRewardModelWithGating",
 )
 llama = LLAMA.config
