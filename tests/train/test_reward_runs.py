@@ -140,9 +140,8 @@ def test_a_reward_model_goes_on_from_a_reward_model_and_may_move_its_head_alone(
         root,
         "further",
         model__path=str(trained / "model"),
-        optim__schedule="classifier_only",
-        optim__classifier_steps=1,
-        train__steps=0,
+        optim__schedule="linear_probe",
+        train__steps=1,
     )
     directory = run_reward(config)
     start = tiny_runs.lines(Path(directory).parent, "metrics.jsonl")[0]
