@@ -9,7 +9,7 @@ import hashlib
 import os
 import tempfile
 from collections.abc import Callable, Iterator
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 from jaxtyping import Int
@@ -70,7 +70,7 @@ def fit_prompts(prompts: Prompts, max_prompt_length: int, max_length: int | None
     return Fitted(kept, int(over.sum()))
 
 
-def refuse(prompts: Prompts | Any, bad: np.ndarray, why: Callable[[int], str]) -> None:
+def refuse(prompts: Prompts, bad: np.ndarray, why: Callable[[int], str]) -> None:
     """Raise for the first of the bad prompts, and say how many there are."""
     if not bad.any():
         return
@@ -100,7 +100,7 @@ def token_counts(
 
 
 def counted(
-    prompts: Prompts | Any, of: str, lengths: Callable[[int, int], ArrayLike]
+    prompts: Prompts, of: str, lengths: Callable[[int, int], ArrayLike]
 ) -> Int[np.ndarray, " N"]:
     """The lengths of all examples, a stretch at a time; from the cache if they are there."""
     path = cache_root(prompts.config) / "lengths" / f"{_key(prompts)}-{of}-counts.npy"
@@ -134,7 +134,7 @@ def _portions(texts: list[str]) -> Iterator[list[str]]:
         yield portion
 
 
-def _key(prompts: Prompts | Any) -> str:
+def _key(prompts: Prompts) -> str:
     """A hash of all that the lengths depend on."""
     config, tokenizer = prompts.config, prompts.tokenizer
     told = config.prompt_template, config.chat_template_kwargs, config.template_date

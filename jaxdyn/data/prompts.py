@@ -41,7 +41,7 @@ class Prompts(Sequence):
 
     def at(self, places: np.ndarray) -> "Prompts":
         """Those of them at some places."""
-        return Prompts(self.source, self.config, self.tokenizer, self.places[places])
+        return type(self)(self.source, self.config, self.tokenizer, self.places[places])
 
     def __len__(self) -> int:
         return len(self.places)
@@ -51,9 +51,12 @@ class Prompts(Sequence):
             return [self[i] for i in range(*index.indices(len(self)))]
         place = int(self.places[index])
         try:
-            return written(self.source[place], self.config, self.tokenizer)
+            return self._written(self.source[place])
         except JaxdynError as error:
             raise JaxdynError(f"data.name {self.config.name}, example {place}: {error}") from error
+
+    def _written(self, example: Example) -> Example:
+        return written(example, self.config, self.tokenizer)
 
 
 def written(example: Example, config: DataConfig, tokenizer: Tokenizer) -> Example:
