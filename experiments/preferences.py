@@ -72,7 +72,7 @@ def reward_config(chosen: argparse.Namespace, files: dict[str, str], name: str) 
         data=DataConfig(
             "hh_rlhf", path=files[name], test_path=files["test"], overlong="truncate-left"
         ),
-        optim=OptimConfig(learning_rate=1e-5, warmup_steps=min(5, steps), decay="linear"),
+        optim=OptimConfig(learning_rate=5e-5, warmup_steps=min(5, steps), decay="linear"),
         train=PairsConfig(
             steps=steps, num_prompts=4, max_length=128, checkpoint_every=1000, keep_checkpoints=1
         ),
@@ -159,7 +159,7 @@ def main():
     parser.add_argument("--model", required=True, type=Path)
     parser.add_argument("--pairs", required=True, type=Path)
     parser.add_argument("--output", default="runs/preferences", type=Path)
-    parser.add_argument("--reward-steps", default=50, type=int)
+    parser.add_argument("--reward-steps", default=100, type=int)
     parser.add_argument("--test-pairs", default=100, type=int)
     parser.add_argument("--steps", default=40, type=int)
     parser.add_argument("--classifier-steps", default=10, type=int)

@@ -11,7 +11,7 @@ from jaxdyn import kernels
 from jaxdyn.commands.kernel_options import KernelOptions
 from jaxdyn.data import Tokenizer
 from jaxdyn.distributed import Layout, make_mesh, require_divisible, shard_model
-from jaxdyn.models import LanguageModel
+from jaxdyn.models import LanguageModel, local_directory, pretrained_config
 from jaxdyn.sections import MeshConfig, ModelSource
 from jaxdyn.train.saved import open_run, require_policy
 from jaxdyn.train.task import open_model
@@ -37,12 +37,15 @@ def open_subject(options: KernelOptions) -> Subject:
     """
     preconditioner, step = None, None
     if options.run is None:
-        model, params, tokenizer = open_model(ModelSource(str(options.model), options.untie))
-        if options.fsdp * options.tensor > 1:
-            size = options.fsdp * options.tensor
-            mesh = make_mesh(MeshConfig(1, options.fsdp, options.tensor, devices=size))
-            require_divisible(mesh, model.config, options.fsdp, "rows")
-            model, params = shard_model(model, mesh), Layout(mesh).place(params)
+        source, size = ModelSource(str(options.model), options.untie), options.fsdp * options.tensor
+        if size > 1:
+            layout = Layout(make_mesh(MeshConfig(1, options.fsdp, options.tensor, devices=size)))
+            shape = pretrained_config(local_directory(source.path))
+            require_divisible(layout.mesh, shape, options.fsdp, "rows")
+            model, params, tokenizer = open_model(source, layout)
+            model, params = shard_model(model, layout.mesh), layout.place(params)
+        else:
+            model, params, tokenizer = open_model(source)
         name = Path(str(options.model)).resolve().name
     else:
         with open_run(options.run) as run:

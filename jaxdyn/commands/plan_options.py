@@ -24,6 +24,8 @@ class PlanOptions:
       max_prompt_length: longest prompt, in tokens.
       max_completion_length: longest completion, in tokens.
       microbatches: parts of each update's batch.
+      reward_model: the shape of a reward model that lies there too, by name: armorm-8b or another.
+      reward_dtype: what it is held in, and computes in.
       untie: give a tied model a classifier of its own, so that there is a stage 1.
       remat: what an update keeps of the forward pass (see `jaxdyn rl --help`).
       largest: find the largest batch that fits, by four more compilations.
@@ -39,6 +41,8 @@ class PlanOptions:
     max_prompt_length: int = TrainConfig.max_prompt_length
     max_completion_length: int = 256
     microbatches: int = TrainConfig.microbatches
+    reward_model: str | None = None
+    reward_dtype: Literal["float32", "bfloat16"] = "bfloat16"
     untie: bool = False
     remat: Literal["none", "dots", "full"] = ModelSource.remat
     largest: bool = True

@@ -9,7 +9,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from jaxdyn.distributed.mesh import ROWS, make_mesh
-from jaxdyn.distributed.rules import fitting, shardings
+from jaxdyn.distributed.rules import fitting, shardings, spec_of
 from jaxdyn.hosts import is_local
 from jaxdyn.sections import MeshConfig
 
@@ -27,6 +27,10 @@ class Layout:
     def place(self, tree: Any) -> Any:
         """Parameters, moments, or a state of them: divided by the rules."""
         return jax.tree.map(put, tree, shardings(self.mesh, tree))
+
+    def where(self, path: str, shape: tuple[int, ...]) -> NamedSharding:
+        """Where the rules put the leaf at a path."""
+        return NamedSharding(self.mesh, spec_of(path, shape, self.mesh))
 
     def shapes(self, tree: Any) -> Any:
         """The shapes of such a tree, with the shardings that `place` would give its leaves."""

@@ -6,6 +6,7 @@ last, so a save that was cut short has no `config.json` and loads nowhere.
 """
 
 import contextlib
+import functools
 import itertools
 import json
 import math
@@ -15,6 +16,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
@@ -27,6 +29,7 @@ from jaxdyn.models.hf_config import config_from_hf, config_to_hf, token_ids
 from jaxdyn.models.hf_head import modules_of
 from jaxdyn.models.hf_layout import StoredTensor, stored_tensors
 from jaxdyn.models.model import LanguageModel
+from jaxdyn.models.placing import Where, put, put_layers
 from jaxdyn.models.tensors import Tensor, open_tensors
 from jaxdyn.paths import require_name
 from jaxdyn.reading import read_object, require_room
@@ -70,13 +73,19 @@ def local_directory(name_or_path: str | os.PathLike) -> Path:
 
 
 def load_pretrained(
-    name_or_path: str | os.PathLike, *, untie: bool = False, dtype: Any = jnp.float32
+    name_or_path: str | os.PathLike,
+    *,
+    untie: bool = False,
+    dtype: Any = jnp.float32,
+    where: Where | None = None,
 ) -> tuple[LanguageModel, Params]:
     """A model computing in `dtype`, with float32 parameters, from a directory or a hub name.
 
-    `untie` gives tied embeddings a classifier of their own. Leaves are read one after the other:
-    beyond the result, one leaf is held at a time. Raises JaxdynError for a config we do not
-    support and for weights that are missing, cut short, of another shape or not floats.
+    `untie` gives tied embeddings a classifier of their own. Parameters go to the devices that
+    `where` says, else to JAX's default one, as they are read: beside the result a few copies of the
+    largest tensor are held, and of small leaves (`STREAMED`) all layers. Raises JaxdynError for a
+    config we do not support and for weights that are missing, cut short, of another shape or not
+    floats.
     """
     directory = local_directory(name_or_path)
     config = pretrained_config(directory)
@@ -84,12 +93,12 @@ def load_pretrained(
         raise JaxdynError(
             f"{directory} scores sequences (config.json: architectures), a language model is wanted"
         )
-    model, params = _load(directory, config, dtype)
+    model, params = _load(directory, config, dtype, where)
     return model.untie(params) if untie and model.config.tied else (model, params)
 
 
 def load_reward_model(
-    name_or_path: str | os.PathLike, *, dtype: Any = jnp.float32
+    name_or_path: str | os.PathLike, *, dtype: Any = jnp.float32, where: Where | None = None
 ) -> tuple[LanguageModel, Params]:
     """A model with a head that gives a sequence one score, as `load_pretrained` loads others.
 
@@ -106,13 +115,15 @@ def load_reward_model(
         raise JaxdynError(
             f"{directory}: num_labels is {config.head.scores}, and a reward is one number: wanted 1"
         )
-    return _load(directory, config, dtype)
+    return _load(directory, config, dtype, where)
 
 
-def _load(directory: Path, config: ModelConfig, dtype: Any) -> tuple[LanguageModel, Params]:
+def _load(
+    directory: Path, config: ModelConfig, dtype: Any, where: Where | None
+) -> tuple[LanguageModel, Params]:
     model = LanguageModel(config, dtype)
     with contextlib.ExitStack() as stack:
-        return model, _read_weights(model, _open_tensors(directory, stack))
+        return model, _read_weights(model, _open_tensors(directory, stack), where)
 
 
 def pretrained_config(directory: Path) -> ModelConfig:
@@ -146,7 +157,7 @@ def _weight_files(directory: Path) -> list[Path]:
     return [directory / name for name in files]
 
 
-def _read_weights(model: LanguageModel, tensors: dict[str, Tensor]) -> Params:
+def _read_weights(model: LanguageModel, tensors: dict[str, Tensor], where: Where | None) -> Params:
     _require_plausible(model.config, tensors)
     modules = modules_of(model.config, family_of(model.config.architecture))
     prefix, head = modules["backbone/embed"].split(".")[0] + ".", modules["classifier"] + "."
@@ -154,14 +165,12 @@ def _read_weights(model: LanguageModel, tensors: dict[str, Tensor]) -> Params:
         tensors = {n if n.startswith(head) else prefix + n: t for n, t in tensors.items()}
     stored = stored_tensors(model)
     _check(model, stored, tensors)
-    leaves = {}
+    leaves: dict[tuple[str, ...], jax.Array] = {}
     for s in stored:
-        stacks = [np.empty((len(s.names), *shape), np.float32) for shape in s.leaf_shapes]
-        for layer, name in enumerate(s.names):
-            for target, leaf in zip(stacks, s.unpack(tensors[name].read()), strict=True):
-                target[layer] = leaf
-        for path, array in zip(s.leaves, stacks, strict=True):
-            leaves[path] = jnp.asarray(array if s.stacked else array[0])
+        layers = (s.unpack(tensors[name].read()) for name in s.names)
+        places = [where and functools.partial(where, "/".join(path)) for path in s.leaves]
+        arrays = put_layers(layers, s, places) if s.stacked else map(put, next(layers), places)
+        leaves |= dict(zip(s.leaves, arrays, strict=True))
     return {"classifier": {}, **unflatten_dict(leaves)}
 
 

@@ -35,6 +35,7 @@ def figures(
             "prompt_slots": run.train.max_prompt_length,
             "completion_slots": run.sampling.max_completion_length,
             "microbatches": run.train.microbatches,
+            "scored": ways[0].setting.scored if ways[0].setting.scorer else None,
         },
         "programs": {name: of_program(demand, chip) for name, demand in demands.items()},
         "largest_batch": most,
@@ -54,7 +55,11 @@ def figures(
     if chip is not None:
         rollout = demands["rollout"].least(chip)
         found["rollout_tokens_per_second"] = rows * run.sampling.max_completion_length / rollout
-        found["step_seconds"] = {name: rollout + one.least(chip) for name, one in stages.items()}
+        setting = ways[0].setting
+        scores = setting.batches * demands["reward"].least(chip) if setting.scorer else 0
+        found["step_seconds"] = {
+            name: rollout + scores + one.least(chip) for name, one in stages.items()
+        }
     shares = share_of_stage_1(demands.get("stage 1"), demands["stage 2"], chip)
     return {**found, "stage_1_share": shares}
 

@@ -3,7 +3,7 @@
 import dataclasses
 import itertools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from jax.sharding import Mesh
 
@@ -37,17 +37,22 @@ class Way:
         return all(demand.fits(chip) for demand in self.demands.values())
 
     def step_seconds(self, chip: Chip | None) -> Number:
-        """A joint step's: the prompts' pass, as many decoding steps as slots, the update.
+        """A joint step's: the prompts' pass, as many decoding steps as slots, scores, the update.
 
         Without a chip's figures a rate of one for all: flops alone.
         """
         time = lambda name: self.demands[name].least(chip)
         steps = self.setting.run.sampling.max_completion_length
-        return time("prefill") + steps * time("decode") + time("stage 2")
+        scores = self.setting.batches * time("reward") if self.setting.scorer else 0
+        return time("prefill") + steps * time("decode") + scores + time("stage 2")
 
 
 def candidates(
-    asked: MeshConfig, shape: ModelConfig, topology: Topology, num_prompts: int, most: int
+    asked: MeshConfig,
+    shapes: Sequence[ModelConfig],
+    topology: Topology,
+    num_prompts: int,
+    most: int,
 ) -> list[Mesh]:
     """The mesh that is asked for, or the first `most` of those that divide everything.
 
@@ -55,14 +60,18 @@ def candidates(
 
     Raises:
       JaxdynError: if the topology has fewer devices, or what is asked for does not divide them, the
-        model or the batch.
+        models or the batch.
     """
     devices = topology.devices[: asked.devices or None]
     if asked.devices > len(topology.devices):
         raise JaxdynError(
             f"mesh.devices is {asked.devices}; {topology.name} has {len(topology.devices)}"
         )
-    divide = lambda mesh: require_divisible(mesh, shape, num_prompts, "num_prompts")
+
+    def divide(mesh: Mesh) -> None:
+        for shape in shapes:
+            require_divisible(mesh, shape, num_prompts, "num_prompts")
+
     if asked != MeshConfig(devices=asked.devices):
         mesh = make_mesh(asked, devices)
         divide(mesh)

@@ -3,6 +3,7 @@
 rollout       a step's completions: prefill and all decoding steps
 prefill       its prompts' pass alone
 decode        one of its steps, the last, with full caches
+reward        a batch of completions scored by the reward model, if there is one
 reference     per-token log-probs of the batch under another policy
 stage 1       the update of the classifier from harvested features, if it has a matrix of its own
 stage 2       the update of all parameters
@@ -12,168 +13,35 @@ factors, kernel   one tile of the empirical NTK: of rows, and of rows against ot
 
 import dataclasses
 import functools
-from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from jaxdyn.config import RunConfig
-from jaxdyn.distributed import Layout, shard_model
 from jaxdyn.distributed.mesh import ROWS
-from jaxdyn.distributed.rules import fitting
 from jaxdyn.dynamics import propagate, site_state
 from jaxdyn.dynamics.precision import in_float32
 from jaxdyn.kernels.gram import contract, factorize
 from jaxdyn.kernels.rows import Rows
-from jaxdyn.models import LanguageModel, ModelConfig
-from jaxdyn.optim import make_optimizer, trainable
+from jaxdyn.optim import trainable
 from jaxdyn.plan.demand import Program
+from jaxdyn.plan.inputs import Inputs, batch_of
 from jaxdyn.rollout import generate
 from jaxdyn.rollout.generate import cache_sizes
 from jaxdyn.rollout.sampling import sample_token
-from jaxdyn.train.frozen import held
-from jaxdyn.train.policy import UpdateBatch, policy_logps
-from jaxdyn.train.sharing import completions_together
+from jaxdyn.train.policy import policy_logps
+from jaxdyn.train.scorer import jitted_scores
 from jaxdyn.train.state import TrainState
 from jaxdyn.train.update import update
-from jaxdyn.types import Branches, KVCache, PromptBatch, Sites
+from jaxdyn.types import KVCache, PromptBatch, Sites
 
 WORKSPACE = 2**27
 """Bytes of a block of a kernel's products on an accelerator (`jaxdyn.kernels.blocks`)."""
 
 
-def batch_of(arrays: dict[str, Any]) -> UpdateBatch:
-    """The batch of `Setting.batch`'s arrays, of which a pair are the masks of rows that branch."""
-    mask = arrays["mask"]
-    return UpdateBatch(**{**arrays, "mask": Branches(*mask) if isinstance(mask, tuple) else mask})
-
-
 @dataclasses.dataclass(frozen=True)
-class Setting:
-    """A model of `config`, in a run's compute dtype, and the run's batches, on a mesh."""
-
-    config: ModelConfig
-    run: RunConfig
-    mesh: Mesh
-
-    @functools.cached_property
-    def model(self) -> LanguageModel:
-        dtype = jnp.dtype(self.run.model.dtype).type
-        return shard_model(LanguageModel(self.config, dtype, self.run.model.remat), self.mesh)
-
-    # -- what enters the programs ---------------------------------------------------------------
-
-    @property
-    def rows(self) -> int:
-        """Sequences a step."""
-        return self.run.train.num_prompts * self.run.train.num_generations
-
-    @property
-    def slots(self) -> tuple[int, int]:
-        """A prompt's and a completion's."""
-        return self.run.train.max_prompt_length, self.run.sampling.max_completion_length
-
-    def lay(self, axes: P, tree: Any) -> Any:
-        """Shapes of arrays that lie along `axes`, as far as these divide them."""
-
-        def one(x):
-            sharding = NamedSharding(self.mesh, fitting(axes, x.shape, self.mesh))
-            return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
-
-        return jax.tree.map(one, tree)
-
-    def by_rows(self, *shape: int, dtype: Any = jnp.int32) -> jax.ShapeDtypeStruct:
-        """An array of which a device has some rows."""
-        return self.lay(P(ROWS), jax.ShapeDtypeStruct(shape, dtype))
-
-    def sequences(self, rows: int, slots: int, *names: str) -> dict[str, jax.ShapeDtypeStruct]:
-        """Ids and the mask of a batch, by the names of the two."""
-        ids, mask = names
-        return {ids: self.by_rows(rows, slots), mask: self.by_rows(rows, slots, dtype=bool)}
-
-    @property
-    def number(self) -> jax.ShapeDtypeStruct:
-        return self.lay(P(), jax.ShapeDtypeStruct((), jnp.float32))
-
-    @property
-    def key(self) -> jax.ShapeDtypeStruct:
-        return self.lay(P(), jax.eval_shape(jax.random.key, 0))
-
-    def place(self, tree: Any) -> Any:
-        """Parameters, or anything like them."""
-        return Layout(self.mesh).shapes(tree)
-
-    @functools.cached_property
-    def params(self) -> Any:
-        return self.place(jax.eval_shape(self.model.init, jax.random.key(0)))
-
-    @functools.cached_property
-    def view(self) -> Any:
-        return self.place(jax.eval_shape(self.model.view, self.params))
-
-    @property
-    def caches(self) -> tuple[Any, Any]:
-        """Keys and values of the prompts' slots, and of all slots of their completions."""
-        c, rows = self.config, (self.run.train.num_prompts, self.rows)
-
-        def one(rows, slots):
-            shape = c.num_layers, rows, c.num_kv_heads, slots, c.head_dim
-            return self.lay(P(None, ROWS, "tensor"), jax.ShapeDtypeStruct(shape, self.model.dtype))
-
-        prompt, completion = map(one, rows, self.slots)
-        return (prompt, prompt), (completion, completion)
-
-    @property
-    def prompts(self) -> dict[str, jax.ShapeDtypeStruct]:
-        return self.sequences(
-            self.run.train.num_prompts, self.slots[0], "prompt_ids", "prompt_mask"
-        )
-
-    @property
-    def batch(self) -> dict[str, Any]:
-        """The update's, in rows that share their prompt as a run's do (`batch_of`)."""
-        of_tokens = self.by_rows(self.rows, self.slots[1], dtype=jnp.float32)
-        train, (prompt, completion) = self.run.train, self.slots
-        parts = train.microbatches * self.model.row_shards
-        together = completions_together(self.slots, train.num_prompts, train.num_generations, parts)
-        rows = self.sequences(
-            self.rows // together, prompt + together * completion, "tokens", "mask"
-        )
-        if together > 1:
-            of_mask = lambda *slots: self.by_rows(self.rows // together, *slots, dtype=bool)
-            rows["mask"] = of_mask(prompt), of_mask(together, completion)  # type: ignore[assignment]
-        return {
-            **rows,
-            **self.sequences(self.rows, self.slots[1], "completion_ids", "completion_mask"),
-            "advantages": self.by_rows(self.rows, dtype=jnp.float32),
-            **({"ref_per_token_logps": of_tokens} if self.run.loss.beta else {}),
-            "sampler_per_token_logps": of_tokens,
-        }
-
-    @functools.cached_property
-    def moments(self) -> Any:
-        """The optimizer's state in joint training."""
-        return self.optimizer(trainable(self.run.optim, "joint", self.params)[0])
-
-    def optimizer(self, moving: Any) -> Any:
-        return self.place(jax.eval_shape(make_optimizer(self.run.optim).init, moving))
-
-    @property
-    def beside(self) -> dict[str, Any]:
-        """What a run keeps on its devices beside the policy: moments, and the reference policy."""
-        return {"optimizer": self.moments, "reference": self.kept}
-
-    @functools.cached_property
-    def kept(self) -> Any:
-        """The reference policy, if the run has one."""
-        if not self.run.loss.beta:
-            return {}
-        dtype = self.run.model.frozen_dtype
-        return self.place(jax.eval_shape(lambda view: held(view, dtype), self.view))
-
-    # -- the programs ---------------------------------------------------------------------------
+class Setting(Inputs):
+    """The programs of a model and a run on a mesh."""
 
     def rollout(self) -> Program:
         completion = self.slots[1]
@@ -230,7 +98,8 @@ class Setting:
             )
         )
         lower = lambda: measure.lower(self.kept, self.batch, self.number)
-        beside = {"parameters": self.view, "optimizer": self.moments}
+        beside = {**self.beside, "parameters": self.view}
+        del beside["reference"]
         return Program("reference", lower, {"reference": self.kept}, beside)
 
     def update(self, stage: str) -> Program:
@@ -238,7 +107,7 @@ class Setting:
         run = self.run
         moving, frozen = trainable(run.optim, stage, self.params)  # type: ignore[arg-type]
         opt_state, features = self.optimizer(moving), None
-        beside = {"reference": self.kept}
+        beside = {"reference": self.kept, "reward model": self.scoring}
         if stage == "classifier":
             beside["parameters"] = frozen["backbone"]
             frozen = {part: tree for part, tree in frozen.items() if part != "backbone"}
@@ -273,6 +142,27 @@ class Setting:
             "optimizer": (opt_state, state.head_moment, state.head_share),
         }
         return Program(name, lower, roles, beside)
+
+    @property
+    def scored(self) -> int:
+        """Sequences that the reward model scores at a time."""
+        return min(self.run.reward.model.batch_size, self.rows)
+
+    @property
+    def batches(self) -> int:
+        """How often it does in a step."""
+        return -(-self.rows // self.scored) if self.scorer else 0
+
+    def reward(self) -> Program:
+        """One batch, of as many tokens as the policy's longest sequence."""
+        rows = self.sequences(self.scored, sum(self.slots), "tokens", "mask")
+        assert self.scorer_model is not None
+        turns = None if self.scorer_model.config.gating is None else self.by_rows(self.scored)
+        given = *rows.values(), turns
+        lower = lambda: jitted_scores.lower(self.scorer_model, self.scoring, *given)
+        held = {**self.beside, "parameters": self.view}
+        del held["reward model"]
+        return Program("reward", lower, {"reward model": self.scoring}, held)
 
     def propagation(self) -> Program:
         probe = self.run.probe
@@ -320,6 +210,7 @@ class Setting:
             self.rollout(),
             self.prefill(),
             self.decode(),
+            *([self.reward()] if self.scorer else []),
             *([self.reference()] if self.run.loss.beta else []),
             *([] if self.config.tied else [self.update("classifier")]),
             self.update("joint"),

@@ -35,7 +35,12 @@ def program_table(found: dict[str, Any]) -> Table:
     chip = found["chip"]
     for name, program in found["programs"].items():
         role = lambda *of, held=program["bytes_by_role"]: gib(sum(held.get(n, 0) for n in of))
-        cells = [name, role("parameters", "reference"), role("optimizer"), role("cache", "factors")]
+        cells = [
+            name,
+            role("parameters", "reference", "reward model"),
+            role("optimizer"),
+            role("cache", "factors"),
+        ]
         cells += [gib(program["temporary"]), gib(program["peak"])]
         cells.append(f"{program['peak'] / chip['hbm']:.0%}" if chip else "")
         if "flops" not in program:
@@ -64,12 +69,14 @@ def summary(found: dict[str, Any]) -> list[str]:
     """What the table does not say."""
     batch, shares = found["batch"], found["stage_1_share"]
     lines = [
-        "per chip: GiB of the policy and the reference, the optimizer, caches (or a kernel's "
+        "per chip: GiB of the policy and models that stay, the optimizer, caches (or a kernel's "
         "factors), temporaries, and all that lies there at once; flops; GB read and written, GB "
         "sent",
         f"batch: {batch['num_prompts']} prompts x {batch['num_generations']} completions, "
         f"{batch['prompt_slots']} + {batch['completion_slots']} tokens",
     ]
+    if batch["scored"]:
+        lines.append(f"reward: {batch['scored']} sequences a pass")
     if found["largest_batch"]:
         most = found["largest_batch"]
         lines.append(

@@ -1,6 +1,5 @@
 """What a run works on: a model where its arrays lie, prompts, and a reward."""
 
-import contextlib
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -20,7 +19,6 @@ from jaxdyn.data import (
     load_tokenizer,
 )
 from jaxdyn.distributed import Layout, make_mesh, one_device, require_divisible, shard_model
-from jaxdyn.hosts import host_memory
 from jaxdyn.models import (
     LanguageModel,
     add_adapters,
@@ -186,9 +184,9 @@ def open_scorer(name: str, options: LearnedReward, data: DataConfig, layout: Lay
     directory = local_directory(options.path)
     shape, rows = pretrained_config(directory), options.batch_size
     require_divisible(layout.mesh, shape, rows, f"reward.{name}.batch_size")
-    with host_memory() if layout.mesh.size > 1 else contextlib.nullcontext():
-        model, params = load_reward_model(directory, dtype=jnp.dtype(options.dtype).type)
-        params = {**params, "backbone": held(params["backbone"], options.dtype)}
+    dtype = jnp.dtype(options.dtype).type
+    model, params = load_reward_model(directory, dtype=dtype, where=layout.where)
+    params = {**params, "backbone": held(params["backbone"], options.dtype)}
     tokenizer, params = open_tokenizer(directory, model), layout.place(params)
     reads = dataclasses.replace(
         data, prompt_template=options.prompt_template, chat_template_kwargs="{}"
@@ -214,12 +212,10 @@ def load_model(config: Config) -> LoadedModel:
     require_divisible(layout.mesh, shape, config.train.num_prompts, "train.num_prompts")
     if config.copied:
         require_copies(layout.mesh)
-    with host_memory() if layout.mesh.size > 1 else contextlib.nullcontext():
-        scores = isinstance(config, RewardModelConfig)
-        model, params, tokenizer = (open_scoring if scores else open_model)(config.model)
-        model, params = with_adapters(model, params, config)
-        params = with_frozen(params, config)
-    placed = layout.place(params)
+    open_ = open_scoring if isinstance(config, RewardModelConfig) else open_model
+    model, params, tokenizer = open_(config.model, layout)
+    model, params = with_adapters(model, params, config)
+    placed = layout.place(with_frozen(params, config))
     model = on_mesh(model, layout)
     return LoadedModel(model=model, params=placed, tokenizer=tokenizer, layout=layout)
 
@@ -230,20 +226,27 @@ def on_mesh(model: LanguageModel, layout: Layout) -> LanguageModel:
     return shard_model(model, layout.mesh) if layout.mesh.size > 1 else model.on(platform)
 
 
-def open_model(source: ModelSource) -> tuple[LanguageModel, Params, Tokenizer]:
-    """A model, its parameters and its tokenizer.
+def open_model(
+    source: ModelSource, layout: Layout | None = None
+) -> tuple[LanguageModel, Params, Tokenizer]:
+    """A model, its parameters as a layout has them, and its tokenizer.
 
     Raises:
       JaxdynError: if one of them cannot be read, or the tokenizer has ids that the model has not.
     """
     directory = local_directory(source.path)
     model, params = load_pretrained(
-        directory, untie=source.untie, dtype=jnp.dtype(source.dtype).type
+        directory,
+        untie=source.untie,
+        dtype=jnp.dtype(source.dtype).type,
+        where=layout.where if layout else None,
     )
     return dataclasses.replace(model, remat=source.remat), params, open_tokenizer(directory, model)
 
 
-def open_scoring(source: ModelSource) -> tuple[LanguageModel, Params, Tokenizer]:
+def open_scoring(
+    source: ModelSource, layout: Layout | None = None
+) -> tuple[LanguageModel, Params, Tokenizer]:
     """As `open_model`, a reward model: one as it is, or a language model with a head of zeros.
 
     Raises:
@@ -252,11 +255,13 @@ def open_scoring(source: ModelSource) -> tuple[LanguageModel, Params, Tokenizer]
     directory, dtype = local_directory(source.path), jnp.dtype(source.dtype).type
     head = pretrained_config(directory).head
     if head is None:
-        model, params, tokenizer = open_model(source)
+        model, params, tokenizer = open_model(source, layout)
         return *add_sequence_head(model, params, pad_id=tokenizer.pad_id), tokenizer
     if head.gating is not None:
         raise JaxdynError(f"{directory} weighs objectives by a gate, which is not trained here")
-    model, params = load_reward_model(directory, dtype=dtype)
+    model, params = load_reward_model(
+        directory, dtype=dtype, where=layout.where if layout else None
+    )
     return dataclasses.replace(model, remat=source.remat), params, open_tokenizer(directory, model)
 
 

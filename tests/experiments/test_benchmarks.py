@@ -18,6 +18,7 @@ import jax
 import kernel_cases
 import kernels
 import ledger
+import loading
 import numpy as np
 import plans
 import precision
@@ -260,6 +261,18 @@ def test_rl_step_alone(run, untyped, monkeypatch):
     assert 1.1 < apart["product_flops"] / together["product_flops"] < 1.25
     rate = found["rl_step_rate_toy"]
     assert rate["model_flops"] == pytest.approx(wide["product_flops"]) and rate["share"] > 0
+
+
+def test_loading(run, monkeypatch):
+    in_this_process = lambda name, command, **_: loading.load(Path(command[-2]), command[-1], 0)
+    monkeypatch.setattr(harness, "in_a_process", in_this_process)
+    found = run(loading, "--scale", "8", "--layers", "1", "--limit", "0")["loading"]
+    config = loading.shape_of(8, 1)
+    # Two tables, and of a layer query, out, key and value of a quarter each, and the MLP's three.
+    products = 2.5 * config.width**2 + 3 * config.width * config.mlp_width
+    size = 2 * config.vocab_size * config.width + products + 3 * config.width
+    for one in found["loads"].values():
+        assert one["bytes"] == 4 * size and one["peak_bytes"] >= 0
 
 
 @pytest.mark.slow

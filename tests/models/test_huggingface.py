@@ -14,12 +14,15 @@ import pytest
 import tiny_checkpoints
 from safetensors.numpy import load_file, save_file
 
+from jaxdyn.distributed import Layout, make_mesh
 from jaxdyn.models import (
     huggingface,
     load_pretrained,
     local_directory,
+    placing,
     save_pretrained,
 )
+from jaxdyn.sections import MeshConfig
 from jaxdyn.types import JaxdynError
 
 CONFIGS = tiny_checkpoints.CONFIGS
@@ -58,6 +61,21 @@ def test_saving_what_was_loaded_gives_the_same_tensors(name, tmp_path):
     again, reloaded = load_pretrained(tmp_path / "out")
     assert again == model
     assert_same_tree(reloaded, params)
+
+
+@pytest.mark.parametrize("name", ["gpt_neox_tied", "qwen2"])  # fused matrices, and biases
+def test_large_leaves_are_written_on_their_devices_layer_by_layer(name, tmp_path, monkeypatch):
+    directory = tiny_checkpoints.write(tmp_path / name, CONFIGS[name])
+    whole = load_pretrained(directory)[1]
+    layout = Layout(make_mesh(MeshConfig(1, 2, 2, devices=4)))
+    monkeypatch.setattr(placing, "STREAMED", 0)
+    assert_same_tree(load_pretrained(directory)[1], whole)
+    divided = load_pretrained(directory, where=layout.where)[1]
+    assert_same_tree(divided, whole)
+    of_leaf = lambda tree: [leaf.sharding.spec for leaf in jax.tree.leaves(tree)]
+    assert of_leaf(divided) == of_leaf(layout.place(whole))
+    kernel = divided["backbone"]["layers"]["mlp"]["up"]["kernel"]
+    assert kernel.addressable_shards[0].data.size == kernel.size // 4
 
 
 def test_parameters_have_the_models_own_tree(tmp_path):

@@ -29,7 +29,7 @@ TINY = SHAPES["tiny"]  # 4 heads, width 64
 )
 def test_sequences_are_divided_last_and_parameters_copied_least(num_prompts, most, shapes):
     topology = Topology("here", None, jax.devices())
-    meshes = candidates(MeshConfig(), TINY, topology, num_prompts, most)
+    meshes = candidates(MeshConfig(), [TINY], topology, num_prompts, most)
     assert [mesh.devices.shape for mesh in meshes] == shapes
 
 
@@ -63,5 +63,5 @@ def test_the_largest_batch_of_two_lines(room, prompts):
 
 def test_the_options_have_a_runs_defaults():
     run = planned_run(PlanOptions("tiny"))
-    own = dataclasses.replace(type(run)(), model=run.model, loss=run.loss)
+    own = dataclasses.replace(type(run)(), model=run.model, loss=run.loss, reward=run.reward)
     assert run == own and run.model.remat == type(run)().model.remat

@@ -14,7 +14,7 @@ import jax
 import plans
 import pytest
 
-from jaxdyn.commands.plan import planned_run
+from jaxdyn.commands.plan import planned_run, scoring_shape
 from jaxdyn.commands.plan_options import PlanOptions
 from jaxdyn.distributed import make_mesh
 from jaxdyn.models.shapes import SHAPES
@@ -81,6 +81,25 @@ def test_arguments_by_role_are_the_shares_of_parameters_moments_and_caches():
     cache = TINY.num_layers * 2 * TINY.num_heads * TINY.head_dim * 2  # keys and values, bfloat16
     slots = ROWS[0] * PROMPT + ROWS[0] * ROWS[1] * COMPLETION
     assert demand(four.decode())["cache"] == cache * slots / 4
+
+
+def test_a_reward_model_lies_beside_the_policy_and_scores():
+    options = PlanOptions("tiny", **OPTIONS, reward_model="tiny", reward_dtype="float32")
+    mesh = make_mesh(MeshConfig(1, 1, 1), jax.devices()[:1])
+    ours = Setting(TINY, planned_run(options), mesh, scoring_shape("tiny"))
+    # The same body, and one row in the place of a vocabulary's.
+    size = 4 * (parameters() - (TINY.vocab_size - 1) * TINY.width)
+    demand = demand_of(ours.reward())
+    assert demand.roles["reward model"] == size
+    assert demand.roles["parameters"] + demand.roles["reference"] >= 4 * parameters()
+    tokens, width = ROWS[0] * ROWS[1] * (PROMPT + COMPLETION), TINY.width
+    attention = 2 * 2 * (PROMPT + COMPLETION) * width
+    body = TINY.num_layers * tokens * (2 * 12 * width**2 + attention)
+    assert demand.cost.flops == body + 2 * ROWS[0] * ROWS[1] * width
+    programs = [p for p in ours.programs() if p.name not in ("factors", "kernel")]
+    assert [p.name for p in programs][:4] == ["rollout", "prefill", "decode", "reward"]
+    for program in programs:
+        assert "reward model" in {**program.roles, **program.held}, program.name
 
 
 @pytest.mark.slow
