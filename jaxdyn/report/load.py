@@ -25,6 +25,7 @@ class Run:
     dynamics: list[Record]
     samples: list[Record]
     temperatures: list[Record]
+    calibration: list[Record]
     probe_files: dict[int, AnyPath]
 
     @property
@@ -104,6 +105,7 @@ def load_run(directory: str | AnyPath, name: str | None = None) -> Run:
         dynamics=_by_step(read_records(directory / "dynamics.jsonl")),
         samples=read_records(directory / "samples.jsonl"),
         temperatures=read_records(directory / "temperatures.jsonl"),
+        calibration=_by_step(read_records(directory / "calibration.jsonl")),
         probe_files=_find_probes(directory / "dynamics"),
     )
 

@@ -11,7 +11,14 @@ from matplotlib.figure import Figure
 from jaxdyn.errors import JaxdynError
 from jaxdyn.files import require_writable, write_files
 from jaxdyn.paths import AnyPath
-from jaxdyn.report import figures, samples, sampling_figures, summary, update_figures
+from jaxdyn.report import (
+    figures,
+    preference_figures,
+    samples,
+    sampling_figures,
+    summary,
+    update_figures,
+)
 from jaxdyn.report.load import Run
 from jaxdyn.report.plotting import STYLE, Exhibit
 from jaxdyn.report.policy import content_policy
@@ -19,6 +26,7 @@ from jaxdyn.report.policy import content_policy
 PAPER = "https://arxiv.org/abs/2601.04670"
 
 EXHIBITS = (
+    preference_figures.preferences,
     figures.reward,
     figures.confidence,
     sampling_figures.sampling,

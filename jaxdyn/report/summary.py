@@ -58,6 +58,10 @@ class Quantity:
 QUANTITIES = (
     Quantity("Reward, evaluation prompts", "eval_reward", ends),
     Quantity("Correct (pass@1), evaluation prompts", "eval_pass@1", ends),
+    Quantity("Reward model's accuracy, held-out pairs", "eval_accuracy", ends),
+    Quantity("… of preferring the longer answer", "eval_length_accuracy", last),
+    Quantity("Reward model's loss, held-out pairs (nats)", "eval_nll", ends),
+    Quantity("Reward model's calibration error", "eval_ece", ends),
     Quantity("Reward, training prompts", "reward", tenths),
     Quantity("Confidence (max π), sampled text", "confidence/max_prob", tenths),
     Quantity("Confidence, fixed completion sites", "probe/confidence/completion", ends),

@@ -3,6 +3,7 @@
 import base64
 import csv
 import hashlib
+import json
 import re
 import subprocess
 import sys
@@ -18,6 +19,7 @@ from jaxdyn.report.figures import confidence, distance
 from jaxdyn.report.figures import reward as reward_figure
 from jaxdyn.report.page import EXHIBITS, PAPER
 from jaxdyn.report.plotting import running_mean
+from jaxdyn.report.preference_figures import preferences
 from jaxdyn.report.sampling_figures import sampling
 from jaxdyn.report.update_figures import correlation, features, prediction, shares
 
@@ -80,8 +82,9 @@ def test_page_embeds_every_figure_and_needs_nothing_else(page):
 
 
 def test_each_figure_has_one_sentence_each(runs):
+    scored = dataclasses.replace(runs[0], config={**runs[0].config, "kind": "reward"})
     for draw in EXHIBITS:
-        exhibit = draw(runs)
+        exhibit = draw([scored] if draw is preferences else runs)
         for sentence in (exhibit.shows, exhibit.expects):
             assert sentence.endswith(".") and not re.search(r"[.!?]\s", sentence), sentence
 
@@ -305,6 +308,29 @@ def test_a_cross_component_gets_its_own_panels(tmp_path):
     assert len(prediction([run]).figure.axes) == 4 and len(shares([run]).figure.axes) == 8
     untied = load_run(write_run(tmp_path / "untied", steps=21))
     assert len(prediction([untied]).figure.axes) == 3 and len(shares([untied]).figure.axes) == 6
+
+
+def test_a_reward_models_run_shows_accuracy_and_calibration(tmp_path):
+    directory = bare_run(tmp_path / "a", schedule="joint")
+    config = json.loads((directory / "config.json").read_text())
+    (directory / "config.json").write_text(json.dumps({**config, "kind": "reward"}))
+    ends = {"eval_accuracy_ci_low": 0.4, "eval_accuracy_ci_high": 0.7, "eval_length_accuracy": 0.55}
+    before = {"step": -1, "eval_accuracy": 0.5, "eval_nll": 0.69, "eval_ece": 0.0, **ends}
+    steps = [{"step": i, "accuracy": 0.5 + i / 10, "loss": 0.7 - i / 10} for i in range(3)]
+    steps[-1] |= {"eval_accuracy": 0.6, "eval_nll": 0.5, "eval_ece": 0.125, **ends}
+    write_lines(directory / "metrics.jsonl", [before, *steps])
+    one = {"low": 0.5, "high": 0.55, "pairs": 40, "confidence": 0.52, "accuracy": 0.6}
+    lines = [{"step": -1, "bins": [one]}, {"step": 2, "bins": [one, {"pairs": "many"}, 3]}]
+    write_lines(directory / "calibration.jsonl", lines)
+    page = write_report([directory], tmp_path / "page")
+    rows = read(page, "preferences")
+    of = lambda key: [float(r["value"]) for r in rows if r["quantity"] == key and r["seed"]]
+    assert of("accuracy") == [0.5, 0.6, 0.7] and of("eval_accuracy") == [0.5, 0.6]
+    assert of("eval_length_accuracy") == [0.55, 0.55] and of("eval_nll") == [0.69, 0.5]
+    bins = [(r["when"], r["pairs"], r["accuracy"]) for r in read(page, "calibration")]
+    assert bins == [("before", "40", "0.6"), ("after", "40", "0.6")]
+    summary = {r["quantity"]: (r["before"], r["after"]) for r in read(page, "summary_by_run")}
+    assert summary["eval_accuracy"] == ("0.5", "0.6") and summary["eval_ece"] == ("0.0", "0.125")
 
 
 def test_a_run_without_anything_logged_still_gets_a_page(tmp_path):
