@@ -83,7 +83,9 @@ def test_page_embeds_every_figure_and_needs_nothing_else(page):
 
 
 def test_each_figure_has_one_sentence_each(runs):
-    scored = dataclasses.replace(runs[0], config={**runs[0].config, "kind": "reward"})
+    # A reward model's run has another log.
+    line = {"step": 0, "accuracy": 0.5}
+    scored = dataclasses.replace(runs[0], config={"kind": "reward"}, metrics=[line])
     for draw in EXHIBITS:
         exhibit = draw([scored] if draw is preferences else runs)
         for sentence in (exhibit.shows, exhibit.expects):
