@@ -1,11 +1,13 @@
 """The optimizer: optax transformations kept apart for the two halves of the model.
 
-The applied update is Δθ = −η_t · (P m + λ θ): `make_optimizer` gives the direction in brackets and
-the caller multiplies by the learning rate of its step, a traced scalar, so that a schedule never
-recompiles anything and never depends on how long an optimizer state has lived.
+The applied update is Δθ = −η_t · μ (P m + λ θ), with μ the classifier's multiplier, 1 of all else:
+`make_optimizer` gives the direction, μ in it, and the caller multiplies by the learning rate of its
+step, a traced scalar, so that a schedule never recompiles anything and never depends on how long an
+optimizer state has lived.
 """
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Literal
 
 import optax
@@ -26,7 +28,10 @@ class OptimConfig:
         supervised training linear_probe and linear_probe_then_finetune.
       classifier_steps: length of the classifier stage.
       learning_rate: peak learning rate of joint training.
-      classifier_learning_rate: that of the classifier stage; the same when not given.
+      classifier_learning_rate: that of the classifier in its stage; `classifier_multiplier` times
+        the joint one when not given.
+      classifier_multiplier: the classifier's learning rate, in units of the body's. What W learns
+        depends on its scale, φ → cφ, W → W/c, which is none of the model: so vary this.
       warmup_steps: linear warm-up at the start of each stage.
       decay: shape after the warm-up, to zero at the stage's end, or constant.
       optimizer: adamw, or sgd with `momentum`.
@@ -42,6 +47,7 @@ class OptimConfig:
     classifier_steps: int = 50
     learning_rate: float = 1e-6
     classifier_learning_rate: float | None = None
+    classifier_multiplier: float = 1.0
     warmup_steps: int = 0
     decay: Literal["constant", "linear", "cosine"] = "constant"
     optimizer: Literal["adamw", "sgd"] = "adamw"
@@ -59,6 +65,7 @@ class OptimConfig:
 
     def __post_init__(self):
         above(0, self, "optim", "learning_rate", "classifier_learning_rate", "eps")
+        above(0, self, "optim", "classifier_multiplier")
         above(0, self, "optim", "whitened_kl", "whitened_ridge")
         between(0, 1, self, "optim", "b1", "b2", "momentum", ends="[)")
         at_least(0, self, "optim", "weight_decay", "max_grad_norm")
@@ -86,6 +93,7 @@ class OptimConfig:
     def rule(self) -> "OptimConfig":
         """What of it a compiled update depends on: one for all schedules and learning rates."""
         names = ("optimizer", "b1", "b2", "eps", "momentum", "weight_decay", "max_grad_norm")
+        names += ("classifier_multiplier",)
         return OptimConfig(**{name: getattr(self, name) for name in names})
 
 
@@ -102,8 +110,11 @@ def trainable(config: OptimConfig, stage: StageName, params: Params) -> tuple[Pa
     return split(params, lambda path: moves(modes[path[0]], path))
 
 
-def by_part(inner: optax.GradientTransformation) -> optax.GradientTransformation:
-    """`inner` on each top-level part of the tree, with a state of its own for each.
+def by_part(
+    inner: optax.GradientTransformation, times: Mapping[str, float] = {}
+) -> optax.GradientTransformation:
+    """`inner` on each top-level part of the tree, with a state of its own for each; its updates of
+    a part in `times` so many times.
 
     Parts can then join and leave (a stage moves the classifier alone, the next both) while the
     other part's moments and step counts stay what they were.
@@ -114,13 +125,14 @@ def by_part(inner: optax.GradientTransformation) -> optax.GradientTransformation
 
     def update(updates, state, params=None):
         out = {part: inner.update(updates[part], state[part], params[part]) for part in updates}
-        return {part: u for part, (u, _) in out.items()}, {part: s for part, (_, s) in out.items()}
+        scaled = {part: optax.tree.scale(times.get(part, 1), u) for part, (u, _) in out.items()}
+        return scaled, {part: s for part, (_, s) in out.items()}
 
     return optax.GradientTransformation(init, update)
 
 
 def make_optimizer(config: OptimConfig) -> optax.GradientTransformation:
-    """The direction P m + λθ: global-norm clip, then AdamW's or SGD's moments, part by part."""
+    """The direction μ (P m + λθ): global-norm clip, then AdamW's or SGD's moments, by part."""
     clip = optax.clip_by_global_norm(config.max_grad_norm) if config.max_grad_norm else None
     if config.optimizer == "adamw":
         moments = optax.scale_by_adam(config.b1, config.b2, config.eps)
@@ -129,14 +141,15 @@ def make_optimizer(config: OptimConfig) -> optax.GradientTransformation:
     else:
         moments = optax.identity()
     decay = optax.add_decayed_weights(config.weight_decay)
-    return optax.chain(clip or optax.identity(), by_part(optax.chain(moments, decay)))
+    times = {"classifier": config.classifier_multiplier}
+    return optax.chain(clip or optax.identity(), by_part(optax.chain(moments, decay), times))
 
 
 def learning_rate(config: OptimConfig, stage: str, step: int, steps: int) -> float:
-    """η at the `step`-th of a stage's `steps` steps."""
+    """η at the `step`-th of a stage's `steps` steps, the classifier's divided by μ."""
     peak = config.learning_rate
     if stage == "classifier" and config.classifier_learning_rate is not None:
-        peak = config.classifier_learning_rate
+        peak = config.classifier_learning_rate / config.classifier_multiplier
     warmup = min(config.warmup_steps, steps)
     if step < warmup:
         return peak * (step + 1) / (warmup + 1)
