@@ -13,6 +13,7 @@ from typing import Any, Literal
 
 import matplotlib.pyplot as plt
 import numpy as np
+from inference import bootstrap, sign_flip
 
 from jaxdyn.files import write_file
 
@@ -71,6 +72,31 @@ def trainings(runs: Path, arm: str) -> list[Path]:
 def arms(runs: Path) -> list[str]:
     """The arms that were trained."""
     return sorted(path.name for path in runs.iterdir() if any(path.glob("seed-*/config.json")))
+
+
+def compared(
+    claim: str,
+    statistic: str,
+    differences: Sequence[float],
+    matters: float,
+    over: str = "pairs of seeds",
+    note: str = "",
+) -> Verdict:
+    """What the differences of paired trainings say of a claim that they are positive.
+
+    Supported if the 95 % interval of their mean (bootstrap over seeds) lies above 0 and the exact
+    sign flip has p < 0.05. Not supported if both hold below 0, or if the interval, of six pairs at
+    least, lies within ±`matters`, the smallest difference that would matter. Else undecided.
+    """
+    values = np.asarray(differences, np.float64)
+    mean, p, pairs = float(values.mean()), sign_flip(values), len(values)
+    low, high = bootstrap(values)
+    ruling: Ruling = "undecided"
+    if p < 0.05 and low > 0:
+        ruling = "supported"
+    elif (p < 0.05 and high < 0) or (pairs >= 6 and -matters < low and high < matters):
+        ruling = "not supported"
+    return Verdict(claim, ruling, statistic, mean, low, high, f"{pairs} {over}", pairs, p, note)
 
 
 def plain(value: Any) -> Any:

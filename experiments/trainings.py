@@ -15,7 +15,7 @@ Expected:  run directories; what is there is skipped, what was stopped goes on.
 import argparse
 import dataclasses
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -252,6 +252,22 @@ def train(preset: str, arm: str, output: Path, model: Path | None, seed: int) ->
     (run / "done").touch()
 
 
+def train_all(
+    preset: str, names: Sequence[str], output: Path, model: Path | None, seeds: int
+) -> None:
+    """Every arm of every seed; arms of a seed in turn, so that their times can be compared."""
+    jax.config.update("jax_compilation_cache_dir", str(output.absolute() / "compiled"))
+    for seed in range(seeds):
+        for arm in names:
+            train(preset, arm, output, model, seed)
+        print(f"seed {seed}: {len(names)} runs in {output}", flush=True)
+
+
+def base_model(preset: str, output: Path) -> Path:
+    """The model of the seed 0, for presets that make their own."""
+    return Path(PRESETS[preset](output, None, 0).model.path)
+
+
 def main():
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
@@ -262,11 +278,7 @@ def main():
     parser.add_argument("--seeds", type=int, default=12)
     parser.add_argument("--arms", nargs="+", default=list(CORE), choices=ARMS)
     chosen = parser.parse_args()
-    jax.config.update("jax_compilation_cache_dir", str(chosen.output.absolute() / "compiled"))
-    for seed in range(chosen.seeds):
-        for arm in chosen.arms:
-            train(chosen.preset, arm, chosen.output, chosen.model, seed)
-        print(f"seed {seed}: {len(chosen.arms)} runs in {chosen.output}", flush=True)
+    train_all(chosen.preset, chosen.arms, chosen.output, chosen.model, chosen.seeds)
 
 
 if __name__ == "__main__":
