@@ -11,7 +11,7 @@ from itertools import groupby
 
 import numpy as np
 
-from jaxdyn.rewards.verifiable import Anagram, ContainsWords, Finished, NumericMatch
+from jaxdyn.rewards.verifiable import Anagram, ContainsWords, Finished, Length, NumericMatch
 
 Scores = list[float]
 
@@ -47,3 +47,4 @@ def _story(prompts, completions, **columns):
 anagram = shuffled(Anagram())
 story = shuffled(_story)
 numeric_match = shuffled(NumericMatch())
+length = shuffled(Length(maximum=0, slack=9))

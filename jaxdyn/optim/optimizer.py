@@ -14,7 +14,7 @@ import optax
 
 from jaxdyn.grammar import above, at_least, between
 from jaxdyn.optim.labels import Mode, moves, split
-from jaxdyn.optim.stages import WHITENED, Schedule, StageName
+from jaxdyn.optim.stages import SPILL, WHITENED, Schedule, StageName
 from jaxdyn.types import JaxdynError, Params
 
 
@@ -24,8 +24,9 @@ class OptimConfig:
 
     Attributes:
       schedule: joint, or joint_extra, with the classifier stage's extra steps (the equal-budget
-        control); of RL also classifier_first and classifier_only, and the same two whitened, of
-        supervised training linear_probe and linear_probe_then_finetune.
+        control); of RL also classifier_first and classifier_only, and the same two whitened, and
+        spill and spill_first, joint and classifier_first with a budget of entropy; of supervised
+        training linear_probe and linear_probe_then_finetune.
       classifier_steps: length of the classifier stage.
       learning_rate: peak learning rate of joint training.
       classifier_learning_rate: that of the classifier in its stage; `classifier_multiplier` times
@@ -39,6 +40,8 @@ class OptimConfig:
       reset_classifier_state: start the classifier's moments afresh when joint training begins.
       whitened_kl: KL of a whitened step, to second order, in nats a token.
       whitened_ridge: λ of a whitened step, in units of the features' mean square.
+      spill_budget: entropy that a step of a spill schedule may take through the classifier, to
+        first order, in nats a token.
       backbone: full, lora (its adapters alone move) or frozen.
       classifier: the same for the classifier.
     """
@@ -60,6 +63,7 @@ class OptimConfig:
     reset_classifier_state: bool = False
     whitened_kl: float = 1e-3
     whitened_ridge: float = 1e-3
+    spill_budget: float = 1e-3
     backbone: Mode = "full"
     classifier: Mode = "full"
 
@@ -68,9 +72,9 @@ class OptimConfig:
         above(0, self, "optim", "classifier_multiplier")
         above(0, self, "optim", "whitened_kl", "whitened_ridge")
         between(0, 1, self, "optim", "b1", "b2", "momentum", ends="[)")
-        at_least(0, self, "optim", "weight_decay", "max_grad_norm")
+        at_least(0, self, "optim", "weight_decay", "max_grad_norm", "spill_budget")
         at_least(0, self, "optim", "warmup_steps", "classifier_steps")
-        if self.whitened and self.classifier != "full":
+        if (self.whitened or self.spills) and self.classifier != "full":
             raise JaxdynError(
                 f"optim.schedule {self.schedule} moves the classifier's weight itself: "
                 f"optim.classifier must be full, got {self.classifier}"
@@ -88,6 +92,11 @@ class OptimConfig:
     def whitened(self) -> bool:
         """Whether the classifier stage's steps are whitened."""
         return self.schedule in WHITENED
+
+    @property
+    def spills(self) -> bool:
+        """Whether its steps keep to a budget of entropy."""
+        return self.schedule in SPILL
 
     @property
     def rule(self) -> "OptimConfig":
