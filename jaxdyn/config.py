@@ -104,7 +104,8 @@ class RunConfig(Config):
         one_of(OF_RL, self.optim, "optim", "schedule")
         sizes = self.train.num_generations, self.sampling.max_completion_length
         check_combination(self.loss, self.advantage, *sizes)
-        if self.optim.whitened and (self.loss.critic or self.train.update == "pmap"):
+        own_rule = self.optim.whitened or self.optim.spills
+        if own_rule and (self.loss.critic or self.train.update == "pmap"):
             what = f"loss {self.loss.loss_type}" if self.loss.critic else "train.update pmap"
             raise JaxdynError(
                 f"optim.schedule {self.optim.schedule} moves the classifier's weight by a rule of "

@@ -56,7 +56,7 @@ BAD = {
     "unknown choice": (
         {"optim": {"schedule": "both"}},
         "schedule: expected one of ('joint', 'classifier_first', 'classifier_only', "
-        "'joint_extra', 'whitened_first', 'whitened_only', 'linear_probe', "
+        "'joint_extra', 'whitened_first', 'whitened_only', 'spill', 'spill_first', 'linear_probe', "
         "'linear_probe_then_finetune'), got 'both'",
     ),
     "wrong item": (

@@ -9,6 +9,7 @@ With g the gradient, c g the clipped one and t the part's step count, `make_opti
     sgd     M = η,   momentum = −η μ m
     both    decay = −η λ θ
 
+with η μ in the place of η for the classifier (`optim.classifier_multiplier`).
 Each is linear in what it is made of once P is fixed, so that a completion's share of the fresh
 gradient is its share of the update.
 """
@@ -80,4 +81,15 @@ def applied_parts(
         head = -fresh[1] * scale * head_moment
     shrunk = lambda x: -learning_rate * config.weight_decay * x
     decay = jax.tree.map(shrunk, moving) if config.weight_decay else None
+    metric, momentum, decay = (multiplied(config, x) for x in (metric, momentum, decay))
     return Applied(metric, momentum, decay, clip, head)
+
+
+def multiplied(config: OptimConfig, tree: Params | None) -> Params | None:
+    """The classifier's leaves times its multiplier μ."""
+    if not tree or "classifier" not in tree:
+        return tree
+    return {
+        **tree,
+        "classifier": optax.tree.scale(config.classifier_multiplier, tree["classifier"]),
+    }

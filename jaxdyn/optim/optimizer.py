@@ -1,18 +1,20 @@
 """The optimizer: optax transformations kept apart for the two halves of the model.
 
-The applied update is Δθ = −η_t · (P m + λ θ): `make_optimizer` gives the direction in brackets and
-the caller multiplies by the learning rate of its step, a traced scalar, so that a schedule never
-recompiles anything and never depends on how long an optimizer state has lived.
+The applied update is Δθ = −η_t · μ (P m + λ θ), with μ the classifier's multiplier, 1 of all else:
+`make_optimizer` gives the direction, μ in it, and the caller multiplies by the learning rate of its
+step, a traced scalar, so that a schedule never recompiles anything and never depends on how long an
+optimizer state has lived.
 """
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Literal
 
 import optax
 
 from jaxdyn.grammar import above, at_least, between
 from jaxdyn.optim.labels import Mode, moves, split
-from jaxdyn.optim.stages import WHITENED, Schedule, StageName
+from jaxdyn.optim.stages import SPILL, WHITENED, Schedule, StageName
 from jaxdyn.types import JaxdynError, Params
 
 
@@ -22,11 +24,15 @@ class OptimConfig:
 
     Attributes:
       schedule: joint, or joint_extra, with the classifier stage's extra steps (the equal-budget
-        control); of RL also classifier_first and classifier_only, and the same two whitened, of
-        supervised training linear_probe and linear_probe_then_finetune.
+        control); of RL also classifier_first and classifier_only, and the same two whitened, and
+        spill and spill_first, joint and classifier_first with a budget of entropy; of supervised
+        training linear_probe and linear_probe_then_finetune.
       classifier_steps: length of the classifier stage.
       learning_rate: peak learning rate of joint training.
-      classifier_learning_rate: that of the classifier stage; the same when not given.
+      classifier_learning_rate: that of the classifier in its stage; `classifier_multiplier` times
+        the joint one when not given.
+      classifier_multiplier: the classifier's learning rate, in units of the body's. What W learns
+        depends on its scale, φ → cφ, W → W/c, which is none of the model: so vary this.
       warmup_steps: linear warm-up at the start of each stage.
       decay: shape after the warm-up, to zero at the stage's end, or constant.
       optimizer: adamw, or sgd with `momentum`.
@@ -34,6 +40,8 @@ class OptimConfig:
       reset_classifier_state: start the classifier's moments afresh when joint training begins.
       whitened_kl: KL of a whitened step, to second order, in nats a token.
       whitened_ridge: λ of a whitened step, in units of the features' mean square.
+      spill_budget: entropy that a step of a spill schedule may take through the classifier, to
+        first order, in nats a token.
       backbone: full, lora (its adapters alone move) or frozen.
       classifier: the same for the classifier.
     """
@@ -42,6 +50,7 @@ class OptimConfig:
     classifier_steps: int = 50
     learning_rate: float = 1e-6
     classifier_learning_rate: float | None = None
+    classifier_multiplier: float = 1.0
     warmup_steps: int = 0
     decay: Literal["constant", "linear", "cosine"] = "constant"
     optimizer: Literal["adamw", "sgd"] = "adamw"
@@ -54,16 +63,18 @@ class OptimConfig:
     reset_classifier_state: bool = False
     whitened_kl: float = 1e-3
     whitened_ridge: float = 1e-3
+    spill_budget: float = 1e-3
     backbone: Mode = "full"
     classifier: Mode = "full"
 
     def __post_init__(self):
         above(0, self, "optim", "learning_rate", "classifier_learning_rate", "eps")
+        above(0, self, "optim", "classifier_multiplier")
         above(0, self, "optim", "whitened_kl", "whitened_ridge")
         between(0, 1, self, "optim", "b1", "b2", "momentum", ends="[)")
-        at_least(0, self, "optim", "weight_decay", "max_grad_norm")
+        at_least(0, self, "optim", "weight_decay", "max_grad_norm", "spill_budget")
         at_least(0, self, "optim", "warmup_steps", "classifier_steps")
-        if self.whitened and self.classifier != "full":
+        if (self.whitened or self.spills) and self.classifier != "full":
             raise JaxdynError(
                 f"optim.schedule {self.schedule} moves the classifier's weight itself: "
                 f"optim.classifier must be full, got {self.classifier}"
@@ -83,9 +94,15 @@ class OptimConfig:
         return self.schedule in WHITENED
 
     @property
+    def spills(self) -> bool:
+        """Whether its steps keep to a budget of entropy."""
+        return self.schedule in SPILL
+
+    @property
     def rule(self) -> "OptimConfig":
         """What of it a compiled update depends on: one for all schedules and learning rates."""
         names = ("optimizer", "b1", "b2", "eps", "momentum", "weight_decay", "max_grad_norm")
+        names += ("classifier_multiplier",)
         return OptimConfig(**{name: getattr(self, name) for name in names})
 
 
@@ -102,8 +119,11 @@ def trainable(config: OptimConfig, stage: StageName, params: Params) -> tuple[Pa
     return split(params, lambda path: moves(modes[path[0]], path))
 
 
-def by_part(inner: optax.GradientTransformation) -> optax.GradientTransformation:
-    """`inner` on each top-level part of the tree, with a state of its own for each.
+def by_part(
+    inner: optax.GradientTransformation, times: Mapping[str, float] = {}
+) -> optax.GradientTransformation:
+    """`inner` on each top-level part of the tree, with a state of its own for each; its updates of
+    a part in `times` so many times.
 
     Parts can then join and leave (a stage moves the classifier alone, the next both) while the
     other part's moments and step counts stay what they were.
@@ -114,13 +134,14 @@ def by_part(inner: optax.GradientTransformation) -> optax.GradientTransformation
 
     def update(updates, state, params=None):
         out = {part: inner.update(updates[part], state[part], params[part]) for part in updates}
-        return {part: u for part, (u, _) in out.items()}, {part: s for part, (_, s) in out.items()}
+        scaled = {part: optax.tree.scale(times.get(part, 1), u) for part, (u, _) in out.items()}
+        return scaled, {part: s for part, (_, s) in out.items()}
 
     return optax.GradientTransformation(init, update)
 
 
 def make_optimizer(config: OptimConfig) -> optax.GradientTransformation:
-    """The direction P m + λθ: global-norm clip, then AdamW's or SGD's moments, part by part."""
+    """The direction μ (P m + λθ): global-norm clip, then AdamW's or SGD's moments, by part."""
     clip = optax.clip_by_global_norm(config.max_grad_norm) if config.max_grad_norm else None
     if config.optimizer == "adamw":
         moments = optax.scale_by_adam(config.b1, config.b2, config.eps)
@@ -129,14 +150,15 @@ def make_optimizer(config: OptimConfig) -> optax.GradientTransformation:
     else:
         moments = optax.identity()
     decay = optax.add_decayed_weights(config.weight_decay)
-    return optax.chain(clip or optax.identity(), by_part(optax.chain(moments, decay)))
+    times = {"classifier": config.classifier_multiplier}
+    return optax.chain(clip or optax.identity(), by_part(optax.chain(moments, decay), times))
 
 
 def learning_rate(config: OptimConfig, stage: str, step: int, steps: int) -> float:
-    """η at the `step`-th of a stage's `steps` steps."""
+    """η at the `step`-th of a stage's `steps` steps, the classifier's divided by μ."""
     peak = config.learning_rate
     if stage == "classifier" and config.classifier_learning_rate is not None:
-        peak = config.classifier_learning_rate
+        peak = config.classifier_learning_rate / config.classifier_multiplier
     warmup = min(config.warmup_steps, steps)
     if step < warmup:
         return peak * (step + 1) / (warmup + 1)

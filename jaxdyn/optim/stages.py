@@ -10,6 +10,8 @@ epoch), of RL
     joint_extra       joint [0, c + n)        the equal-budget control
     whitened_first, whitened_only   as classifier_first and classifier_only, by whitened steps
                                     (`jaxdyn.optim.whitened`)
+    spill, spill_first              as joint and classifier_first, with a budget of entropy
+                                    (`jaxdyn.optim.spill`)
 
 and of supervised training (Kumar et al. 2022, arXiv 2202.10054)
 
@@ -32,13 +34,17 @@ Schedule = Literal[
     "joint_extra",
     "whitened_first",
     "whitened_only",
+    "spill",
+    "spill_first",
     "linear_probe",
     "linear_probe_then_finetune",
 ]
 WHITENED: tuple[Schedule, ...] = ("whitened_first", "whitened_only")
+SPILL: tuple[Schedule, ...] = ("spill", "spill_first")
 OF_RL: tuple[Schedule, ...] = (
     *("joint", "classifier_first", "classifier_only", "joint_extra"),
     *WHITENED,
+    *SPILL,
 )
 SUPERVISED: tuple[Schedule, ...] = (
     *("joint", "linear_probe", "linear_probe_then_finetune", "joint_extra"),
@@ -76,6 +82,8 @@ def stages(schedule: Schedule, steps: int, classifier_steps: int) -> tuple[Stage
         "classifier_only": (Stage("classifier", 0, both),),
         "whitened_first": first,
         "whitened_only": (Stage("classifier", 0, both),),
+        "spill": (Stage("joint", 0, steps),),
+        "spill_first": first,
         "joint_extra": (Stage("joint", 0, both),),
         "linear_probe": (Stage("classifier", 0, steps),),
         "linear_probe_then_finetune": first,

@@ -309,3 +309,14 @@ def require_untied(task: Task, plan: tuple[Stage, ...]) -> None:
             f"schedule {config.optim.schedule} moves the classifier alone, but {config.model.path} "
             "ties it to the embedding; set model.untie to give it a copy of its own"
         )
+    if task.model.config.tied and config.optim.spills:
+        raise JaxdynError(
+            f"schedule {config.optim.schedule} changes the classifier's steps, but "
+            f"{config.model.path} ties it to the embedding; set model.untie"
+        )
+    if task.model.config.tied and config.optim.classifier_multiplier != 1:
+        raise JaxdynError(
+            f"optim.classifier_multiplier is of a classifier of its own, but {config.model.path} "
+            "ties it to the embedding; set model.untie, got "
+            f"{config.optim.classifier_multiplier}"
+        )

@@ -65,6 +65,11 @@ def take_updates(
             "a whitened step is no sum over completions in a diagonal metric: influence has no "
             f"columns of it; take a step of joint training, none before {stage.end}"
         )
+    if config.optim.spills:
+        raise JaxdynError(
+            f"a step of optim.schedule {config.optim.schedule} gives back entropy that no "
+            "completion took: influence has no columns of it"
+        )
     moving, frozen = split_state(task, state, stage)
     still = jax.tree.map(jnp.zeros_like, frozen)
     all_of = lambda parts: policy_of(merge(parts, still))

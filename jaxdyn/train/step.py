@@ -31,6 +31,7 @@ from jaxdyn.train.policy import (
 from jaxdyn.train.redraw import draw_experience
 from jaxdyn.train.reference import reference_of, synchronised
 from jaxdyn.train.sharing import batch_features, sequences_of
+from jaxdyn.train.spill import spill_update
 from jaxdyn.train.state import TrainState
 from jaxdyn.train.task import Task
 from jaxdyn.train.update import update
@@ -217,6 +218,8 @@ def take_epoch(
     take: Any = update
     if config.train.update == "pmap":
         take = functools.partial(pmap_update, task.layout)
+    if config.optim.spills:
+        take = functools.partial(spill_update, budget=np.float32(config.optim.spill_budget))
     return take(
         state,
         needed,

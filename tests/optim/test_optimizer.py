@@ -1,5 +1,7 @@
 """The optimizer's directions against the rules written out in numpy."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import jaxtyping
@@ -75,6 +77,30 @@ def test_sgd_with_momentum_and_weight_decay(x64):
     np.testing.assert_allclose(direction["classifier"]["weight"], head, rtol=1e-14)
 
 
+@pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
+def test_the_classifiers_multiplier_is_of_its_learning_rate(optimizer, x64):
+    """The classifier goes m times as far, its decay with it, and nothing else changes."""
+    plain = OptimConfig(optimizer=optimizer, momentum=0.5, weight_decay=0.1)
+    config = dataclasses.replace(plain, classifier_multiplier=7.0, learning_rate=0.3)
+    params, ends = tree(BODY[2], HEAD[2]), []
+    for given in (plain, config):
+        state = make_optimizer(given).init(params)
+        for g, h in zip(BODY[:2], HEAD[:2], strict=True):
+            direction, state = make_optimizer(given.rule).update(tree(g, h), state, params)
+        ends.append((direction, state))
+    (before, state), (after, other) = ends
+    np.testing.assert_allclose(
+        after["classifier"]["weight"], 7 * before["classifier"]["weight"], rtol=1e-14
+    )
+    np.testing.assert_array_equal(after["backbone"]["x"], before["backbone"]["x"])
+    jax.tree.map(np.testing.assert_array_equal, other, state)
+    # In its stage it is its own rate where one is given, and m times the joint one where not.
+    assert learning_rate(config, "classifier", 0, 4) == pytest.approx(0.3)
+    own = dataclasses.replace(config, classifier_learning_rate=0.7)
+    assert 7 * learning_rate(own, "classifier", 0, 4) == pytest.approx(0.7)
+    assert learning_rate(own, "joint", 0, 4) == pytest.approx(0.3)
+
+
 @pytest.mark.parametrize("limit, scale", [(0.0, 1.0), (1.0, 1 / 5), (10.0, 1.0)])
 def test_the_clip_is_of_the_norm_over_both_parts(limit, scale, x64):
     """‖(3, 4)‖ = 5, with the 3 in the body and the 4 in the classifier."""
@@ -127,6 +153,7 @@ def test_rule_keeps_what_shapes_the_update_and_drops_the_rest():
         ("learning_rate", 0.0),
         ("learning_rate", float("nan")),
         ("classifier_learning_rate", -1.0),
+        ("classifier_multiplier", 0.0),
         ("b1", 1.0),
         ("momentum", -0.1),
         ("max_grad_norm", -1.0),
