@@ -48,6 +48,8 @@ KINDS = {
 """Kinds of pairs of sites, always of different prompts; all but the first inside completions."""
 
 DRAWS = 1000
+FEW = 50
+"""Pairs below which a kind is not drawn."""
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -250,17 +252,17 @@ def verdicts(rows: dict[str, Any]) -> list[Verdict]:
 
 def draw(rows: dict[str, Any], name: str) -> plt.Figure:
     """Cosines by layer and kind, trained and random; and effective ranks."""
-    figure, (left, right, ranks) = plt.subplots(1, 3, figsize=(12, 3.6), layout="constrained")
+    figure, (left, right, ranks) = plt.subplots(1, 3, figsize=(12, 4), layout="constrained")
     bases = rows["bases"]
     for axes, weights in ((left, "trained"), (right, "random")):
         for kind, colour in zip(KINDS, COLOURS, strict=False):
-            of = lambda x, key, kind=kind: x["pairs"].get(kind, {}).get("cosine", {}).get(key)
+            if min(b[weights][-1]["pairs"].get(kind, {"pairs": 0})["pairs"] for b in bases) < FEW:
+                continue
+            of = lambda x, key, kind=kind: x["pairs"][kind]["cosine"][key]
             lines = np.array(
                 [[[of(x, key) for x in b[weights]] for key in ("mean", "low", "high")]
                  for b in bases], float,
             )  # fmt: skip
-            if np.isnan(lines).all():
-                continue
             mean, low, high = lines[:, 0].mean(0), lines[:, 1].min(0), lines[:, 2].max(0)
             where = np.arange(len(mean))
             axes.plot(where, mean, color=colour, label=KINDS[kind], marker="o", markersize=3)
@@ -269,7 +271,7 @@ def draw(rows: dict[str, Any], name: str) -> plt.Figure:
         axes.set(ylim=(-0.3, 1.05), xlabel="layer that reads them; last: φ")
         axes.set_title("as trained" if weights == "trained" else "with random weights")
     left.set_ylabel("mean cosine of different prompts' features")
-    right.legend(fontsize=7, frameon=False, loc="lower left")
+    figure.legend(*left.get_legend_handles_labels(), loc="outside lower left", ncols=3, fontsize=8)
     for kind, colour in (("prompts", COLOURS[0]), ("completions", COLOURS[1])):
         for weights, dashes in (("trained", "-"), ("random", ":")):
             values = np.array(
@@ -280,8 +282,10 @@ def draw(rows: dict[str, Any], name: str) -> plt.Figure:
                 values.mean(0), dashes, color=colour, label=f"{kind} ({sites} sites), {weights}"
             )
     ranks.set(xlabel="layer that reads them; last: φ", ylabel="effective rank, centred")
-    ranks.set_yscale("log")
-    ranks.legend(fontsize=7, frameon=False)
+    ranks.set_ylim(0)
+    figure.legend(
+        *ranks.get_legend_handles_labels(), loc="outside lower right", ncols=2, fontsize=8
+    )
     figure.suptitle(
         f"{name}: {bases[0]['prompts']} prompts, {bases[0]['sites']} sites, {len(bases)} base "
         f"model{'s' * (len(bases) > 1)}; bands: 95 % over prompts, widest over models",

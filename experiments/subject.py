@@ -19,6 +19,7 @@ import frame
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 
 from jaxdyn.config import RunConfig
 from jaxdyn.data import DataConfig
@@ -180,15 +181,17 @@ def gradient(subject: Subject, batch: UpdateBatch, params: Params | None = None)
     return loss_gradient(subject.model, config.loss, limit, params, batch)
 
 
-def direction(optim: OptimConfig, params: Params, gradients: Iterable[Params]) -> Params:
-    """−P m after the optimizer has seen these gradients one after another, all at `params`.
+def direction(
+    optim: OptimConfig, params: Params, gradients: Iterable[Params]
+) -> tuple[Params, optax.OptState]:
+    """−P m after the optimizer has seen these gradients one after another, and its state.
 
     Times a learning rate it is the update that the last of them makes: Adam with moments that have
-    lived for as many steps.
+    lived for as many steps. `params` matter to weight decay alone.
     """
     rule = make_optimizer(optim.rule)
     step = jax.jit(lambda gradient, state: rule.update(gradient, state, params))
     state = rule.init(params)
     for one in gradients:
         found, state = step(one, state)
-    return jax.tree.map(jnp.negative, found)
+    return jax.tree.map(jnp.negative, found), state
