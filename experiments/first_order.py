@@ -32,11 +32,12 @@ from jaxdyn.dynamics import propagate, site_state
 from jaxdyn.types import Model, Params, Sites
 
 CLAIM = "At the usual learning rate an update's effect is its first order: less than a tenth is not"
-SIZES = {"toy": (2, 1, 2), "small": (3, 2, 3), "full": (8, 2, 6)}
-"""Batches, sites inside a completion, and batches before each, for Adam's moments."""
+SIZES = {"toy": (2, 1, 2, 1.0), "small": (2, 2, 2, 2.0), "full": (6, 2, 6, 1.0)}
+"""Batches, sites inside a completion, batches before each for Adam's moments, and log₂ of what lies
+between two step sizes."""
 
-STEPS = 2.0 ** np.arange(-4, 7)
-"""Step sizes, in units of the task's learning rate."""
+LEAST, MOST = -4, 6
+"""Of log₂ of the step size in units of the task's learning rate."""
 
 TENTH = 0.1
 SMALL = 5_000_000
@@ -90,7 +91,8 @@ def moved(params: Params, change: Params, step: float) -> Params:
 
 def of_base(subject: Subject, size: str) -> list[dict[str, Any]]:
     """Every batch's update, by Adam and by plain gradient descent as far as Adam's reaches."""
-    count, inside, history = SIZES[size]
+    count, inside, history, between = SIZES[size]
+    sizes = 2.0 ** np.arange(LEAST, MOST + 1, between)
     train, optim = subject.task.config.train, subject.task.config.optim
     sites = probe_sites(subject, 4 * count, inside)
     given = train.num_prompts, train.num_generations, history + count
@@ -109,12 +111,17 @@ def of_base(subject: Subject, size: str) -> list[dict[str, Any]]:
             )
             units = {x: first_order(model, params, changes[x], sites) for x in changes}
             alike = rms(units["adam"]) / rms(units["sgd"])
-            steps = {"adam": optim.learning_rate * STEPS}
+            steps = {"adam": optim.learning_rate * sizes}
             steps["sgd"] = alike * steps["adam"]
             found = {
                 x: effects(model, params, changes[x], sites, units[x], steps[x]) for x in changes
             }
-        about = {"model": subject.name, "batch": number, "sites": len(units["adam"])}
+        about = {
+            "model": subject.name,
+            "batch": number,
+            "sites": len(units["adam"]),
+            "rate": optim.learning_rate,
+        }
         rows.append({**about, "dtype": dtype.name, **found})
     return rows
 
@@ -143,6 +150,12 @@ def reach_of(effect: dict[str, list[float]]) -> float:
     return float(np.exp(np.interp(np.log(TENTH), share[at], np.log(step[at]))))
 
 
+def usual(row: dict[str, Any], key: str) -> float:
+    """What Adam's update does at the task's own learning rate."""
+    steps = np.array(row["adam"]["step"])
+    return float(row["adam"][key][int(np.argmin(np.abs(np.log(steps / row["rate"]))))])
+
+
 def over_batches(rows: list[dict[str, Any]], value) -> tuple[float, float, float]:
     """The mean over all batches' values, with its interval; what is NaN is left out."""
     found = np.array([value(row) for row in rows])
@@ -156,17 +169,15 @@ def verdicts(rows: list[dict[str, Any]]) -> list[Verdict]:
     """From the rows alone."""
     models = len({row["model"] for row in rows})
     over = f"{len(rows)} batches, {models} base model{'s' * (models > 1)}"
-    one = int(np.flatnonzero(STEPS == 1)[0])
-    ratio = lambda row: row["adam"]["residual"][one] / row["adam"]["actual"][one]
+    ratio = lambda row: usual(row, "residual") / usual(row, "actual")
     mean, low, high = over_batches(rows, ratio)
     ruling: frame.Ruling = "undecided"
     if high < TENTH or low > TENTH:
         ruling = "supported" if high < TENTH else "not supported"
     reach = {x: over_batches(rows, lambda row, x=x: reach_of(row[x]))[0] for x in ("adam", "sgd")}
-    rate = rows[0]["adam"]["step"][one]
     note = (
-        f"At the task's learning rate of {rate:.3g}; a tenth is reached at {reach['adam']:.2g} "
-        f"along Adam's direction, at {reach['sgd']:.2g} along the gradient."
+        f"At the task's learning rate of {rows[0]['rate']:.3g}; a tenth is reached at "
+        f"{reach['adam']:.2g} along Adam's direction, at {reach['sgd']:.2g} along the gradient."
     )
     statistic = "‖residual‖/‖actual‖ of Δ log π after one update by Adam"
     found = [Verdict(CLAIM, ruling, statistic, mean, low, high, over, models, note=note)]
@@ -198,15 +209,14 @@ def draw(rows: list[dict[str, Any]], name: str) -> plt.Figure:
             panel.fill_between(
                 at, values.min(0), values.max(0), color=colour, alpha=0.2, linewidth=0
             )
-    one = int(np.flatnonzero(STEPS == 1)[0])
-    usual = np.exp(np.log([row["adam"]["predicted"][one] for row in rows]).mean())
+    middle = np.exp(np.log([usual(row, "predicted") for row in rows]).mean())
     for panel in axes:
-        panel.axvline(usual, color="0.5", linestyle=":")
+        panel.axvline(middle, color="0.5", linestyle=":")
         panel.set(xscale="log", xlabel="first-order Δ log π, rms over sites (nats)")
     axes[0].axhline(TENTH, color="0.5", linewidth=0.7)
     axes[0].set(yscale="log", ylabel="‖residual‖ / ‖actual‖")
-    middle = rows[0]["adam"]["residual"][one] * (at / usual) ** 2
-    axes[1].plot(at, middle, color="0.5", linestyle="--", label="slope 2")
+    square = np.exp(np.log([usual(row, "residual") for row in rows]).mean()) * (at / middle) ** 2
+    axes[1].plot(at, square, color="0.5", linestyle="--", label="slope 2")
     axes[1].set(yscale="log", ylabel="‖residual‖, rms over sites (nats)")
     axes[2].axhline(1, color="0.5", linewidth=0.7)
     axes[2].set(ylabel="actual on first order, through 0", ylim=(-0.2, 2.2))

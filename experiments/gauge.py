@@ -36,7 +36,7 @@ from jaxdyn.models import regauge
 from jaxdyn.types import Components, Params, Sites
 
 CLAIM = "The representation component's share of an update is set by the scale of W"
-SIZES = {"toy": (1, 2, 3), "small": (2, 2, 5), "full": (4, 3, 9)}
+SIZES = {"toy": (1, 2, 3), "small": (1, 1, 3), "full": (3, 2, 9)}
 """Updates, batches of Adam's moments before each, and values of c."""
 
 WIDEST = 16.0

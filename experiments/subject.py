@@ -22,7 +22,7 @@ import numpy as np
 import optax
 
 from jaxdyn.config import RunConfig
-from jaxdyn.data import DataConfig
+from jaxdyn.data import AnagramsConfig, DataConfig
 from jaxdyn.dynamics import sites_from_rollout
 from jaxdyn.models import LanguageModel
 from jaxdyn.optim import OptimConfig, make_optimizer
@@ -31,6 +31,7 @@ from jaxdyn.rewards import RewardConfig
 from jaxdyn.rl import LossConfig, ScoredBatch, estimate_advantages, normalizer_of
 from jaxdyn.rollout import SamplingConfig
 from jaxdyn.sections import ModelSource, TrainConfig
+from jaxdyn.train import SavedRun
 from jaxdyn.train.experience import Experience, gather_experience
 from jaxdyn.train.policy import UpdateBatch
 from jaxdyn.train.sharing import completion_features, sequences_of
@@ -71,12 +72,28 @@ def subjects(chosen: argparse.Namespace) -> list[Subject]:
 
 
 def open_subject(path: Path, name: str, prompts: Path | None = None) -> Subject:
-    """A base model; one that a run left lies in its `model`."""
+    """A base model; one that a run left lies in its `model`.
+
+    The anagram model base-K has letters of its own, those of the data's seed K.
+    """
     directory = path / "model" if (path / "model").is_dir() else path
     with tempfile.TemporaryDirectory() as written:
         config = config_of(name, prompts, Path(written))
         config = dataclasses.replace(config, model=ModelSource(str(directory), untie=True))
+        if config.data.name == "anagrams" and path.name.startswith("base-"):
+            letters = AnagramsConfig(
+                train_examples=4000, test_examples=200, seed=int(path.name.removeprefix("base-"))
+            )
+            config = dataclasses.replace(config, data=DataConfig("anagrams", anagrams=letters))
         return Subject(path.name, open_task(config), prompts is None)
+
+
+def of_run(run: SavedRun) -> Subject:
+    """The model with which a run began, on the run's own task."""
+    config = run.task.config
+    if config.kind == "rl":  # what is asked of its gradients is the reward's
+        config = dataclasses.replace(config, loss=LossConfig("dr_grpo"))
+    return Subject(run.path.name, dataclasses.replace(run.task, config=config), True)
 
 
 def config_of(name: str, prompts: Path | None, written: Path) -> RunConfig:
