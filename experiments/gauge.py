@@ -6,7 +6,8 @@ normalisation's part of the gradient component by 1/c² and 1/c. So a gauge c is
 multiplier m of the classifier (and 1/m of the final norm): m = c² for plain steps, m = c for Adam.
 
 Every c is tried: gradients, Adam's moments and components are computed in that gauge, and compared
-with what the law says from those at c = 1. Shares are of Δ log π at sites of held-out prompts.
+with what the law says from those at c = 1. Adam's ε would break the law, so it is next to 0 here;
+the share with the task's own is told beside it. Shares are of Δ log π at held-out prompts' sites.
 
 Verdict:   the law holds if the representation component's exponents lie within 0.01 of 2 and 1 for
            every batch and base model, and the policies of the two sides of m's equivalence agree
@@ -33,6 +34,7 @@ from subject import Subject, direction, gradient, parser, probe_sites, subjects,
 from jaxdyn.dynamics import propagate, site_state
 from jaxdyn.kernels import component_shares
 from jaxdyn.models import regauge
+from jaxdyn.optim import OptimConfig
 from jaxdyn.types import Components, Params, Sites
 
 CLAIM = "The representation component's share of an update is set by the scale of W"
@@ -52,13 +54,20 @@ def scales(count: int) -> np.ndarray:
     return WIDEST ** np.linspace(-1, 1, count)
 
 
-def directions(subject: Subject, params: Params, batches: list, clip: float = 0.0) -> dict:
-    """The last batch's plain gradient step and Adam's, without clipping, per learning rate."""
+def without_epsilon(optim: OptimConfig) -> OptimConfig:
+    """Adam that knows no scale: ε below all but gradients whose squares float32 cannot hold."""
+    return dataclasses.replace(optim, max_grad_norm=0.0, eps=1e-16)
+
+
+def directions(subject: Subject, params: Params, batches: list) -> dict[str, Params]:
+    """The last batch's plain gradient step and Adam's, per learning rate; "used" is Adam's with the
+    task's own ε and clipping."""
     grads = [gradient(subject, batch, params) for batch in batches]
-    optim = dataclasses.replace(subject.task.config.optim, max_grad_norm=clip, eps=1e-30)
+    optim = subject.task.config.optim
     return {
         "plain": jax.tree.map(jnp.negative, grads[-1]),
-        "adam": direction(optim, params, grads)[0],
+        "adam": direction(without_epsilon(optim), params, grads)[0],
+        "used": direction(optim, params, grads)[0],
     }
 
 
@@ -106,7 +115,7 @@ def equivalence(subject: Subject, batch: Any, sites: Sites) -> dict[str, float]:
     """How far two policies are apart after some steps on one batch: of gauge c, and of c = 1 with
     the classifier's learning rate times m and the final norm's by m; relative to what they moved.
     """
-    optim = dataclasses.replace(subject.task.config.optim, max_grad_norm=0.0, eps=1e-30)
+    optim = without_epsilon(subject.task.config.optim)
     rate, found = optim.learning_rate, {}
     start = site_state(subject.model, subject.params, sites).log_probs
     for name, scale in (("adam", MULTIPLIER), ("plain", MULTIPLIER**0.5)):
@@ -204,6 +213,8 @@ def verdicts(rows: list[dict[str, Any]]) -> list[Verdict]:
         shares = np.array([of_updates(row, name, "share").mean(axis=1) for row in rows])
         least, most = float(shares[:, 0].max()), float(shares[:, -1].min())
         grams = [u[name]["gram"] for row in rows for u in row["gauges"][middle]["updates"]]
+        own = [of_updates(row, "used", "share")[middle].mean() for row in rows]
+        used = f" With the task's own ε and clipping {np.mean(own):.3g}." if power == 1 else ""
         even = float(np.nanmedian([even_at(gram, power) for gram in grams]))
         found.append(
             Verdict(
@@ -212,7 +223,7 @@ def verdicts(rows: list[dict[str, Any]]) -> list[Verdict]:
                 "share as it is (c = 1); interval: from c = 1/16 to c = 16",
                 *(float(shares[:, middle].mean()), least, most, over, models),
                 note=f"Half of an update is representation at c = {even:.2g}, a multiplier of the "
-                f"classifier's learning rate of {even**power:.2g}.",
+                f"classifier's learning rate of {even**power:.2g}.{used}",
             )
         )
     return found
