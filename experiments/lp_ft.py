@@ -113,8 +113,8 @@ def verdicts(rows: dict[str, list[dict[str, Any]]]) -> list[Verdict]:
         there = p < 0.05 and (high < 0 if sign < 0 else low > 0)
         none = low > room if sign < 0 else high < room
         ruling: frame.Ruling = "undecided"
-        if len(values) > 1 and there != none:
-            ruling = "not supported" if there else "supported"
+        if len(values) > 1 and (none or there):
+            ruling = "supported" if none else "not supported"
         beside = differences(rows, PAIRS["LP-FT to FT"], key)
         note = "LP-FT was not trained."
         if len(beside):
