@@ -28,11 +28,10 @@ from first_order import moved
 from frame import COLOURS, Verdict
 from inference import bootstrap
 from scipy.stats import spearmanr
-from subject import Subject, experience, gradient, of_run, parser, update_batch
+from subject import Subject, compiled, experience, gradient, of_run, parser, update_batch
 
 from jaxdyn.dynamics import ledger, sites_from_rollout
 from jaxdyn.kernels.parts import kind_of
-from jaxdyn.optim import make_optimizer
 from jaxdyn.rl import group_relative
 from jaxdyn.train import open_run
 from jaxdyn.types import Params
@@ -115,7 +114,7 @@ def reward_of(subject: Subject, params: Params, prompts: int) -> float:
 def alone(subject: Subject, kind: str, layer: int, steps: int) -> Params:
     """The base model after some on-policy updates of one part."""
     config, params = subject.task.config, subject.params
-    rule = make_optimizer(config.optim.rule)
+    rule = compiled(config.optim.rule)
     state = rule.init(params)
     shape, rate = (
         (config.train.num_prompts, config.train.num_generations),

@@ -198,6 +198,13 @@ def gradient(subject: Subject, batch: UpdateBatch, params: Params | None = None)
     return loss_gradient(subject.model, config.loss, limit, params, batch)
 
 
+@functools.cache
+def compiled(rule: OptimConfig) -> optax.GradientTransformation:
+    """The optimizer with a jitted update."""
+    optimizer = make_optimizer(rule)
+    return optax.GradientTransformation(optimizer.init, jax.jit(optimizer.update))
+
+
 def direction(
     optim: OptimConfig, params: Params, gradients: Iterable[Params]
 ) -> tuple[Params, optax.OptState]:
@@ -206,9 +213,8 @@ def direction(
     Times a learning rate it is the update that the last of them makes: Adam with moments that have
     lived for as many steps. `params` matter to weight decay alone.
     """
-    rule = make_optimizer(optim.rule)
-    step = jax.jit(lambda gradient, state: rule.update(gradient, state, params))
-    state = rule.init(params)
+    optimizer = compiled(optim.rule)
+    state = optimizer.init(params)
     for one in gradients:
-        found, state = step(one, state)
+        found, state = optimizer.update(one, state, params)
     return jax.tree.map(jnp.negative, found), state
