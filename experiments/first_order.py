@@ -32,7 +32,7 @@ from jaxdyn.dynamics import propagate, site_state
 from jaxdyn.types import Model, Params, Sites
 
 CLAIM = "At the usual learning rate an update's effect is its first order: less than a tenth is not"
-SIZES = {"toy": (2, 1, 2, 1.0), "small": (2, 2, 2, 2.0), "full": (6, 2, 6, 1.0)}
+SIZES = {"toy": (2, 1, 2, 1.0), "small": (2, 2, 2, 2.0), "full": (4, 2, 4, 1.0)}
 """Batches, sites inside a completion, batches before each for Adam's moments, and log₂ of what lies
 between two step sizes."""
 

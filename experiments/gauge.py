@@ -38,7 +38,7 @@ from jaxdyn.optim import OptimConfig
 from jaxdyn.types import Components, Params, Sites
 
 CLAIM = "The representation component's share of an update is set by the scale of W"
-SIZES = {"toy": (1, 2, 3), "small": (1, 1, 3), "full": (3, 2, 9)}
+SIZES = {"toy": (1, 2, 3), "small": (1, 1, 3), "full": (2, 2, 7)}
 """Updates, batches of Adam's moments before each, and values of c."""
 
 WIDEST = 16.0
@@ -59,10 +59,9 @@ def without_epsilon(optim: OptimConfig) -> OptimConfig:
     return dataclasses.replace(optim, max_grad_norm=0.0, eps=1e-16)
 
 
-def directions(subject: Subject, params: Params, batches: list) -> dict[str, Params]:
-    """The last batch's plain gradient step and Adam's, per learning rate; "used" is Adam's with the
+def directions(subject: Subject, params: Params, grads: list[Params]) -> dict[str, Params]:
+    """The last gradient's plain step and Adam's, per learning rate; "used" is Adam's with the
     task's own ε and clipping."""
-    grads = [gradient(subject, batch, params) for batch in batches]
     optim = subject.task.config.optim
     return {
         "plain": jax.tree.map(jnp.negative, grads[-1]),
@@ -155,9 +154,9 @@ def of_base(subject: Subject, size: str) -> dict[str, Any]:
     gauges = []
     for scale in scales(values):
         params = regauge(subject.model, subject.params, float(scale))[1]
-        updates = []
+        grads, updates = [gradient(subject, batch, params) for batch in batches], []
         for number in range(count):
-            steps = directions(subject, params, batches[number : number + history + 1])
+            steps = directions(subject, params, grads[number : number + history + 1])
             updates.append({x: parts_of(subject, params, d, sites) for x, d in steps.items()})
         gauges.append({"scale": float(scale), "updates": updates})
     row = {"model": subject.name, "sites": len(np.asarray(sites.rows)), "gauges": gauges}

@@ -41,7 +41,7 @@ from jaxdyn import kernels
 from jaxdyn.dynamics import site_state
 from jaxdyn.types import Sites
 
-SIZES = {"toy": (4, 1, 2), "small": (12, 1, 0), "full": (32, 2, 6)}
+SIZES = {"toy": (4, 1, 2), "small": (12, 1, 0), "full": (24, 1, 4)}
 """Prompts, sites inside each one's completion, and batches of Adam's moments (0: no Adam)."""
 
 PROXIES = {
