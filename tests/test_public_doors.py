@@ -166,6 +166,7 @@ DOORS = {
     "models.add_sequence_head": lambda m, p: scores(*models.add_sequence_head(m, p), head=1.0),
     "models.sequence_scores": scores,
     "models.merge_adapters": lambda m, p: logits(*models.merge_adapters(*adapted(m, p))),
+    "models.regauge": lambda m, p: logits(*models.regauge(m, p, 3.0)),
     "models.save_pretrained": saved_and_loaded,
     "rollout.generate": sampled,
     "train.fresh_state": lambda m, p: logits(m, fresh_state(m, p, OptimConfig(), "joint").params),

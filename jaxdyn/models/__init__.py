@@ -3,6 +3,7 @@
 from jaxdyn.models import families
 from jaxdyn.models.config import Gating, ModelConfig, RotaryScaling, SequenceHead
 from jaxdyn.models.families import *  # noqa: F403, one constructor a family
+from jaxdyn.models.gauge import regauge
 from jaxdyn.models.heads import (
     add_sequence_head,
     init_value_head,
