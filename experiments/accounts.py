@@ -1,0 +1,300 @@
+"""What claims about a run's changes share: its checkpoints, held-out tokens, single updates, rulings.
+
+Held-out prompts are in no batch, so that whatever moves their sites comes from other prompts.
+"""
+
+import argparse
+import functools
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from frame import Ruling, Verdict, arms, trainings
+from inference import bootstrap, sign_flip
+
+from jaxdyn.dynamics import delta_logits, site_features, sites_from_rollout
+from jaxdyn.dynamics.precision import exact_products, in_float32
+from jaxdyn.rollout import step_key
+from jaxdyn.train import SavedRun, open_run
+from jaxdyn.train.experience import Experience, gather_experience
+from jaxdyn.train.policy import completion_statistics
+from jaxdyn.train.probe import policy_of
+from jaxdyn.train.retake import loss_weights
+from jaxdyn.train.sharing import completion_features
+from jaxdyn.train.step import Prepared
+from jaxdyn.types import Model, Params, Rollout, Sites
+
+PARTS = ("representation", "gradient")
+
+
+class Counts(NamedTuple):
+    """How much is looked at: held-out prompts, their generations, single updates of a run, and how
+    often advantages are shuffled."""
+
+    prompts: int
+    generations: int
+    updates: int
+    shuffles: int
+
+
+COUNTS = {
+    "toy": Counts(3, 2, 1, 8),
+    "small": Counts(32, 8, 3, 200),
+    "full": Counts(64, 8, 5, 1000),
+}
+
+
+# -- runs -----------------------------------------------------------------------------------------
+
+
+def each_seed(
+    chosen: argparse.Namespace, arm: str, look: Callable[[SavedRun, Counts], Any]
+) -> dict[str, Any]:
+    """`look` at every training of an arm, by its seed; a base model's name goes with it."""
+    found = {}
+    for path in trainings(chosen.runs, arm):
+        with open_run(path) as saved:
+            base = base_of(saved)
+            rows = look(saved, COUNTS[chosen.size])
+        found[path.name] = {"base": base, **rows}
+        print(f"{arm}/{path.name}: done", flush=True)
+    return found
+
+
+def base_of(saved: SavedRun) -> str:
+    """The name of the model that training started from, without where it lies."""
+    path = Path(saved.config.model.path)
+    return path.parent.name if path.name == "model" else path.name
+
+
+def plain_arm(runs: Path) -> str:
+    """The arm of standard RL with one learning rate for all."""
+    return next(arm for arm in ("joint", "joint-m1") if arm in arms(runs))
+
+
+def policies(saved: SavedRun) -> Iterator[Params]:
+    """The policy before training and at every checkpoint."""
+    yield policy_of(saved.loaded.params)
+    for step in saved.steps:
+        if step:
+            yield policy_of(saved.state(step).params)
+
+
+def followed(saved: SavedRun, count: int, steps: int = 1) -> list[int]:
+    """So many checkpoints, evenly over the run, which at least `steps` of its steps follow."""
+    there = [step for step in saved.steps if step + steps <= saved.plan[-1].end]
+    places = np.linspace(0, len(there) - 1, min(count, len(there))).round().astype(int)
+    return [there[i] for i in places]
+
+
+# -- held-out tokens ------------------------------------------------------------------------------
+
+
+class HeldOut(NamedTuple):
+    """Completions of held-out prompts, every token of them a site, and their rewards [P, G]."""
+
+    rollout: Rollout
+    sites: Sites
+    rewards: np.ndarray
+
+    @property
+    def gains(self) -> np.ndarray:
+        """(R − its prompt's mean) / (number of completions): Σ gain · Δ log π of a completion
+        is the reward's change to first order, [P G]."""
+        return (self.rewards - self.rewards.mean(axis=1, keepdims=True)).ravel() / self.rewards.size
+
+    @property
+    def site_gains(self) -> np.ndarray:
+        """`gains` at every site, [N]."""
+        return self.gains[np.asarray(self.sites.rows)]
+
+
+def held_out(saved: SavedRun, params: Params, counts: Counts, seed: int = 0) -> HeldOut:
+    """What `params` say to held-out prompts."""
+    task, key = saved.task, step_key(saved.config.seed, "probe", seed)
+    few = task.test[: counts.prompts]
+    found = gather_experience(task, params, few, key, counts.generations)
+    return of_experience(found)
+
+
+def of_experience(found: Experience) -> HeldOut:
+    """A batch of experience, every token a site."""
+    rewards = np.nan_to_num(found.rewards.total).reshape(-1, found.num_generations)
+    return HeldOut(found.rollout, every_token(found.rollout), rewards)
+
+
+def every_token(rollout: Rollout) -> Sites:
+    """All tokens of the completions."""
+    return sites_from_rollout(rollout, rollout.completion_ids.shape[1], 0)
+
+
+def seen_by(sites: Sites, chosen: np.ndarray) -> Sites:
+    """Some of the sites."""
+    pick = lambda x: jnp.asarray(np.asarray(x)[chosen])
+    names = ("rows", "positions", "targets", "is_prompt")
+    return sites.replace(**{name: pick(getattr(sites, name)) for name in names})
+
+
+# -- single updates -------------------------------------------------------------------------------
+
+
+@functools.partial(jax.jit, static_argnums=0)
+@exact_products
+def log_probs_at(model: Model, params: Params, sites: Sites) -> jax.Array:
+    """log π [N, V], in float32 or better."""
+    model = in_float32(model)
+    view = model.view(params)
+    phi = site_features(model, view["backbone"], sites)
+    return jax.nn.log_softmax(model.logits(view["classifier"], phi))
+
+
+@functools.partial(jax.jit, static_argnums=0)
+@exact_products
+def first_order(model: Model, params: Params, change: Params, sites: Sites) -> dict[str, jax.Array]:
+    """Δf [N, V] of a change of the parameters by component (of a tied matrix by role)."""
+    found = delta_logits(in_float32(model), params, change, sites)[1]
+    return {name: getattr(found, name) for name in PARTS}
+
+
+def entropies(log_probs: np.ndarray) -> np.ndarray:
+    """H of log π [N, V], in nats."""
+    return -np.sum(np.exp(log_probs) * log_probs, axis=-1)
+
+
+def entropy_change(log_probs: np.ndarray, change: np.ndarray) -> np.ndarray:
+    """ΔH = −Σ_v π_v (log π_v + H) Δf_v of a change of the logits, to first order, [N]."""
+    centred = log_probs + entropies(log_probs)[:, None]
+    return -np.sum(np.exp(log_probs) * centred * change, axis=-1)
+
+
+def target_change(log_probs: np.ndarray, change: np.ndarray, targets: np.ndarray) -> np.ndarray:
+    """Δ log π(y) = Δf_y − πᵀΔf of the sites' tokens, to first order, [N]."""
+    own = np.take_along_axis(change, targets[:, None], axis=1)[:, 0]
+    return own - np.sum(np.exp(log_probs) * change, axis=-1)
+
+
+def unit_weights(task: Any, params: Params, prepared: Prepared) -> tuple[np.ndarray, np.ndarray]:
+    """∂loss/∂ log π and ∂loss/∂H of the tokens [B, C, 2]: per unit of advantage, and at none.
+
+    At ratio 1, as in a step's first update, the loss is linear in the advantages.
+    """
+    batch = prepared.batch
+    at = lambda a: np.asarray(
+        loss_weights(task, params, prepared._replace(batch=batch.replace(advantages=a)))
+    )
+    ones = jnp.ones_like(batch.advantages)
+    without = at(jnp.zeros_like(ones))
+    return at(ones) - without, without
+
+
+def shuffled(advantages: np.ndarray, generations: int, count: int, seed: int = 0) -> np.ndarray:
+    """The advantages given to a prompt's completions at random, [count, B].
+
+    A prompt's completions are alike in law, so that this breaks nothing but what reward had to do
+    with them.
+    """
+    rng = np.random.default_rng(seed)
+    groups = np.broadcast_to(
+        advantages.reshape(-1, generations), (count, len(advantages) // generations, generations)
+    )
+    return rng.permuted(groups, axis=2).reshape(count, -1)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+@exact_products
+def loss_gradient(
+    model: Model, params: Params, batch: Any, weights: jax.Array, temperature: jax.Array
+) -> Params:
+    """Σ_uc w_uc0 ∇ log π(y_uc) + w_uc1 ∇H_uc of a batch's tokens, shaped as the parameters."""
+    model = in_float32(model)
+
+    def value(params):
+        view = model.view(params)
+        phi = completion_features(model, view["backbone"], batch)
+        classifier, ids = view["classifier"], batch.completion_ids
+        found = completion_statistics(model, classifier, phi, ids, temperature)
+        terms = weights[..., 0] * found.logps + weights[..., 1] * found.entropy
+        return jnp.sum(jnp.where(batch.completion_mask, terms, 0))
+
+    return jax.grad(value)(params)
+
+
+@jax.jit
+def scaled(change: Params, by: Any) -> Params:
+    """by · change."""
+    return jax.tree.map(lambda x: jnp.asarray(by, x.dtype) * x, change)
+
+
+@jax.jit
+def along(metric: Params, gradient: Params) -> Params:
+    """−M ⊙ g: a step of the optimizer's metric without momentum."""
+    return jax.tree.map(lambda m, g: -m * g, metric, gradient)
+
+
+@jax.jit
+def plus(params: Params, change: Params) -> Params:
+    """params + change."""
+    return jax.tree.map(jnp.add, params, change)
+
+
+def only(part: str, change: Params) -> Params:
+    """The change of the classifier or of the backbone alone."""
+    still = jax.tree.map(jnp.zeros_like, change)
+    return {**still, part: change[part]}
+
+
+def second_order_kl(log_probs: np.ndarray, change: np.ndarray) -> float:
+    """½ Var_π(Δf), the KL of a change of the logits to second order, mean over sites, in nats."""
+    probs = np.exp(log_probs)
+    centred = change - np.sum(probs * change, axis=-1, keepdims=True)
+    return float(np.mean(np.sum(probs * centred**2, axis=-1)) / 2)
+
+
+# -- rulings --------------------------------------------------------------------------------------
+
+
+def above(
+    claim: str,
+    statistic: str,
+    values: Sequence[float],
+    threshold: float = 0.0,
+    note: str = "",
+    over: str = "trainings",
+) -> Verdict:
+    """Whether the mean over seeds lies above a threshold.
+
+    Supported if the 95 % interval of the mean (bootstrap over seeds) lies above it, not supported
+    if below, both only if the exact sign flip of value − threshold has p < 0.05; else undecided.
+    """
+    found = np.asarray([x for x in values if x is not None], np.float64)
+    if len(found) == 0:
+        raise ValueError(f"no training says anything of: {claim}")
+    mean, p = float(found.mean()), sign_flip(found - threshold)
+    low, high = bootstrap(found) if len(found) > 1 else (mean, mean)
+    ruling: Ruling = "undecided"
+    if p < 0.05 and low > threshold:
+        ruling = "supported"
+    if p < 0.05 and high < threshold:
+        ruling = "not supported"
+    seeds = len(found)
+    return Verdict(
+        claim, ruling, statistic, mean, low, high, f"{seeds} {over}", seeds, p, note
+    )
+
+
+def column(rows: dict[str, Any], *path: str) -> list[float]:
+    """One figure of every training."""
+    found = []
+    for row in rows.values():
+        for name in path:
+            row = row[name]
+        found.append(row)
+    return found
+
+
+def mean_of(trees: Sequence[Any]) -> Any:
+    """The mean of figures in nested dictionaries of the same names."""
+    return jax.tree.map(lambda *x: float(np.mean(x)), *trees)
