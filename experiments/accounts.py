@@ -15,7 +15,14 @@ import numpy as np
 from frame import Ruling, Verdict, arms, trainings
 from inference import bootstrap, sign_flip
 
-from jaxdyn.dynamics import delta_logits, site_features, sites_from_rollout
+from jaxdyn.dynamics import (
+    Ledger,
+    delta_logits,
+    ledger,
+    reward_weights,
+    site_features,
+    sites_from_rollout,
+)
 from jaxdyn.dynamics.precision import exact_products, in_float32
 from jaxdyn.rollout import step_key
 from jaxdyn.train import SavedRun, open_run
@@ -42,7 +49,7 @@ class Counts(NamedTuple):
 
 COUNTS = {
     "toy": Counts(3, 2, 1, 8),
-    "small": Counts(32, 8, 3, 200),
+    "small": Counts(16, 8, 2, 200),
     "full": Counts(64, 8, 5, 1000),
 }
 
@@ -102,9 +109,9 @@ class HeldOut(NamedTuple):
 
     @property
     def gains(self) -> np.ndarray:
-        """(R − its prompt's mean) / (number of completions): Σ gain · Δ log π of a completion
-        is the reward's change to first order, [P G]."""
-        return (self.rewards - self.rewards.mean(axis=1, keepdims=True)).ravel() / self.rewards.size
+        """R less the mean of its prompt's others, over how many completions there are, [P G]: Σ
+        gain · Δ log π is the reward's change to first order."""
+        return reward_weights(self.rewards, np.zeros_like(self.rewards)).ravel()
 
     @property
     def site_gains(self) -> np.ndarray:
@@ -129,6 +136,31 @@ def of_experience(found: Experience) -> HeldOut:
 def every_token(rollout: Rollout) -> Sites:
     """All tokens of the completions."""
     return sites_from_rollout(rollout, rollout.completion_ids.shape[1], 0)
+
+
+class Segment(NamedTuple):
+    """From one checkpoint to the next: completions sampled at its beginning, the account at their
+    tokens, and the weights w [N] with which Σ w Δ log π is the reward's change."""
+
+    look: HeldOut
+    before: np.ndarray
+    account: Ledger
+    weights: np.ndarray
+
+
+def segments(saved: SavedRun, counts: Counts, **options: Any) -> Iterator[Segment]:
+    """Every segment of a run; `options` are the ledger's. `before` is log π [N, V]."""
+    model, path = in_float32(saved.task.model), policies(saved)
+    start = next(path)
+    for number, end in enumerate(path):
+        look = held_out(saved, start, counts, number)
+        account = ledger(model, [start, end], look.sites, **options)
+        rows = np.asarray(look.sites.rows)
+        own = np.bincount(rows, account.change("log_prob")[0], look.rewards.size)
+        of_text = reward_weights(look.rewards, own.reshape(look.rewards.shape)).ravel()
+        before = np.asarray(log_probs_at(model, start, look.sites), np.float64)
+        yield Segment(look, before, account, of_text[rows])
+        start = end
 
 
 def seen_by(sites: Sites, chosen: np.ndarray) -> Sites:
