@@ -1,4 +1,4 @@
-"""What claims about a run's changes share: its checkpoints, held-out tokens, single updates, rulings.
+"""What claims about a run's changes share: checkpoints, held-out tokens, single updates, rulings.
 
 Held-out prompts are in no batch, so that whatever moves their sites comes from other prompts.
 """
@@ -312,9 +312,7 @@ def above(
     if p < 0.05 and high < threshold:
         ruling = "not supported"
     seeds = len(found)
-    return Verdict(
-        claim, ruling, statistic, mean, low, high, f"{seeds} {over}", seeds, p, note
-    )
+    return Verdict(claim, ruling, statistic, mean, low, high, f"{seeds} {over}", seeds, p, note)
 
 
 def column(rows: dict[str, Any], *path: str) -> list[float]:

@@ -60,7 +60,7 @@ LAGS = (1, 2, 4)
 def look_at(saved: SavedRun, counts: Counts) -> dict[str, Any]:
     """Shares, cosines and sums of single updates, and of the segments between checkpoints."""
     sites = held_out(saved, saved.loaded.params, counts).sites
-    row = min(IN_A_ROW, saved.plan[-1].end)
+    row = min(IN_A_ROW, saved.plan[-1].end - saved.steps[0])
     steps = followed(saved, counts.updates, row)
     updates = [updates_after(saved, step, row, sites) for step in steps]
     account = ledger(in_float32(saved.task.model), policies(saved), sites)
@@ -70,7 +70,9 @@ def look_at(saved: SavedRun, counts: Counts) -> dict[str, Any]:
         "updates": updates,
         "segments": summary(parts),
         "segments_shares": shares_of(parts),
-        "training_share": share(parts["representation"].sum(axis=0), account.change("log_prob").sum(axis=0)),
+        "training_share": share(
+            parts["representation"].sum(axis=0), account.change("log_prob").sum(axis=0)
+        ),
     }
 
 

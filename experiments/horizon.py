@@ -117,15 +117,19 @@ def shared(rows: dict[str, Any]) -> list[tuple[Any, Any]]:
 def verdicts(rows: dict[str, Any]) -> list[Verdict]:
     """From the rows of every training, {"rl": …, "sft": …}."""
     curves = [row["curve"] for row in rows["rl"].values()]
-    found = [
-        above(
-            f"A frozen kernel foresees {AHEAD[-1]} steps of RL",
-            f"r over tokens of Δ log π, forecast against actual, {AHEAD[-1]} steps ahead",
-            [x[str(AHEAD[-1])]["r"] for x in curves if str(AHEAD[-1]) in x],
-            0.9,
-            f"horizon (residual {LIMIT}): {np.mean([horizon(x) for x in curves]):.1f} steps.",
-        )
-    ] if any(str(AHEAD[-1]) in x for x in curves) else []
+    found = (
+        [
+            above(
+                f"A frozen kernel foresees {AHEAD[-1]} steps of RL",
+                f"r over tokens of Δ log π, forecast against actual, {AHEAD[-1]} steps ahead",
+                [x[str(AHEAD[-1])]["r"] for x in curves if str(AHEAD[-1]) in x],
+                0.9,
+                f"horizon (residual {LIMIT}): {np.mean([horizon(x) for x in curves]):.1f} steps.",
+            )
+        ]
+        if any(str(AHEAD[-1]) in x for x in curves)
+        else []
+    )
     if pairs := shared(rows):
         own, others = np.array([[horizon(a), horizon(b)] for a, b in pairs]).T
         found.append(

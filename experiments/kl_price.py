@@ -93,9 +93,7 @@ def verdicts(rows: dict[str, Any]) -> list[Verdict]:
     """From the rows of every training."""
     seeds = list(rows.values())
     of = lambda what: [parts(row, what)[PARTS[0]] for row in seeds]
-    price = [
-        sum(row["kl"].values()) / sum(row["reward"].values()) for row in seeds
-    ]
+    price = [sum(row["kl"].values()) / sum(row["reward"].values()) for row in seeds]
     seen, found = column(rows, "reward_seen"), [sum(row["reward"].values()) for row in seeds]
     return [
         above(

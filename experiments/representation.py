@@ -201,7 +201,7 @@ def counterfactual(saved: SavedRun, step: int, counts: Counts) -> dict[str, Any]
 
 
 def directions(model: Any, update: Any, prepared: Any) -> dict[str, Params]:
-    """What was applied and its halves, and plain gradient steps of W alone and of the body alone."""
+    """What was applied and its halves, and plain gradient steps of W and of the body alone."""
     applied = jax.tree.map(jnp.subtract, update.after, update.before)
     batch, temperature = prepared.batch, jnp.float32(update.temperature)
     weights = jnp.asarray(update.weights)
@@ -264,9 +264,7 @@ def verdicts(rows: dict[str, Any]) -> list[Verdict]:
     trajectory, straight = ([share(row, path) for row in seeds] for path in PATHS)
     update = [row["update"] for row in seeds]
     whole = lambda of, origin: sum(of[origin].values())
-    single = [
-        u["real"]["other"]["representation"] / whole(u["real"], "other") for u in update
-    ]
+    single = [u["real"]["other"]["representation"] / whole(u["real"], "other") for u in update]
     beyond = [
         u["shuffled_mean"]["other"]["representation"] - u["real"]["other"]["representation"]
         for u in update

@@ -1,8 +1,8 @@
 """What do negative advantages do: squeeze?
 
-Claim:     to push a token down pushes the most likely token up at the others' cost: of the mass that
-           is set free the top token gets more than its part, and the rest falls behind it (Ren and
-           Sutherland 2025, Learning Dynamics of LLM Finetuning, arXiv 2407.10490, the squeezing
+Claim:     to push a token down pushes the most likely token up at the others' cost: of the mass
+           that is set free the top token gets more than its part, and the rest falls behind it (Ren
+           and Sutherland 2025, Learning Dynamics of LLM Finetuning, arXiv 2407.10490, the squeezing
            effect, there of DPO).
 Command:   python experiments/squeezing.py --runs RUNS --name NAME [--size small]
            RUNS/joint/seed-K are runs of `jaxdyn rl` that keep their checkpoints.
@@ -151,6 +151,7 @@ def verdicts(rows: dict[str, Any]) -> list[Verdict]:
     ratio = np.mean(column(rows, "negative", "actual", "squeeze")) / abs(
         np.mean(column(rows, "negative", "actual", "token"))
     )
+    alone = column(rows, "positive", "entropy_elsewhere")
     repr_part = np.mean(column(rows, "negative", PARTS[0], "squeeze"))
     return [
         above(
@@ -179,7 +180,7 @@ def verdicts(rows: dict[str, Any]) -> list[Verdict]:
             "Negative advantages alone lower the entropy at held-out prompts",
             "−ΔH, nats a token",
             [-x for x in column(rows, "negative", "entropy_elsewhere")],
-            note=f"positive alone: ΔH {np.mean(column(rows, 'positive', 'entropy_elsewhere')):.2e}.",
+            note=f"positive alone: ΔH {np.mean(alone):.2e}.",
         ),
     ]
 

@@ -34,7 +34,7 @@ def reward_weights(
       JaxdynError: for fewer than two completions a prompt, or two shapes.
     """
     rewards, log_ratios = np.asarray(rewards, np.float64), np.asarray(log_ratios, np.float64)
-    if rewards.shape != log_ratios.shape or rewards.ndim != 2 or rewards.shape[1] < 2:
+    if rewards.shape != log_ratios.shape or rewards.shape[1] < 2:
         raise JaxdynError(
             "rewards and log_ratios must be [P, G] with G at least 2, got "
             f"{rewards.shape} and {log_ratios.shape}"
