@@ -1,19 +1,19 @@
-"""What claims about a run's changes share: checkpoints, held-out tokens, single updates, rulings.
+"""What claims about a run's changes share: checkpoints, held-out tokens, single updates.
 
 Held-out prompts are in no batch, so that whatever moves their sites comes from other prompts.
 """
 
 import argparse
+import dataclasses
 import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from frame import Ruling, Verdict, arms, trainings
-from inference import bootstrap, sign_flip
+from frame import arms, trainings
 
 from jaxdyn.dynamics import (
     Ledger,
@@ -26,12 +26,12 @@ from jaxdyn.dynamics import (
 from jaxdyn.dynamics.precision import exact_products, in_float32
 from jaxdyn.rollout import step_key
 from jaxdyn.train import SavedRun, open_run
-from jaxdyn.train.experience import Experience, gather_experience
+from jaxdyn.train.experience import gather_experience
 from jaxdyn.train.policy import completion_statistics
 from jaxdyn.train.probe import policy_of
-from jaxdyn.train.retake import loss_weights
+from jaxdyn.train.retake import UpdateTaken, loss_weights, take_updates
 from jaxdyn.train.sharing import completion_features
-from jaxdyn.train.step import Prepared
+from jaxdyn.train.step import Prepared, prepare_step
 from jaxdyn.types import Model, Params, Rollout, Sites
 
 PARTS = ("representation", "gradient")
@@ -100,47 +100,84 @@ def followed(saved: SavedRun, count: int, steps: int = 1) -> list[int]:
 # -- held-out tokens ------------------------------------------------------------------------------
 
 
-class HeldOut(NamedTuple):
-    """Completions of held-out prompts, every token of them a site, and their rewards [P, G]."""
+class Tokens(NamedTuple):
+    """Tokens of completions: the first `count` of the sites, in the order of their texts. The rest
+    are one token of one more text, so that all batches of a size share their programs."""
 
-    rollout: Rollout
     sites: Sites
+    count: int
+
+    @property
+    def rows(self) -> np.ndarray:
+        """Whose completion's each is."""
+        return np.asarray(self.sites.rows)[: self.count]
+
+    @property
+    def targets(self) -> np.ndarray:
+        """What was sampled there."""
+        return np.asarray(self.sites.targets)[: self.count]
+
+
+def every_token(rollout: Rollout) -> Tokens:
+    """All tokens of the completions."""
+    texts, slots = rollout.completion_ids.shape
+    found, split = sites_from_rollout(rollout, slots, 0), rollout.prompt_ids.shape[1]
+    missing = texts * slots - len(found.rows)
+    again = lambda x: jnp.concatenate([x, x[:1]])
+
+    def filled(x, value):
+        return jnp.concatenate([x, jnp.full(missing, value, x.dtype)])
+
+    sites = Sites(
+        tokens=again(found.tokens),
+        mask=again(found.mask),
+        rows=filled(found.rows, texts),
+        positions=filled(found.positions, split - 1),
+        targets=filled(found.targets, 0),
+        is_prompt=filled(found.is_prompt, True),
+    )
+    return Tokens(sites, len(found.rows))
+
+
+class HeldOut(NamedTuple):
+    """Completions of held-out prompts, and their rewards [P, G]."""
+
+    tokens: Tokens
     rewards: np.ndarray
 
     @property
     def gains(self) -> np.ndarray:
-        """R less the mean of its prompt's others, over how many completions there are, [P G]: Σ
-        gain · Δ log π is the reward's change to first order."""
-        return reward_weights(self.rewards, np.zeros_like(self.rewards)).ravel()
-
-    @property
-    def site_gains(self) -> np.ndarray:
-        """`gains` at every site, [N]."""
-        return self.gains[np.asarray(self.sites.rows)]
+        """R less the mean of its prompt's others, over how many completions there are, of every
+        token: Σ gain · Δ log π is the reward's change to first order."""
+        weights = reward_weights(self.rewards, np.zeros_like(self.rewards))
+        return weights.ravel()[self.tokens.rows]
 
 
 def held_out(saved: SavedRun, params: Params, counts: Counts, seed: int = 0) -> HeldOut:
     """What `params` say to held-out prompts."""
     task, key = saved.task, step_key(saved.config.seed, "probe", seed)
-    few = task.test[: counts.prompts]
-    found = gather_experience(task, params, few, key, counts.generations)
-    return of_experience(found)
+    found = gather_experience(task, params, task.test[: counts.prompts], key, counts.generations)
+    rewards = np.nan_to_num(found.rewards.total).reshape(-1, counts.generations)
+    return HeldOut(every_token(found.rollout), rewards)
 
 
-def of_experience(found: Experience) -> HeldOut:
-    """A batch of experience, every token a site."""
-    rewards = np.nan_to_num(found.rewards.total).reshape(-1, found.num_generations)
-    return HeldOut(found.rollout, every_token(found.rollout), rewards)
-
-
-def every_token(rollout: Rollout) -> Sites:
-    """All tokens of the completions."""
-    return sites_from_rollout(rollout, rollout.completion_ids.shape[1], 0)
+def account(saved: SavedRun, path: Iterable[Params], tokens: Tokens, **options: Any) -> Ledger:
+    """The ledger along a path, at the tokens alone; `options` are the ledger's."""
+    found = ledger(in_float32(saved.task.model), path, tokens.sites, **options)
+    texts = len(tokens.sites.tokens) - 1
+    of_tokens = lambda tree: jax.tree.map(lambda x: x[:, : tokens.count], tree)
+    return dataclasses.replace(
+        found,
+        values=of_tokens(found.values),
+        parts=of_tokens(found.parts),
+        by_layer=jax.tree.map(lambda x: x[:, :texts], found.by_layer),
+    )
 
 
 class Segment(NamedTuple):
-    """From one checkpoint to the next: completions sampled at its beginning, the account at their
-    tokens, and the weights w [N] with which Σ w Δ log π is the reward's change."""
+    """From one checkpoint to the next: completions sampled at its beginning, log π [N, V] there,
+    the account at their tokens, and the weights w [N] with which Σ w Δ log π is the reward's
+    change."""
 
     look: HeldOut
     before: np.ndarray
@@ -149,35 +186,46 @@ class Segment(NamedTuple):
 
 
 def segments(saved: SavedRun, counts: Counts, **options: Any) -> Iterator[Segment]:
-    """Every segment of a run; `options` are the ledger's. `before` is log π [N, V]."""
-    model, path = in_float32(saved.task.model), policies(saved)
+    """Every segment of a run; `options` are the ledger's."""
+    path = policies(saved)
     start = next(path)
     for number, end in enumerate(path):
         look = held_out(saved, start, counts, number)
-        account = ledger(model, [start, end], look.sites, **options)
-        rows = np.asarray(look.sites.rows)
-        own = np.bincount(rows, account.change("log_prob")[0], look.rewards.size)
-        of_text = reward_weights(look.rewards, own.reshape(look.rewards.shape)).ravel()
-        before = np.asarray(log_probs_at(model, start, look.sites), np.float64)
-        yield Segment(look, before, account, of_text[rows])
+        found, rows = account(saved, [start, end], look.tokens, **options), look.tokens.rows
+        own = np.bincount(rows, found.change("log_prob")[0], look.rewards.size)
+        weights = reward_weights(look.rewards, own.reshape(look.rewards.shape)).ravel()
+        before = log_probs_at(saved.task.model, start, look.tokens)
+        yield Segment(look, before, found, weights[rows])
         start = end
-
-
-def seen_by(sites: Sites, chosen: np.ndarray) -> Sites:
-    """Some of the sites."""
-    pick = lambda x: jnp.asarray(np.asarray(x)[chosen])
-    names = ("rows", "positions", "targets", "is_prompt")
-    return sites.replace(**{name: pick(getattr(sites, name)) for name in names})
 
 
 # -- single updates -------------------------------------------------------------------------------
 
 
+def taken(saved: SavedRun, step: int) -> tuple[Prepared, UpdateTaken]:
+    """The batch of the step that follows a checkpoint, and the first update by it."""
+    stage, state = saved.begin(step)
+    prepared = prepare_step(saved.task, state, stage, step)
+    return prepared, next(take_updates(saved.task, state, stage, prepared))
+
+
+def log_probs_at(model: Model, params: Params, tokens: Tokens) -> np.ndarray:
+    """log π [N, V] at the tokens, of a float32 pass or better."""
+    found = _log_probs_at(in_float32(model), params, tokens.sites)
+    return np.asarray(found[: tokens.count], np.float64)
+
+
+def first_order(
+    model: Model, params: Params, change: Params, tokens: Tokens
+) -> dict[str, np.ndarray]:
+    """Δf [N, V] of a change of the parameters by component (of a tied matrix by role)."""
+    found = _first_order(in_float32(model), params, change, tokens.sites)
+    return {part: np.asarray(getattr(found, part)[: tokens.count], np.float64) for part in PARTS}
+
+
 @functools.partial(jax.jit, static_argnums=0)
 @exact_products
-def log_probs_at(model: Model, params: Params, sites: Sites) -> jax.Array:
-    """log π [N, V], in float32 or better."""
-    model = in_float32(model)
+def _log_probs_at(model, params, sites):
     view = model.view(params)
     phi = site_features(model, view["backbone"], sites)
     return jax.nn.log_softmax(model.logits(view["classifier"], phi))
@@ -185,10 +233,8 @@ def log_probs_at(model: Model, params: Params, sites: Sites) -> jax.Array:
 
 @functools.partial(jax.jit, static_argnums=0)
 @exact_products
-def first_order(model: Model, params: Params, change: Params, sites: Sites) -> dict[str, jax.Array]:
-    """Δf [N, V] of a change of the parameters by component (of a tied matrix by role)."""
-    found = delta_logits(in_float32(model), params, change, sites)[1]
-    return {name: getattr(found, name) for name in PARTS}
+def _first_order(model, params, change, sites):
+    return delta_logits(model, params, change, sites)[1]
 
 
 def entropies(log_probs: np.ndarray) -> np.ndarray:
@@ -283,48 +329,3 @@ def second_order_kl(log_probs: np.ndarray, change: np.ndarray) -> float:
     probs = np.exp(log_probs)
     centred = change - np.sum(probs * change, axis=-1, keepdims=True)
     return float(np.mean(np.sum(probs * centred**2, axis=-1)) / 2)
-
-
-# -- rulings --------------------------------------------------------------------------------------
-
-
-def above(
-    claim: str,
-    statistic: str,
-    values: Sequence[float],
-    threshold: float = 0.0,
-    note: str = "",
-    over: str = "trainings",
-) -> Verdict:
-    """Whether the mean over seeds lies above a threshold.
-
-    Supported if the 95 % interval of the mean (bootstrap over seeds) lies above it, not supported
-    if below, both only if the exact sign flip of value − threshold has p < 0.05; else undecided.
-    """
-    found = np.asarray([x for x in values if x is not None], np.float64)
-    if len(found) == 0:
-        raise ValueError(f"no training says anything of: {claim}")
-    mean, p = float(found.mean()), sign_flip(found - threshold)
-    low, high = bootstrap(found) if len(found) > 1 else (mean, mean)
-    ruling: Ruling = "undecided"
-    if p < 0.05 and low > threshold:
-        ruling = "supported"
-    if p < 0.05 and high < threshold:
-        ruling = "not supported"
-    seeds = len(found)
-    return Verdict(claim, ruling, statistic, mean, low, high, f"{seeds} {over}", seeds, p, note)
-
-
-def column(rows: dict[str, Any], *path: str) -> list[float]:
-    """One figure of every training."""
-    found = []
-    for row in rows.values():
-        for name in path:
-            row = row[name]
-        found.append(row)
-    return found
-
-
-def mean_of(trees: Sequence[Any]) -> Any:
-    """The mean of figures in nested dictionaries of the same names."""
-    return jax.tree.map(lambda *x: float(np.mean(x)), *trees)

@@ -17,7 +17,7 @@ parts of Δ log π of the sites' tokens. Shares are ⟨part, whole⟩ / ⟨whole
 is ‖Σ c‖² / Σ ‖c‖²: the number of terms if all agree, 1 if they are independent, 0 if they cancel.
 
 Rulings: of representation's figure less the gradient component's, over trainings; see
-`accounts.above`.
+`rulings.above`.
 """
 
 from collections.abc import Sequence
@@ -30,8 +30,8 @@ import numpy as np
 from accounts import (
     PARTS,
     Counts,
-    above,
-    column,
+    Tokens,
+    account,
     each_seed,
     first_order,
     followed,
@@ -41,15 +41,14 @@ from accounts import (
     policies,
 )
 from frame import COLOURS, Verdict, keep, parser
+from rulings import above, column
 
-from jaxdyn.dynamics import ledger
-from jaxdyn.dynamics.precision import in_float32
 from jaxdyn.optim import stage_at
 from jaxdyn.train import SavedRun
 from jaxdyn.train.retake import take_updates
 from jaxdyn.train.state import begin_stage
 from jaxdyn.train.step import prepare_step
-from jaxdyn.types import Params, Sites
+from jaxdyn.types import Params
 
 IN_A_ROW = 5
 """How many updates are taken after a checkpoint."""
@@ -59,24 +58,24 @@ LAGS = (1, 2, 4)
 
 def look_at(saved: SavedRun, counts: Counts) -> dict[str, Any]:
     """Shares, cosines and sums of single updates, and of the segments between checkpoints."""
-    sites = held_out(saved, saved.loaded.params, counts).sites
+    tokens = held_out(saved, saved.loaded.params, counts).tokens
     row = min(IN_A_ROW, saved.plan[-1].end - saved.steps[0])
     steps = followed(saved, counts.updates, row)
-    updates = [updates_after(saved, step, row, sites) for step in steps]
-    account = ledger(in_float32(saved.task.model), policies(saved), sites)
-    parts = {part: account.parts["log_prob"][part] for part in PARTS}
+    updates = [updates_after(saved, step, row, tokens) for step in steps]
+    found = account(saved, policies(saved), tokens)
+    parts = found.parts["log_prob"]
     return {
         "steps": steps,
         "updates": updates,
         "segments": summary(parts),
         "segments_shares": shares_of(parts),
         "training_share": share(
-            parts["representation"].sum(axis=0), account.change("log_prob").sum(axis=0)
+            parts["representation"].sum(axis=0), found.change("log_prob").sum(axis=0)
         ),
     }
 
 
-def updates_after(saved: SavedRun, step: int, count: int, sites: Sites) -> dict[str, Any]:
+def updates_after(saved: SavedRun, step: int, count: int, tokens: Tokens) -> dict[str, Any]:
     """What `count` updates after a checkpoint did at the sites, each from where it was made."""
     task = saved.task
     stage, state = saved.begin(step)
@@ -92,7 +91,7 @@ def updates_after(saved: SavedRun, step: int, count: int, sites: Sites) -> dict[
             rest = [change.delta for change in update.others.values()]
             alone = jax.tree.map(lambda x, *others: x - sum(others), applied, *rest)
             for found, change in ((whole, applied), (fresh, alone)):
-                for part, x in propagated(task.model, update.before, change, sites).items():
+                for part, x in propagated(task.model, update.before, change, tokens).items():
                     found[part].append(x)
             last = update.state
         state = state.replace(**vars(last))
@@ -102,14 +101,11 @@ def updates_after(saved: SavedRun, step: int, count: int, sites: Sites) -> dict[
     return {"shares": shares, **found}
 
 
-def propagated(model: Any, params: Params, change: Params, sites: Sites) -> dict[str, np.ndarray]:
-    """First-order Δ log π of every token at the sites by component, [N V]."""
-    probs = np.exp(np.asarray(log_probs_at(model, params, sites), np.float64))
-    found = {}
-    for part, x in first_order(model, params, change, sites).items():
-        logits = np.asarray(x, np.float64)
-        found[part] = (logits - np.sum(probs * logits, axis=1, keepdims=True)).ravel()
-    return found
+def propagated(model: Any, params: Params, change: Params, tokens: Tokens) -> dict[str, np.ndarray]:
+    """First-order Δ log π of the whole vocabulary at the tokens by component, [N V]."""
+    probs = np.exp(log_probs_at(model, params, tokens))
+    centred = lambda x: (x - np.sum(probs * x, axis=1, keepdims=True)).ravel()
+    return {part: centred(x) for part, x in first_order(model, params, change, tokens).items()}
 
 
 def share(part: np.ndarray, whole: np.ndarray) -> float:

@@ -15,7 +15,7 @@ held-out prompts, ranked by its entropy there. As teachers: of single updates in
 run's optimizer, the first-order gain at held-out prompts of the gradient of these tokens of the
 batch alone, as a part of all tokens'.
 
-Rulings: "carry" is more than half of the change, over trainings; see `accounts.above`.
+Rulings: "carry" is more than half of the change, over trainings; see `rulings.above`.
 """
 
 from typing import Any
@@ -25,9 +25,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 from accounts import (
     Counts,
-    above,
     along,
-    column,
     each_seed,
     entropies,
     entropy_change,
@@ -38,17 +36,16 @@ from accounts import (
     loss_gradient,
     plain_arm,
     segments,
+    taken,
     target_change,
     unit_weights,
 )
 from frame import COLOURS, Verdict, keep, parser
+from rulings import above, column
 
-from jaxdyn.dynamics.precision import in_float32
 from jaxdyn.train import SavedRun
 from jaxdyn.train.policy import completion_statistics
-from jaxdyn.train.retake import take_updates
 from jaxdyn.train.sharing import batch_features
-from jaxdyn.train.step import prepare_step
 
 SHARES = (0.1, 0.2, 0.3, 0.5, 0.8, 1.0)
 FIFTH = SHARES.index(0.2)
@@ -75,10 +72,8 @@ def places(saved: SavedRun, counts: Counts) -> dict[str, Any]:
 
 def teachers(saved: SavedRun, step: int, counts: Counts) -> dict[str, Any]:
     """First-order gains and ΔH at held-out prompts by share of the batch's tokens that teach."""
-    task, model = saved.task, in_float32(saved.task.model)
-    stage, state = saved.begin(step)
-    prepared = prepare_step(task, state, stage, step)
-    update = next(take_updates(task, state, stage, prepared))
+    task, model = saved.task, saved.task.model
+    prepared, update = taken(saved, step)
     batch, temperature = prepared.batch, jnp.float32(update.temperature)
     per_unit, _ = unit_weights(task, update.before, prepared)
     weights = per_unit * np.asarray(batch.advantages)[:, None, None]
@@ -89,15 +84,15 @@ def teachers(saved: SavedRun, step: int, counts: Counts) -> dict[str, Any]:
     entropy = np.where(mask, np.asarray(seen.entropy), -np.inf)
     rank = np.argsort(np.argsort(-entropy, axis=None)).reshape(mask.shape) / mask.sum()
     look = held_out(saved, update.before, counts, step + 1)
-    targets = np.asarray(look.sites.targets)
-    before = np.asarray(log_probs_at(model, update.before, look.sites), np.float64)
+    before = log_probs_at(model, update.before, look.tokens)
     found: dict[str, Any] = {"reward": [], "entropy": []}
     for share in SHARES:
         taught = jnp.asarray(np.where((rank < share)[..., None], weights, 0).astype(np.float32))
         gradient = loss_gradient(model, update.before, batch, taught, temperature)
         change = along(update.metric, gradient)
-        moved = sum(map(np.asarray, first_order(model, update.before, change, look.sites).values()))
-        found["reward"].append(float(target_change(before, moved, targets) @ look.site_gains))
+        moved = sum(first_order(model, update.before, change, look.tokens).values())
+        gain = target_change(before, moved, look.tokens.targets)
+        found["reward"].append(float(gain @ look.gains))
         found["entropy"].append(float(entropy_change(before, moved).mean()))
     return found
 

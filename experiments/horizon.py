@@ -14,7 +14,7 @@ applied, so that Σ_s D_t P_s D_sᵀ g_s is the kernel's forecast with its first
 Against what happened: r over tokens, and ‖actual − forecast‖ / ‖actual‖. The horizon is the largest
 k, between the ones that were looked at in log k, before that residual passes 0.5.
 
-Rulings: RL against supervised training of one seed, over seeds; see `accounts.above`.
+Rulings: RL against supervised training of one seed, over seeds; see `rulings.above`.
 """
 
 from typing import Any
@@ -25,7 +25,6 @@ import matplotlib.pyplot as plt
 import numpy as np
 from accounts import (
     Counts,
-    above,
     each_seed,
     first_order,
     followed,
@@ -35,8 +34,8 @@ from accounts import (
     target_change,
 )
 from frame import COLOURS, Verdict, keep, parser
+from rulings import above
 
-from jaxdyn.dynamics.precision import in_float32
 from jaxdyn.train import SavedRun
 from jaxdyn.train.loop import STEPS
 from jaxdyn.train.probe import policy_of, remember
@@ -65,21 +64,19 @@ def states_after(saved: SavedRun, step: int) -> dict[int, Params]:
 
 def look_at(saved: SavedRun, counts: Counts) -> dict[str, Any]:
     """r, the relative residual and the rms change by steps ahead, the mean over checkpoints."""
-    model = in_float32(saved.task.model)
-    sites = held_out(saved, saved.loaded.params, counts).sites
-    targets = np.asarray(sites.targets)
-    wide = lambda x: np.asarray(x, np.float64)
+    model, tokens = saved.task.model, held_out(saved, saved.loaded.params, counts).tokens
+    targets = tokens.targets
     own = lambda x: np.take_along_axis(x, targets[:, None], axis=1)[:, 0]
     found: dict[int, list[tuple[float, float, float]]] = {}
     steps = followed(saved, counts.updates)
     for step in steps:
         start = policy_of(saved.state(step).params)
-        before = wide(log_probs_at(model, start, sites))
+        before = log_probs_at(model, start, tokens)
         for ahead, end in states_after(saved, step).items():
             change = jax.tree.map(jnp.subtract, end, start)
-            parts = first_order(model, start, change, sites)
-            forecast = target_change(before, sum(map(wide, parts.values())), targets)
-            actual = own(wide(log_probs_at(model, end, sites)) - before)
+            moved = sum(first_order(model, start, change, tokens).values())
+            forecast = target_change(before, moved, targets)
+            actual = own(log_probs_at(model, end, tokens) - before)
             r = float(np.corrcoef(forecast, actual)[0, 1])
             size = float(np.linalg.norm(actual))
             residual = float(np.linalg.norm(actual - forecast)) / size

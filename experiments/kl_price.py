@@ -15,7 +15,7 @@ completions of the segment's first policy. Both by component, and by layer. (The
 that other tokens come to be sampled is no part of it.) The estimate of the reward's change is held
 against the difference of the rewards of the policies before and after.
 
-Rulings: over trainings; see `accounts.above`.
+Rulings: over trainings; see `rulings.above`.
 """
 
 from typing import Any
@@ -25,8 +25,7 @@ import numpy as np
 from accounts import (
     PARTS,
     Counts,
-    above,
-    column,
+    account,
     each_seed,
     held_out,
     plain_arm,
@@ -34,29 +33,26 @@ from accounts import (
     segments,
 )
 from frame import COLOURS, Verdict, keep, parser
+from rulings import above, column
 
-from jaxdyn.dynamics import ledger
-from jaxdyn.dynamics.precision import in_float32
 from jaxdyn.train import SavedRun
 
 
 def look_at(saved: SavedRun, counts: Counts) -> dict[str, Any]:
     """The parts of the KL and of the reward's change."""
-    model, last = in_float32(saved.task.model), saved.policy(merged=False)[1]
+    last = saved.policy(merged=False)[1]
     end, start = held_out(saved, last, counts), held_out(saved, saved.loaded.params, counts)
-    account = ledger(model, policies(saved), end.sites, by_layer=("kl",))
-    kl = {part: float(x.sum(axis=0).mean()) for part, x in account.parts["kl"].items()}
-    count = len(end.sites.rows)
-    kl_layers = by_place(account.by_layer["kl"], 1 / count)
+    found = account(saved, policies(saved), end.tokens, by_layer=("kl",))
+    kl = {part: float(x.sum(axis=0).mean()) for part, x in found.parts["kl"].items()}
+    kl_layers = by_place(found.by_layer["kl"], 1 / end.tokens.count)
     reward = dict.fromkeys(PARTS, 0.0)
     layers: dict[str, float] = {}
     for segment in segments(saved, counts, by_layer=("log_prob",)):
         for part in PARTS:
             own = segment.account.parts["log_prob"][part][0]
             reward[part] += float(segment.weights @ own)
-        rows = np.asarray(segment.look.sites.rows)
         of_text = np.zeros(segment.look.rewards.size)
-        of_text[rows] = segment.weights
+        of_text[segment.look.tokens.rows] = segment.weights
         for place, x in by_place(segment.account.by_layer["log_prob"], of_text).items():
             layers[place] = layers.get(place, 0.0) + x
     return {
@@ -64,7 +60,7 @@ def look_at(saved: SavedRun, counts: Counts) -> dict[str, Any]:
         "kl_by_place": kl_layers,
         "reward": reward,
         "reward_by_place": layers,
-        "kl_change": float(account.change("kl").sum(axis=0).mean()),
+        "kl_change": float(found.change("kl").sum(axis=0).mean()),
         "reward_seen": float(end.rewards.mean() - start.rewards.mean()),
     }
 

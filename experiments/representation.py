@@ -20,7 +20,7 @@ shuffled within a prompt's completions, or all 0. Then updates that were not mad
 and plain gradient steps on W with features as they are, centred, or whitened.
 
 Rulings: of part / ΔH, a mean over trainings. "A tenth" and "the larger part" are supported if the
-interval lies above 0.1 and 0.5, not supported if below; see `accounts.above`.
+interval lies above 0.1 and 0.5, not supported if below; see `rulings.above`.
 """
 
 from collections.abc import Sequence
@@ -34,8 +34,8 @@ from accounts import (
     PARTS,
     Counts,
     HeldOut,
-    above,
-    column,
+    Tokens,
+    account,
     each_seed,
     entropies,
     entropy_change,
@@ -43,51 +43,39 @@ from accounts import (
     followed,
     held_out,
     log_probs_at,
-    loss_gradient,
-    mean_of,
-    only,
     plain_arm,
-    plus,
     policies,
-    scaled,
-    second_order_kl,
     shuffled,
-    target_change,
+    taken,
     unit_weights,
 )
+from counterfactuals import KL, counterfactual
 from frame import COLOURS, Verdict, keep, parser
+from rulings import above, column, mean_of
 
 from jaxdyn.commands.influence_places import batch_sites, own_weights, relate
-from jaxdyn.dynamics import contributions, influence, ledger, own_tokens
+from jaxdyn.dynamics import contributions, own_tokens
 from jaxdyn.dynamics.precision import in_float32
-from jaxdyn.optim.whitened import second_moment, whitened_direction
-from jaxdyn.rl.cotangents import LogitCotangents
 from jaxdyn.train import SavedRun
-from jaxdyn.train.retake import batch_rollout, take_updates
-from jaxdyn.train.sharing import batch_features
-from jaxdyn.train.step import prepare_step
+from jaxdyn.train.retake import batch_rollout
 from jaxdyn.types import Components, Params
 
 ORIGINS = ("itself", "completion", "group", "other")
-KL = 1e-3
-"""Of every counterfactual update, in nats a token."""
 
 
 # -- the ledger -----------------------------------------------------------------------------------
 
 
 def ledgers(saved: SavedRun, look: HeldOut) -> dict[str, Any]:
-    """ΔH by component along the checkpoints and on the straight line, mean over sites, in nats."""
-    model, found = in_float32(saved.task.model), {}
+    """ΔH by component along the checkpoints and on the straight line, mean over tokens, in nats."""
     ends = [saved.loaded.params, saved.policy(merged=False)[1]]
-    paths = {"trajectory": policies(saved), "straight": iter(ends)}
-    for name, path in paths.items():
-        account = ledger(model, path, look.sites)
-        sums = {part: account.parts["entropy"][part].sum(axis=0) for part in PARTS}
-        change = account.change("entropy").sum(axis=0)
-        found[name] = {part: x.mean() for part, x in sums.items()}
-        found[name] |= {"change": change.mean(), "segments": len(account.nodes)}
-        found[name]["of_squares"] = float(sums["representation"] @ change / (change @ change))
+    found = {}
+    for name, path in (("trajectory", policies(saved)), ("straight", ends)):
+        whole = account(saved, path, look.tokens)
+        sums = {part: x.sum(axis=0) for part, x in whole.parts["entropy"].items()}
+        change = whole.change("entropy").sum(axis=0)
+        found[name] = {part: float(x.mean()) for part, x in sums.items()}
+        found[name] |= {"change": float(change.mean()), "segments": len(whole.nodes)}
     return found
 
 
@@ -97,9 +85,7 @@ def ledgers(saved: SavedRun, look: HeldOut) -> dict[str, Any]:
 def single_update(saved: SavedRun, step: int, counts: Counts) -> dict[str, Any]:
     """One update's first-order ΔH in its own batch's tokens, by origin, sign and component."""
     task, model = saved.task, in_float32(saved.task.model)
-    stage, state = saved.begin(step)
-    prepared = prepare_step(task, state, stage, step)
-    update = next(take_updates(task, state, stage, prepared))
+    prepared, update = taken(saved, step)
     rollout, groups = batch_rollout(prepared), task.config.train.num_generations
     advantages = np.asarray(prepared.batch.advantages, np.float64)
     sites = batch_sites(rollout, 0, 1, 0)
@@ -115,17 +101,15 @@ def single_update(saved: SavedRun, step: int, counts: Counts) -> dict[str, Any]:
         return by_origin(update.clip * whole, update.clip * own, related)
 
     of_reward, of_rest = origins(per_unit), origins(without)
-    account = influence(
-        model,
-        update.before,
-        update.after,
-        sites,
-        rollout,
-        weights=update.weights,
-        clip=update.clip,
-        others=update.others,
-        **common,
-    )
+    places = Tokens(sites, len(sites.rows))
+    here = log_probs_at(model, update.before, places)
+    before, applied = entropies(here), jax.tree.map(jnp.subtract, update.after, update.before)
+
+    def moved(change: Params) -> dict[str, float]:
+        """First-order ΔH of a change of the parameters."""
+        parts = first_order(model, update.before, change, places)
+        return {part: float(entropy_change(here, x).mean()) for part, x in parts.items()}
+
     draws = shuffled(advantages, groups, counts.shuffles, step)
     signs = {"positive": np.maximum(advantages, 0), "negative": np.minimum(advantages, 0)}
     mean = lambda x: named(x.mean(axis=1))  # [components, O] over the sites
@@ -140,11 +124,9 @@ def single_update(saved: SavedRun, step: int, counts: Counts) -> dict[str, Any]:
         "by_sign": {
             sign: {o: mean(x @ some) for o, x in of_reward.items()} for sign, some in signs.items()
         },
-        "beside": {
-            name: mean(entropy_of(x)) for name, x in account.others.items() if name != "clipping"
-        },
-        "first_order": float(account.first_order[1].mean()),
-        "actual": float(account.actual[1].mean()),
+        "beside": {name: moved(change.delta) for name, change in update.others.items()},
+        "first_order": sum(moved(applied).values()),
+        "actual": float((entropies(log_probs_at(model, update.after, places)) - before).mean()),
     }
     return found
 
@@ -172,71 +154,6 @@ def entropy_of(found: Components) -> np.ndarray:
 
 def named(x: np.ndarray) -> dict[str, float]:
     return {part: float(value) for part, value in zip(PARTS, x, strict=True)}
-
-
-# -- updates that were not made -------------------------------------------------------------------
-
-
-def counterfactual(saved: SavedRun, step: int, counts: Counts) -> dict[str, Any]:
-    """ΔH that really follows, and the reward's gain to first order, of updates of one length."""
-    task, model = saved.task, in_float32(saved.task.model)
-    stage, state = saved.begin(step)
-    prepared = prepare_step(task, state, stage, step)
-    update = next(take_updates(task, state, stage, prepared))
-    look = held_out(saved, update.before, counts, step + 1)
-    before, targets = np.asarray(log_probs_at(model, update.before, look.sites)), look.sites.targets
-    found = {}
-    for name, change in directions(model, update, prepared).items():
-        parts = first_order(model, update.before, change, look.sites)
-        whole = np.asarray(sum(parts.values()))
-        length = np.sqrt(KL / second_order_kl(before, whole))
-        after = log_probs_at(model, plus(update.before, scaled(change, length)), look.sites)
-        gain = length * target_change(before, whole, np.asarray(targets))
-        found[name] = {
-            "entropy": float((entropies(np.asarray(after)) - entropies(before)).mean()),
-            "entropy_first_order": float(length * entropy_change(before, whole).mean()),
-            "reward": float(gain @ look.site_gains),
-        }
-    return found
-
-
-def directions(model: Any, update: Any, prepared: Any) -> dict[str, Params]:
-    """What was applied and its halves, and plain gradient steps of W and of the body alone."""
-    applied = jax.tree.map(jnp.subtract, update.after, update.before)
-    batch, temperature = prepared.batch, jnp.float32(update.temperature)
-    weights = jnp.asarray(update.weights)
-    gradient = loss_gradient(model, update.before, batch, weights, temperature)
-    downhill = scaled(gradient, -1.0)
-    phi = batch_features(model, update.before["backbone"], batch)
-    steps = classifier_steps(model, update.before, phi, batch, weights, temperature)
-    nothing = jax.tree.map(jnp.zeros_like, applied)
-    of_head = lambda x: {**nothing, "classifier": {**nothing["classifier"], "weight": x}}
-    return {
-        "applied": applied,
-        "applied, W alone": only("classifier", applied),
-        "applied, body alone": only("backbone", applied),
-        "gradient, body alone": only("backbone", downhill),
-        **{f"gradient, W {name}": of_head(x) for name, x in steps.items()},
-    }
-
-
-def classifier_steps(
-    model: Any, params: Params, phi: jax.Array, batch: Any, weights: jax.Array, temperature: Any
-) -> dict[str, jax.Array]:
-    """−Σ_u g_u φ_uᵀ [V, D], of features as they are, less their mean, and whitened."""
-    logits = model.logits(model.view(params)["classifier"], phi)
-    cotangents = LogitCotangents(weights[..., 0], weights[..., 1])
-    mask = batch.completion_mask[..., None]
-    field = jnp.where(mask, cotangents.whole(logits, batch.completion_ids, temperature), 0)
-    mean = jnp.sum(jnp.where(mask, phi, 0), axis=(0, 1)) / jnp.sum(batch.completion_mask)
-    moment, count = second_moment(phi, batch.completion_mask)
-    against = lambda x: -jnp.einsum("bcv,bcd->vd", field, x)
-    plain = against(phi)
-    return {
-        "plain": plain,
-        "centred": against(phi - mean[None, None]),
-        "whitened": whitened_direction(-plain, moment / count, 1e-3),
-    }
 
 
 # -- the finding ----------------------------------------------------------------------------------

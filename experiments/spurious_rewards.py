@@ -19,7 +19,7 @@ entropy at held-out tokens after a step and after its opposite, (ΔH(+) − ΔH(
 equally likely, so that the second is what they leave on average. Trainings are ledgers along the
 checkpoints, in nats a token at tokens of held-out prompts that the policies before RL wrote.
 
-Rulings: over trainings; see `accounts.above`.
+Rulings: over trainings; see `rulings.above`.
 """
 
 from typing import Any
@@ -30,7 +30,7 @@ import numpy as np
 from accounts import (
     PARTS,
     Counts,
-    above,
+    account,
     along,
     each_seed,
     entropies,
@@ -43,15 +43,13 @@ from accounts import (
     policies,
     scaled,
     shuffled,
+    taken,
     unit_weights,
 )
 from frame import COLOURS, Verdict, keep, parser
+from rulings import above
 
-from jaxdyn.dynamics import ledger
-from jaxdyn.dynamics.precision import in_float32
 from jaxdyn.train import SavedRun
-from jaxdyn.train.retake import take_updates
-from jaxdyn.train.step import prepare_step
 
 LENGTHS = (0.5, 1.0, 2.0, 4.0, 8.0)
 """Steps in units of the run's own."""
@@ -61,11 +59,10 @@ DRAWS = 8
 
 def training(saved: SavedRun, counts: Counts) -> dict[str, Any]:
     """ΔH of a whole training by component, nats a token."""
-    sites = held_out(saved, saved.loaded.params, counts).sites
-    account = ledger(in_float32(saved.task.model), policies(saved), sites)
-    found = {part: account.parts["entropy"][part].sum(axis=0).mean() for part in PARTS}
+    found = account(saved, policies(saved), held_out(saved, saved.loaded.params, counts).tokens)
+    parts = {part: x.sum(axis=0).mean() for part, x in found.parts["entropy"].items()}
     rate = saved.config.optim.learning_rate
-    return {**found, "change": account.change("entropy").sum(axis=0).mean(), "rate": rate}
+    return {**parts, "change": found.change("entropy").sum(axis=0).mean(), "rate": rate}
 
 
 def real(saved: SavedRun, counts: Counts) -> dict[str, Any]:
@@ -77,15 +74,13 @@ def real(saved: SavedRun, counts: Counts) -> dict[str, Any]:
 
 def single_update(saved: SavedRun, step: int, counts: Counts) -> dict[str, Any]:
     """The odd and the even part of ΔH by the step's length, nats a token."""
-    task, model = saved.task, in_float32(saved.task.model)
-    stage, state = saved.begin(step)
-    prepared = prepare_step(task, state, stage, step)
-    update = next(take_updates(task, state, stage, prepared))
+    task, model = saved.task, saved.task.model
+    prepared, update = taken(saved, step)
     batch, groups = prepared.batch, task.config.train.num_generations
     per_unit, _ = unit_weights(task, update.before, prepared)
     advantages = np.asarray(batch.advantages, np.float32)
-    sites = held_out(saved, update.before, counts, step + 1).sites
-    here = entropies(np.asarray(log_probs_at(model, update.before, sites), np.float64))
+    tokens = held_out(saved, update.before, counts, step + 1).tokens
+    here = entropies(log_probs_at(model, update.before, tokens))
 
     def parts(given: np.ndarray) -> list[list[float]]:
         """(odd, even) by length of the step that these advantages make."""
@@ -96,8 +91,8 @@ def single_update(saved: SavedRun, step: int, counts: Counts) -> dict[str, Any]:
         change = along(update.metric, gradient)
 
         def moved(length: float) -> float:
-            there = log_probs_at(model, plus(update.before, scaled(change, length)), sites)
-            return float((entropies(np.asarray(there, np.float64)) - here).mean())
+            there = log_probs_at(model, plus(update.before, scaled(change, length)), tokens)
+            return float((entropies(there) - here).mean())
 
         pairs = [(moved(c), moved(-c)) for c in LENGTHS]
         return [[(a - b) / 2, (a + b) / 2] for a, b in pairs]

@@ -22,7 +22,7 @@ log π(y), to log π of the top token, to the log mass of the rest, and to
 at the batch's own tokens with such an advantage (where y is not the top), and to H at held-out
 prompts.
 
-Rulings: over trainings; see `accounts.above`.
+Rulings: over trainings; see `rulings.above`.
 """
 
 from typing import Any
@@ -33,9 +33,7 @@ import numpy as np
 from accounts import (
     PARTS,
     Counts,
-    above,
     along,
-    column,
     each_seed,
     entropies,
     every_token,
@@ -44,17 +42,16 @@ from accounts import (
     held_out,
     log_probs_at,
     loss_gradient,
-    mean_of,
     plain_arm,
     plus,
+    taken,
     unit_weights,
 )
 from frame import COLOURS, Verdict, keep, parser
+from rulings import above, column, mean_of
 
-from jaxdyn.dynamics.precision import in_float32
 from jaxdyn.train import SavedRun
-from jaxdyn.train.retake import batch_rollout, take_updates
-from jaxdyn.train.step import prepare_step
+from jaxdyn.train.retake import batch_rollout
 
 FIGURES = ("token", "top", "rest", "squeeze")
 SIGNS = {"negative": lambda a: np.minimum(a, 0), "positive": lambda a: np.maximum(a, 0)}
@@ -88,18 +85,15 @@ def with_squeeze(found: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
 
 def single_update(saved: SavedRun, step: int, counts: Counts) -> dict[str, Any]:
     """What the negative and the positive advantages of a step's batch do, each alone."""
-    task, model = saved.task, in_float32(saved.task.model)
-    stage, state = saved.begin(step)
-    prepared = prepare_step(task, state, stage, step)
-    update = next(take_updates(task, state, stage, prepared))
+    task, model = saved.task, saved.task.model
+    prepared, update = taken(saved, step)
     batch, params = prepared.batch, update.before
     advantages = np.asarray(batch.advantages)
     per_unit, _ = unit_weights(task, params, prepared)
     everywhere = every_token(batch_rollout(prepared))
-    elsewhere = held_out(saved, params, counts, step + 1).sites
-    wide = lambda x: np.asarray(x, np.float64)
-    here, there = (wide(log_probs_at(model, params, x)) for x in (everywhere, elsewhere))
-    of_site, targets = advantages[np.asarray(everywhere.rows)], np.asarray(everywhere.targets)
+    elsewhere = held_out(saved, params, counts, step + 1).tokens
+    here, there = (log_probs_at(model, params, x) for x in (everywhere, elsewhere))
+    of_site, targets = advantages[everywhere.rows], everywhere.targets
     found = {}
     for sign, part_of in SIGNS.items():
         given = part_of(advantages)
@@ -111,13 +105,12 @@ def single_update(saved: SavedRun, step: int, counts: Counts) -> dict[str, Any]:
         if not kept.any():
             continue
         groups = groups_of(here[kept], targets[kept])
-        # At all sites, so that one program serves every batch.
         parts = first_order(model, params, change, everywhere)
-        parts = {name: wide(x)[kept] for name, x in parts.items()}
+        parts = {name: x[kept] for name, x in parts.items()}
         foreseen = {name: predicted(here[kept], x, groups) for name, x in parts.items()}
         whole = predicted(here[kept], sum(parts.values()), groups)
-        seen = actual(here[kept], wide(log_probs_at(model, after, everywhere))[kept], groups)
-        moved = entropies(wide(log_probs_at(model, after, elsewhere))) - entropies(there)
+        seen = actual(here[kept], log_probs_at(model, after, everywhere)[kept], groups)
+        moved = entropies(log_probs_at(model, after, elsewhere)) - entropies(there)
         mean = lambda x: {name: float(x[name].mean()) for name in FIGURES}
         found[sign] = {
             "actual": mean(seen),
