@@ -19,6 +19,7 @@ from jaxdyn.dynamics.measure import (
 )
 from jaxdyn.dynamics.probes import ProbeConfig
 from jaxdyn.dynamics.propagation import delta_logits, propagate, site_features
+from jaxdyn.dynamics.reward_change import reward_weights
 from jaxdyn.dynamics.sites import (
     rollout_from_texts,
     site_texts,
