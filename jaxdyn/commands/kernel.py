@@ -18,10 +18,11 @@ from rich.table import Table
 
 import jaxdyn
 from jaxdyn import kernels
-from jaxdyn.commands.kernel_options import KernelOptions, bytes_of
+from jaxdyn.commands.kernel_options import KernelOptions
 from jaxdyn.commands.kernel_places import Places, Texts, completion_places, prompt_places
 from jaxdyn.commands.kernel_subject import Subject, open_subject
 from jaxdyn.commands.output import BLOCKS, finish, is_finished, refuse_finished, tidy
+from jaxdyn.commands.text_options import TextOptions, bytes_of
 from jaxdyn.data import DataConfig, Example, JsonlFile, Tokenizer, read_examples, written
 from jaxdyn.files import naming
 from jaxdyn.hosts import fetch
@@ -66,7 +67,7 @@ def run(options: KernelOptions, progress: Progress | None = None) -> Path:
     return path
 
 
-def read_file(options: KernelOptions, progress: Progress) -> list[Example]:
+def read_file(options: TextOptions, progress: Progress) -> list[Example]:
     """The file's first `limit` rows; says so if there are more."""
     file = JsonlFile(options.prompts, options.prompt_field, options.completion_field)
     taken, more = read_examples(file, options.limit)
@@ -76,7 +77,7 @@ def read_file(options: KernelOptions, progress: Progress) -> list[Example]:
     return taken
 
 
-def texts_of(options: KernelOptions, examples: list[Example], tokenizer: Tokenizer) -> Texts:
+def texts_of(options: TextOptions, examples: list[Example], tokenizer: Tokenizer) -> Texts:
     """Prompts and completions as the model reads them."""
     how = DataConfig(prompt_template=options.prompt_template)
     rows = [written(example, how, tokenizer) for example in examples]

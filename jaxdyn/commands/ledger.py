@@ -17,7 +17,7 @@ from rich.table import Table
 
 import jaxdyn
 from jaxdyn.commands.checkpoints import Checkpoints, open_checkpoints
-from jaxdyn.commands.kernel_options import bytes_of
+from jaxdyn.commands.text_options import bytes_of
 from jaxdyn.commands.ledger_options import LedgerOptions
 from jaxdyn.commands.ledger_texts import LedgerTexts, texts_of
 from jaxdyn.commands.output import BLOCKS, finish, is_finished, refuse_finished, tidy

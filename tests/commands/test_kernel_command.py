@@ -14,7 +14,8 @@ import tiny_runs
 from jaxdyn import kernels
 from jaxdyn.cli import main
 from jaxdyn.commands import kernel as command
-from jaxdyn.commands.kernel_options import KernelOptions, bytes_of
+from jaxdyn.commands.kernel_options import KernelOptions
+from jaxdyn.commands.text_options import bytes_of
 from jaxdyn.data import load_tokenizer
 from jaxdyn.models import load_pretrained
 from jaxdyn.optim import make_optimizer
