@@ -17,11 +17,10 @@ is found for certain; and what is less clear than that is on average estimated t
 
 from typing import NamedTuple
 
-import jax.numpy as jnp
 import numpy as np
 
 from jaxdyn.kernels.result import Kernel
-from jaxdyn.kernels.sketch import Sketch, require_comparable, sketch_kernel
+from jaxdyn.kernels.sketch import Sketch, require_comparable
 from jaxdyn.kernels.sketch_file import SketchFile
 from jaxdyn.types import JaxdynError
 
@@ -78,35 +77,43 @@ def nearest_sketches(stored: SketchFile, queries: Sketch, count: int = 10) -> Ne
     order = lambda which, keys: np.take_along_axis(which, np.argsort(keys, kind="stable"), axis=1)
     up, down = order(outermost, -at(outermost)), order(innermost, at(innermost))
 
-    parts: list[tuple[Kernel, np.ndarray]] = []
-    for number in range(len(queries)):
-        own = queries.take(slice(number, number + 1))
-        rows = stored.take(np.concatenate([up[number], down[number]]), config)
-        kernel = sketch_kernel(own, rows)
-        norms = np.sqrt(_squared_norms(own)[:, None] * _squared_norms(rows)[None])
-        parts.append((kernel, np.asarray(kernel.total) / np.maximum(norms, 1e-300)))
-    kernels, cosines = zip(*parts, strict=True)
-    half = lambda x, first: np.asarray(x)[:, :count] if first else np.asarray(x)[:, count:]
-
-    def gathered(first: bool) -> tuple[Kernel, np.ndarray]:
-        joined = lambda name: np.concatenate([half(getattr(k, name), first) for k in kernels])
-        names = ("representation", "gradient", "cross", "standard_error")
-        found = Kernel(*(jnp.asarray(joined(name)) for name in names), stored.preconditioned)
-        return found, np.concatenate([half(x, first) for x in cosines])
-
     sampled = np.linspace(0, len(stored) - 1, min(SAMPLED, len(stored))).round().astype(int)
-    errors = np.asarray(sketch_kernel(queries, stored.take(sampled, config)).standard_error)
-    (of_up, up_cosines), (of_down, down_cosines) = gathered(True), gathered(False)
-    return Nearest(
-        up,
-        down,
-        of_up,
-        of_down,
-        up_cosines,
-        down_cosines,
-        np.sqrt(np.mean(errors.astype(np.float64) ** 2, axis=1)),
-        float(np.sqrt(2 * np.log(max(len(stored), 2)))),
-    )
+    pick = lambda rows: np.asarray(stored.rows[np.sort(rows)])[np.argsort(np.argsort(rows))]
+    some, errors = pick(sampled), []
+    found: dict[str, list[dict[str, np.ndarray]]] = {"up": [], "down": []}
+    for number in range(len(queries)):
+        own = np.stack([np.asarray(x[number]) for x in (queries.head, queries.body)])
+        for side, rows in (("up", up), ("down", down)):
+            found[side].append(_apart(own, pick(rows[number]), config.tied))
+        errors.append(np.sqrt(np.mean(_apart(own, some, config.tied)["standard_error"] ** 2)))
+    joined = {
+        side: {name: np.stack([x[name] for x in each]) for name in each[0]}
+        for side, each in found.items()
+    }
+    cosines = {side: each.pop("cosine") for side, each in joined.items()}
+    as_kernel = lambda side: Kernel(**joined[side], preconditioned=stored.preconditioned)
+    largest = float(np.sqrt(2 * np.log(max(len(stored), 2))))
+    both = as_kernel("up"), as_kernel("down"), cosines["up"], cosines["down"]
+    return Nearest(up, down, *both, np.array(errors), largest)
+
+
+def _apart(query: np.ndarray, rows: np.ndarray, tied: bool) -> dict[str, np.ndarray]:
+    """A query [2, R, p²] and rows [M, 2, R, p²], by component: `sketch_kernel`'s numbers, and
+    cosines, [M], without a program to compile."""
+    query, rows = query.astype(np.float64), rows.astype(np.float64)
+    count = query.shape[1]
+    each = np.einsum("irk,mjrk->ijmr", query, rows, optimize=True)
+    cross = each[0, 1] + each[1, 0] if tied else np.zeros_like(each[0, 0])
+    total = each[0, 0] + each[1, 1] + cross
+    whole = lambda x: x.sum(axis=-3, keepdims=True) if tied else x
+    norms = [np.sum(whole(x) ** 2, axis=(-3, -2, -1)) / count for x in (query, rows)]
+    return {
+        "representation": each[0, 0].mean(axis=1),
+        "gradient": each[1, 1].mean(axis=1),
+        "cross": cross.mean(axis=1),
+        "standard_error": total.std(axis=1, ddof=1) / np.sqrt(count),
+        "cosine": total.mean(axis=1) / np.sqrt(np.maximum(norms[0] * norms[1], 1e-300)),
+    }
 
 
 def _estimates(stored: SketchFile, queries: Sketch) -> np.ndarray:
@@ -125,10 +132,3 @@ def _estimates(stored: SketchFile, queries: Sketch) -> np.ndarray:
     if bad.any():
         raise JaxdynError(f"{stored.path}: row {int(np.argmax(bad))} is damaged: it is not finite")
     return found
-
-
-def _squared_norms(sketch: Sketch) -> np.ndarray:
-    """‖g_n‖², estimated without bias, [N]."""
-    head, body = (np.asarray(x, np.float64) for x in (sketch.head, sketch.body))
-    whole = [head + body] if sketch.config.tied else [head, body]
-    return sum((x**2).sum(axis=(1, 2)) for x in whole) / head.shape[1]

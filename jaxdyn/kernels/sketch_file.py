@@ -28,6 +28,7 @@ from jaxdyn.kernels.execution import Execution, require_options
 from jaxdyn.kernels.rows import sequence_rows, site_rows
 from jaxdyn.kernels.sketch import Sketch, sketched, words_of
 from jaxdyn.kernels.store import digest
+from jaxdyn.paths import one_line
 from jaxdyn.reading import parse_json
 from jaxdyn.types import JaxdynError, Model, Params, Rollout, Sites
 
@@ -201,11 +202,13 @@ def open_sketches(path: str | Path) -> SketchFile:
             raise ValueError(f"key should be two words, got {key!r:.60}")
         for name, (content, ends) in texts.items():
             _require_texts(name, content, ends, len(rows))
-        for name, kind in (("config", dict), ("about", dict), ("preconditioned", bool)):
+        kinds = {"config": dict, "about": dict, "preconditioned": bool, "params": str}
+        for name, kind in kinds.items():
             if type(said[name]) is not kind:
                 raise ValueError(f"{name} is {said[name]!r:.60}")
     except (AttributeError, KeyError, TypeError, ValueError, OverflowError) as error:
-        raise JaxdynError(f"{path} is not a whole file of sketches: {error!s:.200}") from error
+        reason = f"{one_line(error):.200}"
+        raise JaxdynError(f"{path} is not a whole file of sketches: {reason}") from error
     if not len(rows):
         raise JaxdynError(f"{path} holds no sketches")
     fields = (said["config"], said["preconditioned"], said["about"] | {"params": said["params"]})
