@@ -162,7 +162,6 @@ DOORS = {
     "kernels.update_kernel": lambda m, p: paths(
         kernels.update_kernel(m, p, SITES, cotangents_a=jnp.asarray(cotangents()))
     ),
-    "kernels.update_kernel_by_part": lambda m, p: kernels.update_kernel_by_part(m, p, SITES),
     "models.add_adapters": lambda m, p: logits(*adapted(m, p)),
     "models.add_sequence_head": lambda m, p: scores(*models.add_sequence_head(m, p), head=1.0),
     "models.sequence_scores": scores,

@@ -6,7 +6,7 @@
 Prints, of a file with so many rows (R = 32, p = 8, 16 KiB a row, of random numbers: the cost does
 not depend on them), the seconds and CPU seconds of `nearest_sketches`, medians of `--rounds`, the
 first of which reads a file that the system may not hold; and the rows that a model's sketching
-gives a second, with `--model DIRECTORY`, against a plain forward and backward pass of the same rows.
+gives a second, with `--model DIRECTORY`, against a forward and backward pass of the same rows.
 """
 
 import argparse
@@ -60,10 +60,9 @@ def query_seconds(model, path: Path, queries: int, rounds: int) -> dict[str, flo
     for _ in range(rounds):
         before, began = time.process_time(), time.perf_counter()
         stored = kernels.open_sketches(path)
-        draw = lambda: jnp.asarray(
-            rng.standard_normal((queries, *stored.rows.shape[2:]), np.float32)
-        )
-        asked = kernels.Sketch(draw(), draw(), stored.key, model.config)
+        shape = (2, queries, *stored.rows.shape[2:])
+        drawn = jnp.asarray(rng.standard_normal(shape, np.float32))
+        asked = kernels.Sketch(drawn[0], drawn[1], stored.key, model.config)
         kernels.nearest_sketches(stored, asked, 10)
         wall.append(time.perf_counter() - began)
         cpu.append(time.process_time() - before)

@@ -124,5 +124,7 @@ class InfluenceOptions:
 
 _OUTSIDE = frozenset({"completions", "untie", "aggregation", "temperature", "limit"})
 _OUTSIDE |= {"max_prompt_length", "max_completion_length"}
-_QUERY = frozenset({"run", "step", "model", "untie", "completions", "limit", "output", "from_sketch"})
+_QUERY = frozenset(
+    {"run", "step", "model", "untie", "completions", "limit", "output", "from_sketch"}
+)
 _QUERY |= {"top", "max_prompt_length", "max_completion_length", "memory_budget"}

@@ -6,7 +6,6 @@ from jaxdyn.kernels.contractions import (
     sequence_kernel,
     token_block,
     update_kernel,
-    update_kernel_by_part,
 )
 from jaxdyn.kernels.eigenpairs import Eigenpairs, top_eigenpairs
 from jaxdyn.kernels.execution import Execution

@@ -17,6 +17,7 @@ is found for certain; and what is less clear than that is on average estimated t
 
 from typing import NamedTuple
 
+import jax.numpy as jnp
 import numpy as np
 
 from jaxdyn.kernels.result import Kernel
@@ -91,7 +92,8 @@ def nearest_sketches(stored: SketchFile, queries: Sketch, count: int = 10) -> Ne
         for side, each in found.items()
     }
     cosines = {side: each.pop("cosine") for side, each in joined.items()}
-    as_kernel = lambda side: Kernel(**joined[side], preconditioned=stored.preconditioned)
+    arrays = lambda side: {name: jnp.asarray(x) for name, x in joined[side].items()}
+    as_kernel = lambda side: Kernel(**arrays(side), preconditioned=stored.preconditioned)
     largest = float(np.sqrt(2 * np.log(max(len(stored), 2))))
     both = as_kernel("up"), as_kernel("down"), cosines["up"], cosines["down"]
     return Nearest(up, down, *both, np.array(errors), largest)

@@ -96,7 +96,9 @@ def test_the_nearest_are_those_of_the_whole_kernel(name, tmp_path, monkeypatch):
     monkeypatch.setattr(nearest, "BLOCK", 4 * 4 * 2 * 9 * 3)  # three rows at a time
     model, params = tiny_model(name, np.float32)
     file = stored(tmp_path / "s.safetensors", name)
-    queries = sketch_gradients(model, params, some(all_sites(), np.array([2, 5])), file.key, **SIZES)
+    queries = sketch_gradients(
+        model, params, some(all_sites(), np.array([2, 5])), file.key, **SIZES
+    )
     found = nearest_sketches(file, queries, 3)
     whole = sketch_kernel(queries, in_memory(name))
     total = np.asarray(whole.total)
@@ -124,7 +126,7 @@ def test_what_does_not_compare(tmp_path):
     with pytest.raises(JaxdynError, match="same replicates and side"):
         nearest_sketches(file, halved)
     other, _ = tiny_model("gpt_neox-untied", np.float32)
-    with pytest.raises(JaxdynError, match="is of another model: .* got"):
+    with pytest.raises(JaxdynError, match=r"is of another model: .* got"):
         nearest_sketches(file, dataclasses.replace(queries, config=other.config))
     with pytest.raises(JaxdynError, match="count must be at least 1, got 0"):
         nearest_sketches(file, queries, 0)
