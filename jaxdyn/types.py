@@ -208,11 +208,12 @@ class Sites:
 
     Site n sits at slot `positions[n]` of sequence `rows[n]`: its feature is the backbone's output
     there, and `targets[n]` is the token that follows. `is_prompt[n]` marks a prompt's last token,
-    where the completion begins; the other sites lie inside completions.
+    where the completion begins; the other sites lie inside completions. Inside a program the
+    sequences may branch; whoever takes sites from outside takes one a row.
     """
 
     tokens: Int[Array, "B T"]
-    mask: Bool[Array, "B T"]
+    mask: Bool[Array, "B T"] | Branches
     rows: Int[Array, " N"]
     positions: Int[Array, " N"]
     targets: Int[Array, " N"]

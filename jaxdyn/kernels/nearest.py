@@ -92,8 +92,9 @@ def nearest_sketches(stored: SketchFile, queries: Sketch, count: int = 10) -> Ne
         for side, each in found.items()
     }
     cosines = {side: each.pop("cosine") for side, each in joined.items()}
-    arrays = lambda side: {name: jnp.asarray(x) for name, x in joined[side].items()}
-    as_kernel = lambda side: Kernel(**arrays(side), preconditioned=stored.preconditioned)
+    names = ("representation", "gradient", "cross", "standard_error")
+    arrays = lambda side: [jnp.asarray(joined[side][name]) for name in names]
+    as_kernel = lambda side: Kernel(*arrays(side), preconditioned=stored.preconditioned)
     largest = float(np.sqrt(2 * np.log(max(len(stored), 2))))
     both = as_kernel("up"), as_kernel("down"), cosines["up"], cosines["down"]
     return Nearest(up, down, *both, np.array(errors), largest)

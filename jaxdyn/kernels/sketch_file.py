@@ -37,7 +37,11 @@ FORMAT = "jaxdyn sketches 1"
 SECONDS = 5.0
 """How often the rows that were found are made durable."""
 
-_TYPES = {"F32": np.dtype("<f4"), "I64": np.dtype("<i8"), "U8": np.dtype("u1")}
+_TYPES: dict[str, np.dtype[Any]] = {
+    "F32": np.dtype("<f4"),
+    "I64": np.dtype("<i8"),
+    "U8": np.dtype("u1"),
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,8 +91,8 @@ class SketchFile:
         """
         self.require_model(config)
         taken = np.asarray(self.rows[which])
-        halves = (jnp.asarray(taken[:, i]) for i in range(2))
-        return Sketch(*halves, self.key, config, self.preconditioned)
+        head, body = jnp.asarray(taken[:, 0]), jnp.asarray(taken[:, 1])
+        return Sketch(head, body, self.key, config, self.preconditioned)
 
     def require_model(self, config: Any) -> None:
         """JaxdynError if the rows are of a model of another configuration."""
@@ -248,9 +252,9 @@ class _Header:
             at += x.nbytes
         self.rows_bytes = 4 * math.prod(shape)
         table["rows"] = _entry("F32", shape, at, at + self.rows_bytes)
-        coded = json.dumps(table).encode()
-        coded += b" " * (-len(coded) % 8)
-        parts = (len(coded).to_bytes(8, "little"), coded, *(x.tobytes() for x in arrays.values()))
+        listed = json.dumps(table).encode()
+        listed += b" " * (-len(listed) % 8)
+        parts = (len(listed).to_bytes(8, "little"), listed, *(x.tobytes() for x in arrays.values()))
         self.content = b"".join(parts)
 
 
@@ -299,13 +303,14 @@ class _Filled:
     def _begun(self, count: int, size: int) -> int:
         said = parse_json(self.record.read_bytes(), str(self.record))
         rows = said.get("rows") if isinstance(said, dict) else None
-        same = type(rows) is int and 0 <= rows <= count and said.get("content") == self.content
-        if not same or self.partial.stat().st_size != size:
-            raise JaxdynError(
-                f"{self.partial} are unfinished sketches of something else (other parameters, "
-                "texts or options): name another output, or delete them"
-            )
-        return rows
+        same = isinstance(said, dict) and said.get("content") == self.content
+        if same and isinstance(rows, int) and 0 <= rows <= count:
+            if self.partial.stat().st_size == size:
+                return rows
+        raise JaxdynError(
+            f"{self.partial} are unfinished sketches of something else (other parameters, texts or "
+            "options): name another output, or delete them"
+        )
 
 
 def _entry(kind: str, shape: tuple[int, ...], start: int, stop: int) -> dict[str, Any]:
