@@ -99,9 +99,11 @@ def require_context(model: LanguageModel, sites: Sites) -> None:
 def site_features(model: LanguageModel, backbone: Params, sites: Sites) -> jax.Array:
     """φ at the sites [N, D], a few texts at a time."""
 
+    mask = jnp.asarray(sites.mask)
+
     def feature(site):
         row, position = site
-        whole = model.features(backbone, sites.tokens[row][None], sites.mask[row][None])
+        whole = model.features(backbone, sites.tokens[row][None], mask[row][None])
         return whole[0, position]
 
     return jax.lax.map(feature, (sites.rows, sites.positions), batch_size=16)

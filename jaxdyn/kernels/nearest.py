@@ -23,7 +23,7 @@ import numpy as np
 from jaxdyn.kernels.result import Kernel
 from jaxdyn.kernels.sketch import Sketch, require_comparable
 from jaxdyn.kernels.sketch_file import SketchFile
-from jaxdyn.types import JaxdynError
+from jaxdyn.types import COMPONENTS, JaxdynError
 
 BLOCK = 2**27
 """Bytes of the rows that are taken at a time."""
@@ -92,9 +92,12 @@ def nearest_sketches(stored: SketchFile, queries: Sketch, count: int = 10) -> Ne
         for side, each in found.items()
     }
     cosines = {side: each.pop("cosine") for side, each in joined.items()}
-    names = ("representation", "gradient", "cross", "standard_error")
-    arrays = lambda side: [jnp.asarray(joined[side][name]) for name in names]
-    as_kernel = lambda side: Kernel(*arrays(side), preconditioned=stored.preconditioned)
+
+    def as_kernel(side: str) -> Kernel:
+        parts = [jnp.asarray(joined[side][name]) for name in COMPONENTS]
+        error = jnp.asarray(joined[side]["standard_error"])
+        return Kernel(parts[0], parts[1], parts[2], error, stored.preconditioned)
+
     largest = float(np.sqrt(2 * np.log(max(len(stored), 2))))
     both = as_kernel("up"), as_kernel("down"), cosines["up"], cosines["down"]
     return Nearest(up, down, *both, np.array(errors), largest)

@@ -304,9 +304,9 @@ class _Filled:
         said = parse_json(self.record.read_bytes(), str(self.record))
         rows = said.get("rows") if isinstance(said, dict) else None
         same = isinstance(said, dict) and said.get("content") == self.content
+        same &= self.partial.stat().st_size == size
         if same and isinstance(rows, int) and 0 <= rows <= count:
-            if self.partial.stat().st_size == size:
-                return rows
+            return rows
         raise JaxdynError(
             f"{self.partial} are unfinished sketches of something else (other parameters, texts or "
             "options): name another output, or delete them"
