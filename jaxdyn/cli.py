@@ -1,4 +1,4 @@
-"""`jaxdyn quickstart | sft | rl | reward | evaluate | analyze | kernel | ledger | influence | …`.
+"""`jaxdyn quickstart | sft | rl | reward | evaluate | analyze | kernel | sketch | ledger | …`.
 
 Anything the user can mend ends in one line on standard error and exit code 2. A training run that
 gets SIGTERM saves and ends with exit code 75; the same command goes on from there, as it does after
@@ -100,6 +100,12 @@ COMMANDS = {
         "commands.kernel_options:KernelOptions",
         "commands.kernel:run",
         "kernel: {}",
+    ),
+    "sketch": Command(
+        "sketches of the gradients at your texts, a file to look influences up in",
+        "commands.sketch_options:SketchOptions",
+        "commands.sketch:run",
+        "sketches: {}",
     ),
     "ledger": Command(
         "what the training between two or more checkpoints did, exactly, part by part",

@@ -42,10 +42,15 @@ class Branches:
     A row has S + G C slots: the prompt's, and each completion's C one after another. A completion's
     token sees the prompt and its own completion up to itself, and its position counts on from the
     prompt's last: it is computed as in a row of S + C slots of its own, and the prompt once.
+
+    With `packed` there are R rows of P/R prompts, S slots each, and then M slots for what their
+    completions hold, one after another without padding: the number of each among their P/R G C
+    slots, in order, and -1 where nothing is left.
     """
 
     prompt: Bool[Array, "P S"]
     completions: Bool[Array, "P G C"]
+    packed: Int[Array, "R M"] | None = None
 
 
 Mask = Bool[Array, "B T"] | Int[Array, "B T"] | Branches
@@ -203,11 +208,12 @@ class Sites:
 
     Site n sits at slot `positions[n]` of sequence `rows[n]`: its feature is the backbone's output
     there, and `targets[n]` is the token that follows. `is_prompt[n]` marks a prompt's last token,
-    where the completion begins; the other sites lie inside completions.
+    where the completion begins; the other sites lie inside completions. Inside a program the
+    sequences may branch; whoever takes sites from outside takes one a row.
     """
 
     tokens: Int[Array, "B T"]
-    mask: Bool[Array, "B T"]
+    mask: Bool[Array, "B T"] | Branches
     rows: Int[Array, " N"]
     positions: Int[Array, " N"]
     targets: Int[Array, " N"]

@@ -104,6 +104,7 @@ def command_lines(place: Place) -> dict[str, list[str]]:
         "sft": ["--config", str(place.sft), "--model.path", model, "--output", out],
         "evaluate": ["--model", model, "--config", str(place.config), "--output", f"{out}.json"],
         "kernel": ["--model", model, "--prompts", prompts, "--output", out, *few[:4]],
+        "sketch": ["--model", model, "--prompts", prompts, "--output", out, *few[:4]],
         "ledger": [run, "--prompts", prompts, "--output", out, *few, "--alternatives", "0"],
         "influence": ["--model", model, "--completions", str(place.scored), "--output", out, *few],
         "plan": ["tiny", "--topology", "here"],
@@ -114,8 +115,8 @@ def command_lines(place: Place) -> dict[str, list[str]]:
 
 
 READS = {
-    "model": ("rl", "sft", "evaluate", "kernel", "influence"),
-    "prompts": ("kernel", "ledger"),
+    "model": ("rl", "sft", "evaluate", "kernel", "sketch", "influence"),
+    "prompts": ("kernel", "sketch", "ledger"),
     "scored": ("influence",),
     "run": ("ledger", "report", "analyze", "export"),
     "config": ("rl", "evaluate"),

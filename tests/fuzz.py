@@ -39,12 +39,14 @@ from jaxdyn.data.files import rows_of
 from jaxdyn.data.scored import read_scored
 from jaxdyn.errors import JaxdynError
 from jaxdyn.grammar import load_config, save_config
+from jaxdyn.kernels import open_sketches, store_sketches
 from jaxdyn.models import load_pretrained, pretrained_config
 from jaxdyn.models.peft import add_peft
 from jaxdyn.report.influence_file import load_influence
 from jaxdyn.report.kernel_file import load_kernel
 from jaxdyn.report.ledger_file import load_ledger, summarize_ledger
 from jaxdyn.report.load import load_run
+from jaxdyn.types import Sites
 
 SLOW = 10.0
 """Seconds that no file may take."""
@@ -64,6 +66,23 @@ def read_rows(path: Path) -> None:
     file = JsonlFile(str(path), "prompt", "completion")
     for row, where in rows_of(path):
         as_json(example_of(row, file, where), where)
+
+
+def sketches_of(loaded: tuple, path: Path) -> bytes:
+    """A file of three sketches with their texts."""
+    ids = np.arange(6, dtype=np.int32).reshape(3, 2)
+    numbers = np.arange(3, dtype=np.int32)
+    sites = Sites(ids, ids >= 0, numbers, 0 * numbers, ids[:, 1], numbers == 0)
+    how = {"texts": {"context": ["a", "b", "c"]}, "replicates": 2, "side": 2}
+    return store_sketches(path, *loaded, sites, (1, 2), **how).path.read_bytes()
+
+
+def read_sketches(path: Path) -> None:
+    """Open them, and read every row and text."""
+    stored = open_sketches(path)
+    np.asarray(stored.rows).sum()
+    for row in range(len(stored)):
+        stored.text("context", row)
 
 
 def read_report(directory: Path) -> None:
@@ -162,6 +181,12 @@ def targets(root: Path) -> dict[str, Target]:
         ),
         "influence file": Target(
             read_first(load_influence, "i.npz"), {"i.npz": one("influence.npz")}, ("i.npz",), npz
+        ),
+        "sketches": Target(
+            read_first(read_sketches, "s.safetensors"),
+            {"s.safetensors": sketches_of(base, root / "s.safetensors")},
+            ("s.safetensors",),
+            damage.SAFETENSORS + damage.BYTES,
         ),
         "run's records": Target(read_report, report, logs, in_lines),
         "run's arrays": Target(read_report, report, arrays, npz),

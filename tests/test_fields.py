@@ -15,6 +15,7 @@ from jaxdyn.types import JaxdynError
 # What has no default.
 NEEDED = {
     "KernelOptions": {"prompts": "p", "model": "m"},
+    "SketchOptions": {"prompts": "p", "model": "m"},
     "EvaluateOptions": {"run": "r"},
     "InfluenceOptions": {"run": "r"},
     "LedgerOptions": {"checkpoints": ("a", "b"), "prompts": "p"},

@@ -151,6 +151,7 @@ DOORS = {
     "kernels.sketch_sequences": lambda m, p: {
         "body": kernels.sketch_sequences(m, p, COMPLETIONS, KEY, replicates=2, side=2).body
     },
+    "kernels.store_sketches": stored,
     "kernels.token_block": of_sites(kernels.token_block, token_ids=[1, 4]),
     "kernels.top_eigenpairs": lambda m, p: {
         "values": kernels.top_eigenpairs(
@@ -161,7 +162,6 @@ DOORS = {
     "kernels.update_kernel": lambda m, p: paths(
         kernels.update_kernel(m, p, SITES, cotangents_a=jnp.asarray(cotangents()))
     ),
-    "kernels.update_kernel_by_part": lambda m, p: kernels.update_kernel_by_part(m, p, SITES),
     "models.add_adapters": lambda m, p: logits(*adapted(m, p)),
     "models.add_sequence_head": lambda m, p: scores(*models.add_sequence_head(m, p), head=1.0),
     "models.sequence_scores": scores,
@@ -171,6 +171,14 @@ DOORS = {
     "rollout.generate": sampled,
     "train.fresh_state": lambda m, p: logits(m, fresh_state(m, p, OptimConfig(), "joint").params),
 }
+
+
+def stored(model, params):
+    """In float32, to whose rounding the paths differ."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = f"{folder}/sketches"
+        found = kernels.store_sketches(path, model, params, SITES, KEY, replicates=2, side=2)
+        return {"body": np.round(found.rows[:, 1].astype(np.float64), 3)}
 
 
 def is_door(function):

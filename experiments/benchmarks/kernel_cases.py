@@ -53,12 +53,12 @@ def problem(shape: Shape):
     return model, jax.jit(model.init)(jax.random.key(0)), sites
 
 
-def log_prob(method: str):
+def log_prob(method: str, by_part: bool = False):
     def prepare(shape):
         from jaxdyn.kernels import log_prob_kernel
 
         model, params, sites = problem(shape)
-        options = {"method": method, "memory_budget": BUDGET}
+        options = {"method": method, "memory_budget": BUDGET, "by_part": by_part}
         return lambda: log_prob_kernel(model, params, sites, **options).total
 
     return prepare
@@ -116,6 +116,24 @@ def neural_tangents(implementation: str, what: str, batched: bool = False):
     return prepare
 
 
+def one_pass(shape):
+    """Forward and backward once over all sites, for the gradient of their log-probs' sum alone."""
+    import jax
+    import jax.numpy as jnp
+
+    model, params, sites = problem(shape)
+
+    def total(view):
+        phi = model.features(view["backbone"], sites.tokens, sites.mask)
+        logits = model.logits(view["classifier"], phi[sites.rows, sites.positions])
+        found = jax.nn.log_softmax(logits)
+        return jnp.take_along_axis(found, sites.targets[:, None], axis=1).sum()
+
+    gradient = jax.jit(jax.grad(total))
+    norm = jax.jit(lambda view: sum(jnp.vdot(x, x) for x in jax.tree.leaves(gradient(view))))
+    return lambda: norm(model.view(params))[None, None]
+
+
 def nothing(shape):
     import jax.numpy as jnp
 
@@ -141,7 +159,9 @@ def peer(implementation: str, what: str, batched: bool = False, cannot: str = ""
 
 METHODS = {
     "nothing": Method("nothing", nothing),
+    "one pass": Method("pass", one_pass),
     "gram": Method("log-prob", log_prob("gram")),
+    "gram by part": Method("log-prob", log_prob("gram", by_part=True)),
     "plain": Method("log-prob", log_prob("plain")),
     "trace": Method("trace", trace()),
     "trace, 64 probes": Method("estimate of the trace", trace(64)),

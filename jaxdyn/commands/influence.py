@@ -24,6 +24,7 @@ from jaxdyn.commands.influence_account import (
     account_of_step,
     step_of,
 )
+from jaxdyn.commands.influence_nearest import look_up
 from jaxdyn.commands.influence_options import InfluenceOptions
 from jaxdyn.commands.influence_page import pages_of
 from jaxdyn.commands.output import refuse_others
@@ -45,6 +46,8 @@ def run(options: InfluenceOptions, progress: Progress | None = None) -> Path:
       JaxdynError: naming what does not fit: the output, the run, the step, the options.
     """
     progress = progress or Progress()
+    if options.from_sketch is not None:
+        return look_up(options, progress)
     if options.run is None:
         output = options.destination(None)
         refuse_strangers(output)

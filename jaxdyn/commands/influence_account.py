@@ -18,8 +18,8 @@ from jaxdyn.commands.influence_places import (
     token_places,
 )
 from jaxdyn.commands.kernel import wide
-from jaxdyn.commands.kernel_options import bytes_of
 from jaxdyn.commands.kernel_places import require_context
+from jaxdyn.commands.text_options import bytes_of
 from jaxdyn.data import encode_prompts, encode_supervised, read_scored
 from jaxdyn.dynamics import (
     Ledger,

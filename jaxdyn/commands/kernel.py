@@ -18,10 +18,11 @@ from rich.table import Table
 
 import jaxdyn
 from jaxdyn import kernels
-from jaxdyn.commands.kernel_options import KernelOptions, bytes_of
+from jaxdyn.commands.kernel_options import KernelOptions
 from jaxdyn.commands.kernel_places import Places, Texts, completion_places, prompt_places
 from jaxdyn.commands.kernel_subject import Subject, open_subject
 from jaxdyn.commands.output import BLOCKS, finish, is_finished, refuse_finished, tidy
+from jaxdyn.commands.text_options import TextOptions, bytes_of
 from jaxdyn.data import DataConfig, Example, JsonlFile, Tokenizer, read_examples, written
 from jaxdyn.files import naming
 from jaxdyn.hosts import fetch
@@ -56,8 +57,8 @@ def run(options: KernelOptions, progress: Progress | None = None) -> Path:
         progress.console.print(f"{options.quantity} kernel of {count} {what}", highlight=False)
         with naming(output):
             (output / BLOCKS).mkdir(parents=True, exist_ok=True)
-        kernel, parts = compute(options, subject, places, progress)
-        saved = to_save(options, subject, texts, places, kernel, parts)
+        kernel = compute(options, subject, places, progress)
+        saved = to_save(options, subject, texts, places, kernel)
         if jax.process_index() > 0:
             return path
         picture = {output / "kernel.png": drawn_kernel(saved)} if count > 1 else {}
@@ -66,7 +67,7 @@ def run(options: KernelOptions, progress: Progress | None = None) -> Path:
     return path
 
 
-def read_file(options: KernelOptions, progress: Progress) -> list[Example]:
+def read_file(options: TextOptions, progress: Progress) -> list[Example]:
     """The file's first `limit` rows; says so if there are more."""
     file = JsonlFile(options.prompts, options.prompt_field, options.completion_field)
     taken, more = read_examples(file, options.limit)
@@ -76,7 +77,7 @@ def read_file(options: KernelOptions, progress: Progress) -> list[Example]:
     return taken
 
 
-def texts_of(options: KernelOptions, examples: list[Example], tokenizer: Tokenizer) -> Texts:
+def texts_of(options: TextOptions, examples: list[Example], tokenizer: Tokenizer) -> Texts:
     """Prompts and completions as the model reads them."""
     how = DataConfig(prompt_template=options.prompt_template)
     rows = [written(example, how, tokenizer) for example in examples]
@@ -90,7 +91,7 @@ def texts_of(options: KernelOptions, examples: list[Example], tokenizer: Tokeniz
 
 def compute(
     options: KernelOptions, subject: Subject, places: Places, progress: Progress
-) -> tuple[kernels.Kernel, dict[str, jax.Array]]:
+) -> kernels.Kernel:
     """The kernel, and if asked for its gradient component by kind and layer."""
     model, params, blocks = subject.model, subject.params, Path(options.output) / BLOCKS
     common: dict[str, Any] = {
@@ -106,18 +107,13 @@ def compute(
     with progress.tiles(f"{options.quantity}, tiles") as report:
         how = {**common, "progress": report, "blocks": blocks / "kernel"}
         if places.rollout is not None:
-            kernel = kernels.sequence_kernel(model, params, places.rollout, **how)
-        elif options.quantity == "trace":
+            return kernels.sequence_kernel(model, params, places.rollout, **how)
+        if options.quantity == "trace":
             if options.num_probes is not None:
                 how |= {"num_probes": options.num_probes, "key": jax.random.key(options.seed)}
-            kernel = kernels.trace_kernel(model, params, places.sites, mean=options.mean, **how)
-        else:
-            kernel = kernels.log_prob_kernel(model, params, places.sites, **how)
-    if not options.by_part:
-        return kernel, {}
-    with progress.tiles("by part, tiles") as report:
-        how = {**common, "progress": report, "blocks": blocks / "by_part"}
-        return kernel, kernels.update_kernel_by_part(model, params, places.sites, **how)
+            return kernels.trace_kernel(model, params, places.sites, mean=options.mean, **how)
+        how["by_part"] = options.by_part
+        return kernels.log_prob_kernel(model, params, places.sites, **how)
 
 
 # -- the file and the summary ---------------------------------------------------------------------
@@ -129,7 +125,6 @@ def to_save(
     texts: Texts,
     places: Places,
     kernel: kernels.Kernel,
-    parts: dict[str, jax.Array],
 ) -> SavedKernel:
     """Everything needed to read the kernel again, as host arrays."""
     sites = {f.name: np.asarray(getattr(places.sites, f.name)) for f in dataclasses.fields(Sites)}
@@ -153,7 +148,7 @@ def to_save(
     }
     error = kernel.standard_error
     components = {part: wide(getattr(kernel, part)) for part in COMPONENTS}
-    by_part = {kind: wide(x) for kind, x in parts.items()}
+    by_part = {kind: wide(x) for kind, x in (kernel.parts or {}).items()}
     features = None if places.features is None else wide(places.features)
     return SavedKernel(
         **components,

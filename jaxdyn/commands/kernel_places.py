@@ -8,8 +8,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxdyn.commands.kernel_options import KernelOptions
 from jaxdyn.commands.kernel_subject import Subject
+from jaxdyn.commands.text_options import TextOptions
 from jaxdyn.data import encode_prompts, encode_supervised
 from jaxdyn.dynamics import rollout_from_texts, site_texts, sites_from_prompts, sites_from_rollout
 from jaxdyn.hosts import fetch
@@ -39,7 +39,7 @@ class Places(NamedTuple):
     targets: str
 
 
-def prompt_places(options: KernelOptions, subject: Subject, texts: Texts) -> Places:
+def prompt_places(options: TextOptions, subject: Subject, texts: Texts) -> Places:
     """Each prompt's last token, with the model's most likely next token for its target.
 
     Raises:
@@ -56,10 +56,12 @@ def prompt_places(options: KernelOptions, subject: Subject, texts: Texts) -> Pla
     return Places(sites, None, features, *site_texts(tokenizer, sites), likely_text)
 
 
-def completion_places(options: KernelOptions, subject: Subject, texts: Texts) -> Places:
+def completion_places(
+    options: TextOptions, subject: Subject, texts: Texts, with_features: bool = True
+) -> Places:
     """Each prompt's last token and places inside its completion; the targets are the next tokens.
 
-    Whole completions have all their places.
+    Whole completions have all their places, and no features.
 
     Raises:
       JaxdynError: as `prompt_places`, of prompt and completion together.
@@ -75,7 +77,9 @@ def completion_places(options: KernelOptions, subject: Subject, texts: Texts) ->
         ids, mask = np.asarray(rollout.completion_ids), np.asarray(rollout.completion_mask)
         kept = [tokenizer.decode_completion(x[m].tolist()) for x, m in zip(ids, mask, strict=True)]
         return Places(sites, rollout, None, texts.prompts, kept, "every token of the completion")
-    features = site_features(model, model.view(subject.params)["backbone"], sites)
+    features = None
+    if with_features:
+        features = site_features(model, model.view(subject.params)["backbone"], sites)
     contexts, targets = site_texts(tokenizer, sites)
     return Places(sites, None, features, contexts, targets, "the completion's next token")
 
@@ -95,9 +99,11 @@ def require_context(model: LanguageModel, sites: Sites) -> None:
 def site_features(model: LanguageModel, backbone: Params, sites: Sites) -> jax.Array:
     """φ at the sites [N, D], a few texts at a time."""
 
+    mask = jnp.asarray(sites.mask)
+
     def feature(site):
         row, position = site
-        whole = model.features(backbone, sites.tokens[row][None], sites.mask[row][None])
+        whole = model.features(backbone, sites.tokens[row][None], mask[row][None])
         return whole[0, position]
 
     return jax.lax.map(feature, (sites.rows, sites.positions), batch_size=16)

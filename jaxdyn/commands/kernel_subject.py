@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxdyn import kernels
-from jaxdyn.commands.kernel_options import KernelOptions
+from jaxdyn.commands.text_options import TextOptions
 from jaxdyn.data import Tokenizer
 from jaxdyn.distributed import Layout, make_mesh, require_divisible, shard_model
 from jaxdyn.models import LanguageModel, local_directory, pretrained_config
@@ -29,7 +29,7 @@ class Subject(NamedTuple):
     step: int | None
 
 
-def open_subject(options: KernelOptions) -> Subject:
+def open_subject(options: TextOptions) -> Subject:
     """The model of a directory, or of a run's checkpoint with Adam's metric if asked for.
 
     A run's adapters are merged, so that the kernel is of all parameters, but in Adam's metric

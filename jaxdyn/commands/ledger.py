@@ -17,10 +17,10 @@ from rich.table import Table
 
 import jaxdyn
 from jaxdyn.commands.checkpoints import Checkpoints, open_checkpoints
-from jaxdyn.commands.kernel_options import bytes_of
 from jaxdyn.commands.ledger_options import LedgerOptions
 from jaxdyn.commands.ledger_texts import LedgerTexts, texts_of
 from jaxdyn.commands.output import BLOCKS, finish, is_finished, refuse_finished, tidy
+from jaxdyn.commands.text_options import bytes_of
 from jaxdyn.dynamics import Ledger, ledger, most_changed_tokens
 from jaxdyn.files import naming
 from jaxdyn.report.ledger_file import SavedLedger, load_ledger, summarize_ledger

@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 
 import tyro
 
-from jaxdyn.commands.kernel_options import bytes_of
+from jaxdyn.commands.text_options import bytes_of
 from jaxdyn.errors import JaxdynError
 from jaxdyn.grammar import LARGEST_SEED, MOST_TOKENS, at_least, between
 

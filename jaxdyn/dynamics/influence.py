@@ -188,7 +188,7 @@ def own_tokens(
         row, position, target, weight = given
         one = Sites(
             tokens=sites.tokens[row][None],
-            mask=sites.mask[row][None],
+            mask=jnp.asarray(sites.mask)[row][None],
             rows=jnp.zeros(1, jnp.int32),
             positions=position[None],
             targets=target[None],

@@ -88,7 +88,10 @@ def batches_of_texts(model: Model, sites: Sites, token_ids: np.ndarray, budget: 
         """Of the opened pass, and of a dozen arrays of the logits' size."""
         return sum(opened_bytes(model, slots)) + 12 * most * model.config.vocab_size * wide
 
-    found = batches_of(model, sites, "sites", Execution(memory_budget=budget), text_bytes)
+    # Layers are opened and texts summed row by row: no two share one.
+    found = batches_of(
+        model, sites, "sites", Execution(memory_budget=budget), text_bytes, share=False
+    )
     rows = np.asarray(sites.rows)
     batches = []
     for i, (numbers, real) in enumerate(zip(found.numbers, found.real, strict=True)):

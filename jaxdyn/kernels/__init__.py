@@ -6,14 +6,15 @@ from jaxdyn.kernels.contractions import (
     sequence_kernel,
     token_block,
     update_kernel,
-    update_kernel_by_part,
 )
 from jaxdyn.kernels.eigenpairs import Eigenpairs, top_eigenpairs
 from jaxdyn.kernels.execution import Execution
+from jaxdyn.kernels.nearest import Nearest, nearest_sketches
 from jaxdyn.kernels.operator import apply_kernel
 from jaxdyn.kernels.preconditioner import adam_preconditioner
 from jaxdyn.kernels.result import Kernel
 from jaxdyn.kernels.sketch import Sketch, sketch_gradients, sketch_kernel, sketch_sequences
+from jaxdyn.kernels.sketch_file import SketchFile, open_sketches, store_sketches
 from jaxdyn.kernels.statistics import (
     InnerProducts,
     alignment,

@@ -60,6 +60,7 @@ def log_prob_kernel(
     sites_b: Sites | None = None,
     *,
     preconditioner: Params | None = None,
+    by_part: bool = False,
     **execution: Unpack[Execution],
 ) -> Kernel:
     """⟨∇ log π(y_i | s_i), ∇ log π(y'_j | s'_j)⟩ of the sites' targets, [N, M] by component.
@@ -74,6 +75,8 @@ def log_prob_kernel(
       sites_b: M sites, in sequences of any length; without them, `sites_a` again.
       preconditioner: P of the metric, shaped as the parameters, as `adam_preconditioner` gives it:
         the kernel is then D P D'ᵀ.
+      by_part: keep the gradient component by kind and layer too, as the kernel's `parts`; it is
+        computed so, and costs no more.
       execution: `method`, `memory_budget`, `devices`, `progress`, `blocks`: see `Execution`.
 
     Raises:
@@ -83,7 +86,7 @@ def log_prob_kernel(
     """
     rows, columns = _both(model, sites_a, sites_b)
     kernels = _kernels("log_prob", model, params, rows, columns, preconditioner, execution)
-    return _kernel(kernels, preconditioner, _scalars)
+    return _kernel(kernels, preconditioner, _scalars, by_part)
 
 
 def update_kernel(
@@ -95,6 +98,7 @@ def update_kernel(
     cotangents_a: jax.Array,
     cotangents_b: jax.Array | None = None,
     preconditioner: Params | None = None,
+    by_part: bool = False,
     **execution: Unpack[Execution],
 ) -> Kernel:
     """g_iᵀ Θ(s_i, s'_j) g'_j, [N, M] by component, for given logit cotangents.
@@ -108,35 +112,7 @@ def update_kernel(
     """
     rows, columns = _both(model, sites_a, sites_b, cotangents_a, cotangents_b)
     kernels = _kernels("update", model, params, rows, columns, preconditioner, execution)
-    return _kernel(kernels, preconditioner, _scalars)
-
-
-def update_kernel_by_part(
-    model: Model,
-    params: Params,
-    sites_a: Sites,
-    sites_b: Sites | None = None,
-    *,
-    cotangents_a: jax.Array | None = None,
-    cotangents_b: jax.Array | None = None,
-    preconditioner: Params | None = None,
-    **execution: Unpack[Execution],
-) -> dict[str, jax.Array]:
-    """The gradient component of `update_kernel`, by kind of parameter and by layer.
-
-    Without cotangents it is that of `log_prob_kernel`.
-
-    Returns:
-      "attention", "mlp" and "norms", each [L, N, M]; "embedding" (of tokens, and of positions
-      where they are learned) and "final_norm", each [1, N, M]. Their sum over all is the gradient
-      component.
-    """
-    if cotangents_a is None and cotangents_b is not None:
-        raise JaxdynError("cotangents_b is given without cotangents_a; give both or neither")
-    rows, columns = _both(model, sites_a, sites_b, cotangents_a, cotangents_b)
-    kernels = _kernels("update", model, params, rows, columns, preconditioner, execution)
-    kinds = {kind: x for kind, x in kernels.items() if kind not in PATHS}
-    return {kind: jnp.asarray(x[:, :, 0, :, 0]) for kind, x in kinds.items()}
+    return _kernel(kernels, preconditioner, _scalars, by_part)
 
 
 def token_block(
@@ -312,13 +288,15 @@ def gradient_of(kernels: dict) -> Any:
     return sum(x.sum(axis=0) for name, x in kernels.items() if name not in PATHS)
 
 
-def _kernel(kernels: dict, preconditioner: Params | None, entries) -> Kernel:
+def _kernel(kernels: dict, preconditioner: Params | None, entries, by_part: bool = False) -> Kernel:
     part = lambda x: jnp.asarray(entries(x))
+    kinds = {kind: x for kind, x in kernels.items() if kind not in PATHS and by_part}
     return Kernel(
         part(kernels["representation"]),
         part(gradient_of(kernels)),
         part(kernels["cross"]),
         preconditioned=preconditioner is not None,
+        parts={kind: jnp.asarray(x[:, :, 0, :, 0]) for kind, x in kinds.items()} or None,
     )
 
 

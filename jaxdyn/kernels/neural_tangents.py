@@ -33,7 +33,7 @@ def site_prefixes(sites: Sites) -> Int[Array, "N T"]:
     self-contained row a site is what `vmap_axes=0` and `nt.batch` need.
     """
     slots = jnp.arange(sites.tokens.shape[1])
-    seen = sites.mask[sites.rows] & (slots[None, :] <= sites.positions[:, None])
+    seen = jnp.asarray(sites.mask)[sites.rows] & (slots[None, :] <= sites.positions[:, None])
     return jnp.where(seen, sites.tokens[sites.rows], -1)
 
 

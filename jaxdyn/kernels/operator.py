@@ -29,6 +29,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
+from jaxdyn.kernels.branches import branched
 from jaxdyn.kernels.execution import Execution, budget_of, require_options
 from jaxdyn.kernels.memory import opened_bytes, rows_at_once
 from jaxdyn.kernels.preconditioner import roots_of
@@ -99,7 +100,8 @@ def apply_kernel(
     Args:
       model: a `LanguageModel`.
       params: its parameters, as stored.
-      sites_a: N sites; those of one sequence share its pass.
+      sites_a: N sites; those of one sequence share its pass, and sequences of one prompt the
+        prompt's.
       field: v [M, V], one logit vector a site of `sites_b`.
       sites_b: M sites; without them, `sites_a` again.
       preconditioner: P of the metric, shaped as the parameters, as `adam_preconditioner` gives it:
@@ -145,9 +147,11 @@ def batches_of(
     name: str,
     execution: Execution,
     bytes_each: Callable[[Model, int, int], int] | None = None,
+    share: bool = True,
 ) -> Batches:
     """The sites by batches of their sequences; sequences without sites are left out.
 
+    To `share`, those that begin with the same prompt become one that branches, where it fits.
     `bytes_each` is what a sequence of so many slots and sites takes, `sequence_bytes` by default.
 
     Raises:
@@ -155,9 +159,15 @@ def batches_of(
     """
     require_options(execution, "memory_budget")
     site_rows(model, sites, name)
-    used, row = np.unique(np.asarray(sites.rows), return_inverse=True)
     bytes_each = sequence_bytes if bytes_each is None else bytes_each
-    each = bytes_each(model, sites.tokens.shape[1], int(np.bincount(row).max()))
+
+    def bytes_of(sites):
+        return bytes_each(model, sites.tokens.shape[1], int(np.bincount(sites.rows).max()))
+
+    joined = branched(sites) if share else sites
+    sites = joined if bytes_of(joined) <= budget_of(execution) else sites
+    used, row = np.unique(np.asarray(sites.rows), return_inverse=True)
+    each = bytes_of(sites)
     size = rows_at_once("sequence", len(used), each, 0, budget_of(execution), model.row_shards)
     count = -(-len(used) // size)
     batch, row = np.divmod(row, size)
@@ -174,9 +184,9 @@ def batches_of(
     sequences = used[np.minimum(np.arange(count * size), len(used) - 1).reshape(count, size)]
     by_site = {name: np.asarray(getattr(sites, name)) for name in ("targets", "is_prompt")}
     by_site |= {"rows": row.astype(np.int32), "positions": np.asarray(sites.positions)}
-    by_sequence = {name: np.asarray(getattr(sites, name)) for name in ("tokens", "mask")}
+    by_sequence = {name: getattr(sites, name) for name in ("tokens", "mask")}
     return Batches(
-        sites={name: x[sequences] for name, x in by_sequence.items()}
+        sites=jax.tree.map(lambda x: np.asarray(x)[sequences], by_sequence)
         | {name: x[numbers] for name, x in by_site.items()},
         numbers=numbers,
         real=np.arange(held.max())[None] < held[:, None],

@@ -34,7 +34,7 @@ spectrum is cheaper from Zᵀ Z/R.
 import dataclasses
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, Unpack
 
 import jax
@@ -43,6 +43,7 @@ import numpy as np
 from flax import struct
 from jaxtyping import PRNGKeyArray
 
+from jaxdyn.hosts import fetch
 from jaxdyn.kernels.execution import Execution, budget_of, require_options
 from jaxdyn.kernels.gram import factorize, row_bytes
 from jaxdyn.kernels.layers import product
@@ -59,8 +60,9 @@ from jaxdyn.types import JaxdynError, Model, Params, Rollout, Sites, View
 class Sketch:
     """Sketches of N gradients: through the classifier (`head`) and the backbone (`body`).
 
-    Both are [N, R, p²]. `key` are two words that stand for the projections; sketches compare where
-    these, the sizes and the model's configuration agree (the parameters' values may differ).
+    Both are [N, R, p²]. `key` are two words that stand for the projections, and may be given for a
+    key; sketches compare where these, the sizes and the model's configuration agree (the
+    parameters' values may differ).
     """
 
     head: jax.Array
@@ -87,7 +89,7 @@ class Sketch:
         if not sketches:
             raise JaxdynError("there must be at least one sketch to concatenate, got none")
         for other in sketches[1:]:
-            _check_comparable(sketches[0], other)
+            require_comparable(sketches[0], other)
         joined = lambda name: jnp.concatenate([getattr(s, name) for s in sketches])
         return dataclasses.replace(sketches[0], head=joined("head"), body=joined("body"))
 
@@ -96,7 +98,7 @@ def sketch_gradients(
     model: Model,
     params: Params,
     sites: Sites,
-    key: PRNGKeyArray,
+    key: PRNGKeyArray | tuple[int, int],
     *,
     cotangents: jax.Array | None = None,
     preconditioner: Params | None = None,
@@ -113,7 +115,7 @@ def sketch_gradients(
       model: a `LanguageModel`.
       params: its parameters, as stored.
       sites: N sites.
-      key: of the signs.
+      key: of the signs, or the `key` of sketches that these are to compare with.
       cotangents: g [N, V], one a site, in place of e_y − π.
       preconditioner: P of the metric, shaped as the parameters: √P ⊙ gradients are sketched. Then
         every matrix's gradient is formed, some outputs at a time, with 2 R p products for each of
@@ -138,7 +140,7 @@ def sketch_sequences(
     model: Model,
     params: Params,
     rollout: Rollout,
-    key: PRNGKeyArray,
+    key: PRNGKeyArray | tuple[int, int],
     *,
     weights: jax.Array | None = None,
     preconditioner: Params | None = None,
@@ -173,7 +175,7 @@ def sketch_kernel(a: Sketch, b: Sketch | None = None) -> Kernel:
       JaxdynError: if the two were made with other keys, sizes or models.
     """
     b = a if b is None else b
-    _check_comparable(a, b)
+    require_comparable(a, b)
     *parts, error = estimate((a.head, a.body), (b.head, b.body), tied=a.config.tied)
     representation, gradient, cross = parts
     return Kernel(representation, gradient, cross, error, a.preconditioned)
@@ -210,6 +212,25 @@ def _sketch_rows(model, view: View, roots, key, rows: Rows, *, replicates: int, 
 
 def _sketch(model, params, rows, key, preconditioner, replicates, side, execution) -> Sketch:
     require_options(execution, "memory_budget", "progress")
+    words = words_of(key)
+    how = preconditioner, replicates, side, execution
+    found = list(sketched(model, params, rows, words, *how))
+    head, body = (jnp.asarray(np.concatenate(parts)) for parts in zip(*found, strict=True))
+    return Sketch(head, body, words, model.config, preconditioner is not None)
+
+
+def sketched(
+    model: Model,
+    params: Params,
+    rows: Rows,
+    words: tuple[int, int],
+    preconditioner: Params | None,
+    replicates: int,
+    side: int,
+    execution: Execution,
+    start: int = 0,
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """The rows' sketches from the row `start` on, (head, body) of as many as fit at a time."""
     if replicates < 2:
         raise JaxdynError(f"replicates must be at least 2, for a standard error, got {replicates}")
     if side < 1:
@@ -218,20 +239,25 @@ def _sketch(model, params, rows, key, preconditioner, replicates, side, executio
     size = _rows_at_once(model, rows, replicates, side, budget_of(execution))
     count, view = len(rows.tokens), model.view(params)
     roots = roots_of(model, params, preconditioner)
-    batches = -(-count // size)
-    progress = execution.get("progress", lambda done, total: None)
     # A generator of our own: others draw otherwise when they draw for several rows at once.
-    words = jax.random.bits(key, (2,), jnp.uint32)
-    own = jax.random.wrap_key_data(words, impl="threefry2x32")
-    found: list[tuple[np.ndarray, np.ndarray]] = []
-    for start in range(0, count, size):
-        batch = rows.take(start, size)
-        sketched = _sketch_rows(model, view, roots, own, batch, replicates=replicates, side=side)
-        found.append(jax.tree.map(lambda x, rest=count - start: np.asarray(x)[:rest], sketched))
-        progress(len(found), batches)
-    head, body = (jnp.asarray(np.concatenate(parts)) for parts in zip(*found, strict=True))
-    said = int(words[0]), int(words[1])
-    return Sketch(head, body, said, model.config, preconditioner is not None)
+    own = jax.random.wrap_key_data(jnp.asarray(words, jnp.uint32), impl="threefry2x32")
+    progress = execution.get("progress", lambda done, total: None)
+    batches, left = -(-count // size), -(-(count - start) // size)
+    for number in range(left):
+        first = start + number * size
+        part = _sketch_rows(
+            model, view, roots, own, rows.take(first, size), replicates=replicates, side=side
+        )
+        yield jax.tree.map(lambda x, rest=count - first: x[:rest], fetch(part))
+        progress(batches - left + number + 1, batches)  # once they have been taken up
+
+
+def words_of(key: PRNGKeyArray | tuple[int, int]) -> tuple[int, int]:
+    """The two words that stand for a key's projections."""
+    if isinstance(key, tuple):
+        return key
+    first, second = jax.random.bits(key, (2,), jnp.uint32)
+    return int(first), int(second)
 
 
 def _rows_at_once(model, rows: Rows, replicates: int, side: int, budget: int) -> int:
@@ -244,7 +270,8 @@ def _rows_at_once(model, rows: Rows, replicates: int, side: int, budget: int) ->
     return rows_at_once("row", count, each, signs, budget, model.row_shards)
 
 
-def _check_comparable(a: Sketch, b: Sketch) -> None:
+def require_comparable(a: Sketch, b: Sketch) -> None:
+    """JaxdynError, saying why, if the inner products of two sets of sketches mean nothing."""
     if a.head.shape[1:] != b.head.shape[1:]:
         sizes = [(s.head.shape[1], math.isqrt(s.head.shape[2])) for s in (a, b)]
         raise JaxdynError(

@@ -8,6 +8,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float
 
 from jaxdyn.models.fused import AttentionKind, cudnn, cudnn_can, splash, splash_can
+from jaxdyn.models.packed import moved
 from jaxdyn.models.visibility import Seen
 
 BLOCK = 256
@@ -60,6 +61,8 @@ def attention(
     cuDNN's with the prompt's keys repeated; the splash kernel has no part in completions.
     """
     if isinstance(mask, Seen):
+        if mask.packed is not None:
+            return _packed(query, key, value, mask, kind)
         return _branched(query, key, value, mask, kind)
     if kind == "cudnn" and cudnn_can(query.dtype, query.shape):
         return cudnn(query, key, value, mask=mask)
@@ -85,6 +88,24 @@ def _branched(query, key, value, mask: Seen, kind):
     else:
         mixed = _in_parts(shared_attention, query, shared, own, visible)
     return jnp.concatenate([prompt, mixed.reshape(prompts, -1, *mixed.shape[2:])], axis=1)
+
+
+def _packed(query, key, value, mask: Seen, kind):
+    """Attention of rows of several prompts and what their completions hold: in their own rows."""
+    prompts = len(mask.completions)
+    start = mask.prompt.shape[-1]
+    split = prompts // len(query) * start
+
+    def apart(x):
+        own = moved(x[:, split:], mask.spread, mask.packed)
+        by_prompt = lambda x: x.reshape(prompts, -1, *x.shape[2:])
+        return jnp.concatenate([by_prompt(x[:, :split]), by_prompt(own)], axis=1)
+
+    still = Seen(mask.prompt, mask.completions)
+    mixed = _branched(apart(query), apart(key), apart(value), still, kind)
+    again = lambda x: x.reshape(len(query), -1, *x.shape[2:])
+    own = moved(again(mixed[:, start:]), mask.packed, mask.spread)
+    return jnp.concatenate([again(mixed[:, :start]), own], axis=1)
 
 
 def _in_parts(attend, query, shared, own, mask):

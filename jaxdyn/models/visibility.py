@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int
 
+from jaxdyn.models.packed import spread
 from jaxdyn.types import Branches, Mask
 
 
@@ -17,11 +18,14 @@ class Seen(NamedTuple):
     """What prompts see of themselves, and what G completions see of prompt and themselves.
 
     The pytree that stands for `[kinds, B, 1, T, K]` where rows branch: of S + G C slots a
-    completion's C have S + C columns.
+    completion's C have S + C columns. Where the completions are packed, `packed` are the slots that
+    their tokens have here, and `spread` the way back (`jaxdyn.models.packed`).
     """
 
     prompt: Bool[Array, "*kinds P 1 S S"]
     completions: Bool[Array, "*kinds P G C K"]
+    packed: Int[Array, "*kinds R M"] | None = None
+    spread: Int[Array, "*kinds R N"] | None = None
 
 
 def positions_of(mask: Mask) -> Int[Array, "B T"]:
@@ -31,7 +35,11 @@ def positions_of(mask: Mask) -> Int[Array, "B T"]:
     """
     if isinstance(mask, Branches):
         prompt, completions = _branch_positions(mask)
-        return jnp.concatenate([prompt, completions.reshape(len(prompt), -1)], axis=1)
+        rows = len(prompt) if mask.packed is None else len(mask.packed)
+        inside = completions.reshape(rows, -1)
+        if mask.packed is not None:
+            inside = jnp.take_along_axis(inside, jnp.maximum(mask.packed, 0), axis=1)
+        return jnp.concatenate([prompt.reshape(rows, -1), inside], axis=1)
     tokens = mask != 0
     count = jnp.cumsum(tokens, axis=1)
     if mask.dtype != bool:
@@ -59,7 +67,11 @@ def visible(mask: Mask, window: int | None) -> Any:
         causal = _causal(mask.completions)
         whole = jnp.concatenate([seen, causal & mask.completions[:, :, None, :]], axis=-1)
         completions = by_kind(whole, inside, beside(places, inside), window)
-        return Seen(visible(mask.prompt, window), completions)
+        prompt = visible(mask.prompt, window)
+        if mask.packed is None:
+            return Seen(prompt, completions)
+        each = lambda x: jnp.broadcast_to(x, (len(prompt), *x.shape))
+        return Seen(prompt, completions, each(mask.packed), each(spread(mask)))
     places = positions_of(mask)[:, None]
     seen = _causal(mask[:, None]) & (mask != 0)[:, None, None, :]
     if mask.dtype != bool:

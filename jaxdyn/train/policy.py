@@ -22,7 +22,7 @@ from jaxdyn.rl import (
     normalizer_of,
     support_log_mass,
 )
-from jaxdyn.train.sharing import Sequences, completion_features
+from jaxdyn.train.sharing import Sequences, of_completions, slot_features, slot_ids
 from jaxdyn.types import Model, Params, Rollout, Support
 
 
@@ -92,8 +92,9 @@ def policy_logps(
     model: Model, params: Params, batch: Sequences | Rollout, temperature: ArrayLike
 ) -> Float[Array, "B C"]:
     """Teacher-forced per-token log-probs of the batch's completions."""
-    features = completion_features(model, params["backbone"], batch)
-    return classifier_logps(model, params, features, batch.completion_ids, temperature)
+    features = slot_features(model, params["backbone"], batch)
+    logps = classifier_logps(model, params, features, slot_ids(batch), temperature)
+    return of_completions(batch, logps)
 
 
 @functools.partial(jax.jit, static_argnames="model")
@@ -119,9 +120,10 @@ def policy_certainty(
 ) -> dict[str, jax.Array]:
     """Means over a batch's completion tokens: entropy, confidence, sampled log-prob."""
     view = model.view(params)
-    features = completion_features(model, view["backbone"], batch)
-    ids, mask = batch.completion_ids, batch.completion_mask
-    statistics = completion_statistics(model, view["classifier"], features, ids, temperature)
+    features = slot_features(model, view["backbone"], batch)
+    ids, mask = slot_ids(batch), batch.completion_mask
+    found = completion_statistics(model, view["classifier"], features, ids, temperature)
+    statistics = jax.tree.map(functools.partial(of_completions, batch), found)
     return certainty(statistics, mask, normalizer_of(mask))
 
 

@@ -7,6 +7,7 @@ rollout batch serves all its inner epochs. Only the leaves that move are differe
 are data.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -26,7 +27,7 @@ from jaxdyn.rl import (
     value_loss,
 )
 from jaxdyn.train.policy import UpdateBatch, certainty, completion_statistics
-from jaxdyn.train.sharing import completion_features
+from jaxdyn.train.sharing import of_completions, slot_features, slot_ids
 from jaxdyn.train.state import TrainState
 from jaxdyn.types import Model, Params, View
 
@@ -140,17 +141,24 @@ def policy_objective(
     batch: UpdateBatch,
     temperature: jax.Array,
     normalizer: Normalizer,
+    as_they_lie: bool = False,
 ) -> tuple[jax.Array, Metrics]:
-    """The RL loss of classifier (and value head) on features, with its metrics, as sums."""
-    ids, mask = batch.completion_ids, batch.completion_mask
+    """The RL loss of classifier (and value head) on features, with its metrics, as sums.
+
+    The features are by completion or, `as_they_lie`, those of `slot_features`.
+    """
+    mask = batch.completion_mask
     old, ref = batch.old_per_token_logps, batch.ref_per_token_logps
-    policy = completion_statistics(model, view["classifier"], features, ids, temperature)
+    ids = slot_ids(batch) if as_they_lie else batch.completion_ids
+    place = functools.partial(of_completions, batch) if as_they_lie else lambda x: x
+    found = completion_statistics(model, view["classifier"], features, ids, temperature)
+    policy = jax.tree.map(place, found)
     beside = policy.entropy, batch.sampler_per_token_logps, batch.held_back
     value, metrics = policy_loss(
         loss, policy.logps, old, ref, batch.advantages, mask, normalizer, *beside
     )
     if batch.values is not None:
-        estimates, goal = state_values(view["value"], features), batch.values
+        estimates, goal = place(state_values(view["value"], features)), batch.values
         fit, of_values = value_loss(loss, estimates, goal.old, goal.returns, mask, normalizer)
         value, metrics = value + fit, {**metrics, **of_values}
     sure = certainty(policy, mask, normalizer)
@@ -189,9 +197,11 @@ def take_update(
 
     def objective(view, part):
         batch, phi = part
-        if phi is None:
-            phi = completion_features(model, view["backbone"], batch)
-        return policy_objective(model, loss, view, phi, batch, temperature, normalizer)
+        given = phi is not None
+        if not given:
+            phi = slot_features(model, view["backbone"], batch)
+        about = batch, temperature, normalizer
+        return policy_objective(model, loss, view, phi, *about, as_they_lie=not given)
 
     new, metrics = descend(
         state,

@@ -14,7 +14,8 @@ import tiny_runs
 from jaxdyn import kernels
 from jaxdyn.cli import main
 from jaxdyn.commands import kernel as command
-from jaxdyn.commands.kernel_options import KernelOptions, bytes_of
+from jaxdyn.commands.kernel_options import KernelOptions
+from jaxdyn.commands.text_options import bytes_of
 from jaxdyn.data import load_tokenizer
 from jaxdyn.models import load_pretrained
 from jaxdyn.optim import make_optimizer
@@ -174,7 +175,7 @@ def test_by_part_and_in_float64(root, tmp_path):
     scale = np.abs(whole).max()
     np.testing.assert_allclose(saved.gradient, whole, rtol=0, atol=1e-12 * scale)
     lm, params = load_pretrained(root / "model")
-    parts = kernels.update_kernel_by_part(lm, params, sites_of(saved))
+    parts = kernels.log_prob_kernel(lm, params, sites_of(saved), by_part=True).parts
     np.testing.assert_allclose(saved.parts["mlp"], parts["mlp"], rtol=0, atol=1e-5 * scale)
 
 

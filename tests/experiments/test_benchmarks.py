@@ -28,7 +28,7 @@ import rl_step
 import rollout
 from peers.protocol import SHAPES
 
-from jaxdyn.kernels import log_prob_kernel, update_kernel_by_part
+from jaxdyn.kernels import log_prob_kernel
 
 STUB = Path(__file__).with_name("stub_peer.py")
 EXPERIMENTS = Path(interleave.__file__).parent
@@ -122,7 +122,7 @@ def test_kernels(run, here, monkeypatch, tmp_path):
     monkeypatch.setattr(kernels, "AXES", {"sites": [2 / 3, 1], "slots": [0.5, 1]})
     found = run(kernels, "--toy")
     assert found.keys() == {f"kernels_{suite}_toy" for suite in kernels.SUITES}
-    for suite in ("small", "trace", "pythia", "large"):
+    for suite in ("small", "trace", "pythia", "chat", "large"):
         cases = found[f"kernels_{suite}_toy"]["cases"]
         assert all(case["median_seconds"] > 0 for case in cases.values())
     peers = [name for name in kernels.METHODS if name.startswith("nt ")]
@@ -190,8 +190,8 @@ def test_exact_products_are_those_of_the_kernel():
     params, r = model.init(jax.random.key(0)), ledger.completions(model, 3, 2, 2)
     every, linear = influence.exact_products(model, params, r)
     sites = ledger.every_token(r)
-    total = np.asarray(log_prob_kernel(model, params, sites).total)
-    parts = update_kernel_by_part(model, params, sites)
+    kernel = log_prob_kernel(model, params, sites, by_part=True)
+    total, parts = np.asarray(kernel.total), kernel.parts
     body = np.asarray(sum(parts[kind].sum(axis=0) for kind in ("attention", "mlp")))
     rows = np.asarray(sites.rows)
     by_completion = np.stack([rows == b for b in range(3)]).astype(float)

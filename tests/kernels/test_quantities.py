@@ -53,11 +53,11 @@ def update(model, params, function=kernels.update_kernel, **options):
 
 
 def by_part(model, params, **options):
-    return update(model, params, kernels.update_kernel_by_part, **options)
+    return update(model, params, by_part=True, **options).parts
 
 
 def log_prob_by_part(model, params, **options):
-    return kernels.update_kernel_by_part(model, params, *both(), **options)
+    return kernels.log_prob_kernel(model, params, *both(), by_part=True, **options).parts
 
 
 def sequences(model, params, **options):
@@ -245,8 +245,9 @@ def test_a_metric_of_the_views_shape(name, x64):
 
 def test_parts_sum_to_the_gradient_component(x64):
     model, params = tiny_model("gpt2-tied")
-    whole = update(model, params, method="gram").gradient
-    total = sum(x.sum(axis=0) for x in by_part(model, params, method="gram").values())
+    kernel = update(model, params, method="gram", by_part=True)
+    whole, total = kernel.gradient, sum(x.sum(axis=0) for x in kernel.parts.values())
+    assert update(model, params, method="gram").parts is None
     np.testing.assert_allclose(total, whole, rtol=0, atol=1e-14 * float(jnp.abs(whole).max()))
 
 

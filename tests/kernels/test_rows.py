@@ -85,8 +85,6 @@ def test_cotangents_that_are_refused(model_and_params):
         kernels.update_kernel(*model_and_params, sites, sites, cotangents_a=good)
     with pytest.raises(JaxdynError, match="cotangents_b is given without sites_b"):
         kernels.update_kernel(*model_and_params, sites, cotangents_a=good, cotangents_b=good)
-    with pytest.raises(JaxdynError, match="cotangents_b is given without cotangents_a"):
-        kernels.update_kernel_by_part(*model_and_params, sites, sites, cotangents_b=good)
 
 
 def test_chosen_tokens_that_are_refused(model_and_params):
