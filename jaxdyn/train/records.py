@@ -16,12 +16,12 @@ from jaxdyn.train.seal import SAVED
 
 
 def require_whole(run: AnyPath, config: Config, newest: int | None) -> None:
-    """Refuse to go on with a run that has lost what it recorded.
+    """Refuse to go on with a run that has lost what it recorded; its arrays too are read, on disk.
 
     Raises:
       JaxdynError: naming the first file that is not whole, and what to do.
     """
-    for found in damages(run, config, newest):
+    for found in damages(run, config, newest, arrays=not in_bucket(run)):
         raise JaxdynError(
             f"{run} is not whole: {found}; put back a copy of it, or choose another output to "
             "begin anew"
