@@ -67,23 +67,26 @@ def write_files(files: Mapping[AnyPath, bytes | str]) -> None:
 
 
 @contextlib.contextmanager
-def whole_directory(path: Path) -> Iterator[Path]:
+def whole_directory(path: Path, needed: int = 0) -> Iterator[Path]:
     """A new directory to fill, which becomes `path` as a whole once the block has ended well.
 
     A directory that has the name is replaced: whoever calls has seen that it may be.
+
+    Args:
+      needed: bytes that will be in it, for the message.
 
     Raises:
       JaxdynError: naming the directory that cannot be written and why.
     """
     partial, before = partial_of(path), partial_of(path.with_name(path.name + ".before"))
-    with naming(path):
+    with naming(path, needed):
         if before.exists() and not path.exists():  # killed between the two renames
             os.rename(before, path)
         for left in (partial, before):
             shutil.rmtree(left, ignore_errors=True)
         partial.mkdir(parents=True)
     try:
-        with naming(path):
+        with naming(path, needed):
             yield partial
             for file in sorted(p for p in partial.rglob("*") if p.is_file()):
                 with open(file, "rb") as opened:
@@ -93,8 +96,10 @@ def whole_directory(path: Path) -> Iterator[Path]:
                 os.rename(path, before)
             os.rename(partial, path)
             sync_directory(path.parent)
-    except Exception:
+    except Exception as error:
         shutil.rmtree(partial, ignore_errors=True)
+        if isinstance(error, JaxdynError):
+            raise JaxdynError(str(error).replace(str(partial), str(path))) from error
         raise
     shutil.rmtree(before, ignore_errors=True)
 

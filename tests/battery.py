@@ -2,14 +2,16 @@
 
     PYTHONPATH=tests/report python tests/battery.py --count 300 --seed 0
 
-calls the command line in this process, on copies of a tiny model, its data and a finished run, of
-which one thing is damaged, or with options out of range, and counts what came of it:
+calls the command line in this process, on copies of a tiny model, its data, a finished run and a
+finished quickstart, of which one thing is damaged, or with options out of range, and counts what
+came of it:
 
     refused     exit code 2 and one line on standard error
     accepted    exit code 0; a fault where the kind of damage leaves no way to be harmless
     traceback   anything else was raised
-    hang        more than 60 seconds
-    loss        a file that is not the command's to write was changed or is gone
+    hang        more than 60 seconds of processors' time, or ten times as many by the clock
+    loss        a file that is not the command's to write was changed or is gone, or a run that went
+                on and came to its end is not whole
 
 Of faults it prints the case, which `--case N` repeats, and exits with 1.
 """
@@ -33,14 +35,27 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
+# As in the tests: what is compiled runs once, on a few numbers.
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+
 import damage
+import jax
 import numpy as np
 import tiny_runs
 
 from jaxdyn.cli import COMMANDS, found, main
-from jaxdyn.grammar import save_config
+from jaxdyn.commands import quickstart
+from jaxdyn.config import KINDS
+from jaxdyn.grammar import load_config, save_config
+from jaxdyn.presets import RL, SFT
+from jaxdyn.train.checkpoint import Checkpoints
+from jaxdyn.train.loop import plan_of
+from jaxdyn.train.records import damages
 
 HANG = 60
+"""Seconds of processors' time that no command may take, once it is compiled."""
 
 
 class Place(NamedTuple):
@@ -53,18 +68,20 @@ class Place(NamedTuple):
     run: Path
     config: Path
     sft: Path
+    story: Path
 
 
 class Case(NamedTuple):
-    """A command line, and whether it may as well be understood."""
+    """A command line, whether it may as well be understood, and runs that it goes on with."""
 
     kind: str
     words: list[str]
     harmless: bool = False
+    runs: tuple[Path, ...] = ()
 
 
 def make(root: Path) -> Place:
-    """The tiny model, prompts, and a run of two steps."""
+    """The tiny model, prompts, a run of two steps, and a quickstart of as many."""
     place = place_at(root)
     changes = {"train__steps": 2, "train__checkpoint_every": 1, "evaluation__every": 0}
     config = tiny_runs.rl_config(root, "run", **changes)
@@ -75,11 +92,12 @@ def make(root: Path) -> Place:
     place.scored.write_text("".join(json.dumps(row) + "\n" for row in rows))
     with quiet():
         main(["rl", "--config", str(place.config)])
+        main(["quickstart", "--output", str(place.story)])
     return place
 
 
 def place_at(root: Path) -> Place:
-    names = ("model", "prompts.jsonl", "scored.jsonl", "run", "rl.json", "sft.json")
+    names = ("model", "prompts.jsonl", "scored.jsonl", "run", "rl.json", "sft.json", "story")
     return Place(root, *(root / name for name in names))
 
 
@@ -95,7 +113,7 @@ def quiet() -> Iterator[io.StringIO]:
 
 
 def command_lines(place: Place) -> dict[str, list[str]]:
-    """One of every command but the quickstart."""
+    """One of every command, by its name; and those that go on with what is there."""
     out = str(place.root / "out")
     model, prompts, run = str(place.model), str(place.prompts), str(place.run)
     few = ["--limit", "2", "--max-prompt-length", "8", "--max-completion-length", "4"]
@@ -111,16 +129,34 @@ def command_lines(place: Place) -> dict[str, list[str]]:
         "report": [run, "--output", out],
         "analyze": [run, "--output", out],
         "export": [run, out],
+        "quickstart": ["--output", out, "--seed", "1"],
+        "check": [run],
+        "rl again": ["--config", str(place.config)],
+        "quickstart again": ["--output", str(place.story)],
     }
+
+
+def line_of(command: str, place: Place) -> list[str]:
+    """A command line as it works."""
+    return [command.removesuffix(" again"), *command_lines(place)[command]]
+
+
+def runs_of(command: str, place: Place) -> tuple[Path, ...]:
+    """The runs that a command goes on with."""
+    return {
+        "rl again": (place.run,),
+        "quickstart again": tuple(place.story / name for name in ("sft", *quickstart.SCHEDULES)),
+    }.get(command, ())
 
 
 READS = {
     "model": ("rl", "sft", "evaluate", "kernel", "sketch", "influence"),
     "prompts": ("kernel", "sketch", "ledger"),
     "scored": ("influence",),
-    "run": ("ledger", "report", "analyze", "export"),
+    "run": ("ledger", "report", "analyze", "export", "check", "rl again", "rl again"),
     "config": ("rl", "evaluate"),
     "sft": ("sft",),
+    "story": ("quickstart again",),
 }
 """What each command reads, by the names of `Place`."""
 
@@ -132,12 +168,13 @@ def bad_number(rng: np.random.Generator, place: Place) -> Case:
     """A numeric option of any command, beyond every range."""
     lines = command_lines(place)
     command = damage.one(rng, list(lines))
-    names = list(numeric_options(found(COMMANDS[command].options)))
+    options = COMMANDS[command.removesuffix(" again")].options
+    names = list(numeric_options(found(options)))
     if not names:
         return bad_words(rng, place)
     values = ("1" + "0" * 30, "-1" + "0" * 30, "1e308", "nan", "inf", "-inf", "9" * 5000, "x", "")
     value = damage.one(rng, values)
-    words = [command, *lines[command], f"--{damage.one(rng, names)}={value}"]
+    words = [*line_of(command, place), f"--{damage.one(rng, names)}={value}"]
     return Case(f"number {value:.8}", words)
 
 
@@ -157,15 +194,15 @@ def bad_words(rng: np.random.Generator, place: Place) -> Case:
     command = damage.one(rng, list(lines))
     words = ("--no-such", "--seed", "--output", "a\0b", "\udcff", "--=", "--output=\0", "--help=3")
     word = damage.one(rng, words)
-    return Case(f"word {word!r}", [command, *lines[command], word])
+    return Case(f"word {word!r}", [*line_of(command, place), word])
 
 
 def bad_path(rng: np.random.Generator, place: Place) -> Case:
     """A path where there is nothing, or something else."""
     lines = command_lines(place)
-    command = damage.one(rng, [name for name in lines if name != "plan"])
+    known = {str(getattr(place, name)) for name in READS if name != "story"}
+    command = damage.one(rng, [name for name in lines if known & set(lines[name])])
     words = lines[command]
-    known = {str(getattr(place, name)) for name in READS}
     spots = [i for i, word in enumerate(words) if word in known]
     others = (
         "/nowhere",
@@ -187,7 +224,31 @@ def bad_path(rng: np.random.Generator, place: Place) -> Case:
     )
     at = damage.one(rng, spots)
     path = damage.one(rng, others)
-    return Case(f"path {path!r:.30}", [command, *words[:at], path, *words[at + 1 :]])
+    words = [command.removesuffix(" again"), *words[:at], path, *words[at + 1 :]]
+    return Case(f"path {path!r:.30}", words)
+
+
+def bad_output(rng: np.random.Generator, place: Place) -> Case:
+    """An output that cannot be made, or is somebody else's."""
+    out = str(place.root / "out")
+    lines = command_lines(place)
+    command = damage.one(rng, [name for name in lines if {out, f"{out}.json"} & set(lines[name])])
+    others = (
+        *(
+            "/dev/null",
+            "/proc/nowhere",
+            "gs://nothing/here",
+            "s3://a/b",
+            "x" * 5000,
+            "a\0b",
+            "\ud800",
+        ),
+        *map(str, (place.root, place.model, place.prompts, place.prompts / "below", place.run)),
+    )
+    path = damage.one(rng, others)
+    words = [path if word in (out, f"{out}.json") else word for word in line_of(command, place)]
+    # A page may lie beside other files.
+    return Case(f"output {path!r:.30}", words, command == "report")
 
 
 def damaged(what: str, names: tuple[str, ...], ways: tuple[Callable, ...], refused: bool = False):
@@ -204,7 +265,8 @@ def damaged(what: str, names: tuple[str, ...], ways: tuple[Callable, ...], refus
         path.write_bytes(content)
         command = damage.one(rng, READS[what])
         name = f"{what} {path.relative_to(part) if names else ''} {way.__name__}"
-        return Case(name, [command, *command_lines(place)[command]], not refused or same)
+        words, runs = line_of(command, place), runs_of(command, place)
+        return Case(name, words, not refused or same, runs)
 
     return kind
 
@@ -220,7 +282,7 @@ def missing(what: str) -> Callable[[np.random.Generator, Place], Case]:
             path.mkdir()
         command = damage.one(rng, READS[what])
         name = f"{what} without {path.relative_to(part)}"
-        return Case(name, [command, *command_lines(place)[command]], True)
+        return Case(name, line_of(command, place), True, runs_of(command, place))
 
     return kind
 
@@ -232,7 +294,7 @@ def huge_prompt(rng: np.random.Generator, place: Place) -> Case:
     row = {"prompt": "1" * 10**7 + "=", "completion": "ab", "advantage": 1.0}
     path.write_text(json.dumps(row) + "\n" + path.read_text())
     command = damage.one(rng, READS[what])
-    return Case(f"{what} of ten million", [command, *command_lines(place)[command]])
+    return Case(f"{what} of ten million", line_of(command, place))
 
 
 def huge_model(rng: np.random.Generator, place: Place) -> Case:
@@ -245,7 +307,7 @@ def huge_model(rng: np.random.Generator, place: Place) -> Case:
     name, size = damage.one(rng, names), damage.one(rng, (10**7, 10**9, 2**31 - 1, 2**31, 10**30))
     path.write_text(json.dumps(config | {name: size}))
     command = damage.one(rng, READS["model"])
-    return Case(f"model of {name} {size:.0e}", [command, *command_lines(place)[command]])
+    return Case(f"model of {name} {size:.0e}", line_of(command, place))
 
 
 def sparse_ids(rng: np.random.Generator, place: Place) -> Case:
@@ -257,7 +319,7 @@ def sparse_ids(rng: np.random.Generator, place: Place) -> Case:
     vocabulary[token] = int(damage.one(rng, (100, 10**6, 2**31)))
     path.write_text(json.dumps(content))
     command = damage.one(rng, READS["model"])
-    return Case("sparse token ids", [command, *command_lines(place)[command]])
+    return Case("sparse token ids", line_of(command, place))
 
 
 def bad_stop_id(rng: np.random.Generator, place: Place) -> Case:
@@ -266,12 +328,12 @@ def bad_stop_id(rng: np.random.Generator, place: Place) -> Case:
     value = damage.one(rng, ids)
     path.write_text(json.dumps({"eos_token_id": value}))
     command = damage.one(rng, READS["model"])
-    return Case(f"stop id {value!r:.12}", [command, *command_lines(place)[command]])
+    return Case(f"stop id {value!r:.12}", line_of(command, place))
 
 
 JSON_OR_BYTES = damage.JSON * 2 + damage.BYTES
-KINDS: tuple[Callable[[np.random.Generator, Place], Case], ...] = (
-    *(bad_number, bad_number, bad_words, bad_path, bad_path),
+DRAWN: tuple[Callable[[np.random.Generator, Place], Case], ...] = (
+    *(bad_number, bad_number, bad_words, bad_path, bad_path, bad_output),
     *(huge_prompt, huge_model, sparse_ids, bad_stop_id),
     damaged("model", ("config.json",), JSON_OR_BYTES),
     damaged("model", ("tokenizer*.json", "generation_config.json"), JSON_OR_BYTES),
@@ -291,7 +353,8 @@ KINDS: tuple[Callable[[np.random.Generator, Place], Case], ...] = (
     damaged("run", ("*.jsonl",), damage.LINES + damage.BYTES),
     damaged("run", ("dynamics/*.npz",), damage.NPZ + damage.BYTES),
     damaged("run", ("checkpoints/**/*",), (damage.cut, damage.flipped, damage.emptied)),
-    *(missing("model"), missing("run")),
+    damaged("story", ("**/*.json*", "**/*.npz"), (damage.cut, damage.flipped, damage.emptied)),
+    *(missing("model"), missing("run"), missing("story")),
 )
 
 
@@ -315,8 +378,10 @@ def attempt(case: Case, place: Place) -> tuple[str, str]:
         raise Hung
 
     before = contents(place.root)
+    signal.signal(signal.SIGPROF, alarmed)
     signal.signal(signal.SIGALRM, alarmed)
-    signal.alarm(HANG)
+    signal.setitimer(signal.ITIMER_PROF, HANG)
+    signal.alarm(10 * HANG)
     outcome = "accepted"
     try:
         with quiet() as said:
@@ -329,19 +394,33 @@ def attempt(case: Case, place: Place) -> tuple[str, str]:
         outcome = "traceback"
         said.write(traceback.format_exc())
     finally:
+        signal.setitimer(signal.ITIMER_PROF, 0)
         signal.alarm(0)
     text = said.getvalue()
     lines = [line for line in text.splitlines() if line.startswith("jaxdyn: ")]
     if outcome == "refused" and (len(lines) != 1 or "Traceback" in text or len(lines[0]) > 2000):
         outcome = "traceback"
     now = contents(place.root)
-    ours = place.root / "out", place.root / "cache"
-    lost = [
-        p for p, content in before.items() if now.get(p) != content and ours[1] not in p.parents
-    ]
+    ours = {place.root / "cache", *case.runs, *((place.story,) if case.runs[1:] else ())}
+    changed = (p for p, content in before.items() if now.get(p) != content)
+    lost = [str(p) for p in changed if not ours & {*p.parents}]
+    if outcome == "accepted":
+        lost += list(not_whole(case.runs))
     if lost and outcome != "hang":
         outcome, text = "loss", f"{lost[0]}\n{text}"
     return outcome, text
+
+
+def not_whole(runs: tuple[Path, ...]) -> Iterator[str]:
+    """What is wrong with runs that have come to their end."""
+    for run in runs:
+        config = load_config(KINDS, run / "config.json")
+        with Checkpoints(run / "checkpoints") as checkpoints:
+            newest = checkpoints.steps()[-1]
+            yield from filter(None, [checkpoints.damage(newest)])
+        yield from damages(run, config, newest, arrays=True)
+        if newest != plan_of(config)[-1].end:
+            yield f"{run} ended at step {newest}"
 
 
 def battery(options: argparse.Namespace, root: Path) -> int:
@@ -349,6 +428,11 @@ def battery(options: argparse.Namespace, root: Path) -> int:
     whole.mkdir()
     # The run's own configuration names the directory it was made in: each case is tried there.
     os.chdir(root)
+    os.environ["JAXDYN_CACHE"] = str(root / "downloads")
+    if not jax.config.jax_compilation_cache_dir:
+        jax.config.update("jax_compilation_cache_dir", str(root / "compiled"))
+    SFT["quickstart"], RL["quickstart"] = tiny_runs.quickstart_presets()
+    quickstart.LEDGER_PROMPTS = 2
     here = root / "here"
     make(here)
     shutil.move(here, whole / "kept")
@@ -359,19 +443,25 @@ def battery(options: argparse.Namespace, root: Path) -> int:
         shutil.rmtree(here, ignore_errors=True)
         shutil.copytree(whole / "kept", here)
         rng = np.random.default_rng([options.seed, number])
-        case = KINDS[number % len(KINDS)](rng, place_at(here))
+        case = DRAWN[number % len(DRAWN)](rng, place_at(here))
         began = time.monotonic()
         outcome, said = attempt(case, place_at(here))
         slowest = max(slowest, (time.monotonic() - began, number))
         fault = outcome not in ("refused", "accepted") or (
             outcome == "accepted" and not case.harmless
         )
-        counts[("FAULT " if fault else "") + outcome] += 1
+        counts[case.kind.split()[0], ("FAULT " if fault else "") + outcome] += 1
         if fault or options.verbose or options.case is not None:
             words = " ".join(f"{word:.60}" for word in case.words)
             print(f"case {number}: {case.kind}: {outcome}: {words!a}\n{said[-3000:]}", flush=True)
         faults += fault
-    print(f"seed {options.seed}: {dict(counts)}; slowest {slowest[0]:.0f} s, case {slowest[1]}")
+    for kind in sorted({kind for kind, _ in counts}):
+        told = (f"{n} {outcome}" for (k, outcome), n in sorted(counts.items()) if k == kind)
+        print(f"{kind}: {', '.join(told)}")
+    print(
+        f"seed {options.seed}: {counts.total()} inputs, {faults} faults; slowest "
+        f"{slowest[0]:.0f} s, case {slowest[1]}"
+    )
     return 1 if faults else 0
 
 

@@ -11,9 +11,12 @@ left. Other threads are left alone, which a save goes on in: as if the end came 
 
 import builtins
 import contextlib
+import gc
 import io
 import os
+import signal
 import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -90,6 +93,30 @@ def killed_at(root: Path, end: int, work: Callable[..., object], *given: object)
     with machine.running(), contextlib.suppress(Killed):
         work(*given)
     return machine.dead
+
+
+@contextlib.contextmanager
+def interruptible() -> Iterator[None]:
+    """Ctrl-C as in the foreground; a suite in the background ignores it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def interrupt_unheard() -> None:
+    """Ctrl-C where Python cannot raise it: in a callback at a garbage collection."""
+
+    def callback(phase, _):
+        if phase == "stop":
+            os.kill(os.getpid(), signal.SIGINT)
+            raise AssertionError("not interrupted")
+
+    gc.callbacks.append(callback)
+    gc.collect()
+    gc.callbacks.remove(callback)
+    time.sleep(60)  # it is to come again
 
 
 def content(directory):

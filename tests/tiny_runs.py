@@ -11,11 +11,12 @@ import jax
 import numpy as np
 
 from jaxdyn.config import RunConfig, SFTConfig
-from jaxdyn.data import DataConfig, character_tokenizer
+from jaxdyn.data import AnagramsConfig, DataConfig, character_tokenizer
 from jaxdyn.dynamics import ProbeConfig
 from jaxdyn.models import LanguageModel, gpt_neox, save_pretrained
 from jaxdyn.optim import OptimConfig
-from jaxdyn.rewards import RegexMatch, RewardConfig
+from jaxdyn.presets import RL, SFT
+from jaxdyn.rewards import Length, RegexMatch, RewardConfig
 from jaxdyn.rollout import SamplingConfig
 from jaxdyn.sections import EvaluationConfig, ModelSource, SupervisedConfig, TrainConfig
 
@@ -94,6 +95,28 @@ def sft_config(root: Path, output: str, **changes):
         train=SupervisedConfig(steps=6, num_prompts=4, checkpoint_every=2, max_prompt_length=8),
     )
     return replaced(config, changes)
+
+
+def quickstart_presets() -> tuple[SFTConfig, RunConfig]:
+    """The quickstart's two, a few steps long, of a few rows."""
+    few = {"num_prompts": 2, "num_generations": 2}
+    sft, rl = SFT["quickstart"], RL["quickstart"]
+    anagrams = AnagramsConfig(train_examples=64, test_examples=16)
+    data = dataclasses.replace(sft.data, anagrams=anagrams)
+    evaluation = dataclasses.replace(rl.evaluation, every=0, **few)
+    train = dataclasses.replace(sft.train, steps=2, num_prompts=4)
+    sft = dataclasses.replace(sft, data=data, evaluation=evaluation, train=train)
+    rl = dataclasses.replace(
+        rl,
+        # A random model has no anagram right; some of its completions are shorter.
+        reward=RewardConfig(("length",), length=Length(maximum=0, slack=9)),
+        data=data,
+        evaluation=evaluation,
+        train=dataclasses.replace(rl.train, steps=2, **few),
+        optim=dataclasses.replace(rl.optim, classifier_steps=1),
+        probe=dataclasses.replace(rl.probe, every=1, num_prompts=2),
+    )
+    return sft, rl
 
 
 def replaced(config, changes: dict):

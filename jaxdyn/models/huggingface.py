@@ -23,6 +23,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from safetensors import SafetensorError
 from safetensors.numpy import save_file
 
+from jaxdyn.files import room
 from jaxdyn.models.config import ModelConfig
 from jaxdyn.models.families import family_of
 from jaxdyn.models.hf_config import config_from_hf, config_to_hf, token_ids
@@ -278,7 +279,10 @@ def save_pretrained(
         for file, path in partial.items():
             path.replace(directory / file)
     except (OSError, SafetensorError) as error:
-        raise JaxdynError(f"cannot write the checkpoint {directory}: {error}") from error
+        said = str(error)
+        if "No space left" in said:
+            said = f"No space left on device{room(directory, sum(sizes.values()))}"
+        raise JaxdynError(f"cannot write the checkpoint {directory}: {said}") from error
     finally:
         with contextlib.suppress(OSError):
             for path in partial.values():

@@ -230,9 +230,14 @@ def _resolve(path: str, config: RewardConfig) -> tuple[str, RewardFunction]:
             f"unknown reward {path!r}: did you mean {nearest!r}? "
             "Your own is given as package.module:function"
         )
-    if os.getcwd() not in sys.path:  # a console script does not look in the working directory
-        sys.path.append(os.getcwd())
-    require_outside_runs(path, module_name.partition(".")[0])
+    here = os.getcwd()
+    if added := here not in sys.path:  # a console script does not look in the working directory
+        sys.path.append(here)
+    try:
+        require_outside_runs(path, module_name.partition(".")[0])
+    finally:
+        if added and run_around(Path(here)):  # nor is anything else to be found in a run
+            sys.path.remove(here)
     try:
         with warnings.catch_warnings():
             function = getattr(importlib.import_module(module_name), name)
@@ -261,12 +266,17 @@ def require_outside_runs(path: str, module: str) -> None:
     if found is None:
         return  # the import says so
     for place in (found.origin, *(found.submodule_search_locations or ())):
-        for folder in Path(place).absolute().parents if place else ():
-            if (folder / "config.json").exists() and (folder / "checkpoints").is_dir():
-                raise JaxdynError(
-                    f"the reward {path!r} lies in the run {folder}, and a run's code is not "
-                    "imported; start from elsewhere, or move the file out"
-                )
+        if place and (folder := run_around(Path(place).absolute().parent)):
+            raise JaxdynError(
+                f"the reward {path!r} lies in the run {folder}, and a run's code is not imported; "
+                "start from elsewhere, or move the file out"
+            )
+
+
+def run_around(folder: Path) -> Path | None:
+    """The run's directory that a folder is or lies in, if it does."""
+    is_run = lambda x: (x / "config.json").exists() and (x / "checkpoints").is_dir()
+    return next(filter(is_run, (folder, *folder.parents)), None)
 
 
 def _float(value: Any) -> float:

@@ -27,7 +27,7 @@ class Board:
     """
 
     def __init__(self, directory: Path, first: int):
-        self.directory, self._flushed = directory, time.monotonic()
+        self.directory, self._flushed, self._held = directory, time.monotonic(), 0
         with naming(directory):
             directory.mkdir(parents=True, exist_ok=True)
             # Two that begin in the same second have files of their own.
@@ -39,20 +39,23 @@ class Board:
     def log(self, step: int, scalars: dict[str, int | float]) -> None:
         """Numbers by name, at a step."""
         values = [value for name, x in scalars.items() for value in scalar(name, x).value]
-        with naming(self.directory):
-            self._write(step, summary=Summary(value=values))
+        self._write(step, summary=Summary(value=values))
         if time.monotonic() - self._flushed > SECONDS:
             self.flush()
 
     def flush(self) -> None:
         """Put onto the disk what is held back."""
         self._flushed = time.monotonic()
-        with naming(self.directory):
+        with naming(self.directory, self._held):
             self._writer.flush()
+        self._held = 0
 
     def _write(self, step: int, **content: Any) -> None:
-        self._writer.write_event(Event(wall_time=time.time(), step=step, **content))
+        event = Event(wall_time=time.time(), step=step, **content)
+        self._held += event.ByteSize()
+        with naming(self.directory, self._held):
+            self._writer.write_event(event)
 
     def close(self) -> None:
-        with naming(self.directory):
+        with naming(self.directory, self._held):
             self._writer.close()

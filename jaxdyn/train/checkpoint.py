@@ -26,6 +26,7 @@ from orbax.checkpoint.path import atomicity
 from jaxdyn.errors import Closing, JaxdynError
 from jaxdyn.files import room
 from jaxdyn.paths import AnyPath, in_bucket, one_line
+from jaxdyn.reading import shown
 from jaxdyn.train.seal import Sealed, damage
 
 DELETED = "deleted"
@@ -152,14 +153,24 @@ class Checkpoints(Closing):
     def _not_saved(self, error: Exception) -> JaxdynError:
         with contextlib.suppress(Exception):  # the storage itself may be gone
             self._manager.reload()  # what the save would have replaced is still there
-        said = f"cannot save step {self._saving} in {self.directory}: {one_line(error)}"
-        full = "No space left" in str(error) and not in_bucket(self.directory)
-        return JaxdynError(said + (room(self.directory, self._bytes) if full else ""))
+        if isinstance(error, JaxdynError) and isinstance(error.__cause__, OSError):
+            error = error.__cause__  # of one file of it, the checksums
+        said = f"cannot save step {self._saving} in {self.directory}: "
+        if "No space left" in str(error) and not in_bucket(self.directory):
+            return JaxdynError(f"{said}No space left on device{room(self.directory, self._bytes)}")
+        return JaxdynError(said + one_line(error))
 
     def position(self, step: int) -> dict[str, Any]:
-        """The position saved with `step`."""
+        """The position saved with `step`; JaxdynError if it is not of that step."""
         args = ocp.args.Composite(position=ocp.args.JsonRestore())
-        return self._restore(step, args)["position"]
+        found = self._restore(step, args)["position"]
+        of = found.get("step") if isinstance(found, dict) else found
+        if type(of) is not int or of != step:
+            raise JaxdynError(
+                f"cannot restore step {step} from {self.directory}: its position is damaged, it "
+                f"says step {shown(of)}"
+            )
+        return found
 
     def state(self, step: int, like: Any) -> Any:
         """The state saved with `step`, in the shapes and dtypes of `like` and where it lies.

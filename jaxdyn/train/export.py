@@ -30,7 +30,7 @@ def save_policy(
     """
     host = fetch(params)
     if jax.process_index() == 0:
-        with whole_directory(directory) as unfinished:
+        with whole_directory(directory, sum(x.nbytes for x in jax.tree.leaves(host))) as unfinished:
             save_pretrained(unfinished, model, host, stop_ids=tokenizer.stop_ids)
             tokenizer.save(unfinished)
 

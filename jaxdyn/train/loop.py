@@ -280,8 +280,7 @@ def require_position(found: Any, like: dict[str, Any], checkpoints: Checkpoints)
     there = {"reached": False, **found} if isinstance(found, dict) else {}
     for name, value in like.items():
         got: Any = there.get(name)
-        whole = is_number(got) and isinstance(value, float)
-        right = type(got) is type(value) or whole
+        right = is_number(got) if isinstance(value, float) else type(got) is type(value)
         if not right or (isinstance(got, int | float) and got < 0):
             raise JaxdynError(
                 f"a position in {checkpoints.directory} is damaged: its {name} is {shown(got)}"

@@ -5,6 +5,7 @@ there, line by line, unless somebody or something has taken it away. After it th
 lines, of steps that a killed run takes again, and of the very last perhaps a half.
 """
 
+import collections
 import zipfile
 from collections.abc import Iterable, Iterator
 
@@ -16,12 +17,12 @@ from jaxdyn.train.seal import SAVED
 
 
 def require_whole(run: AnyPath, config: Config, newest: int | None) -> None:
-    """Refuse to go on with a run that has lost what it recorded.
+    """Refuse to go on with a run that has lost what it recorded; its arrays too are read, on disk.
 
     Raises:
       JaxdynError: naming the first file that is not whole, and what to do.
     """
-    for found in damages(run, config, newest):
+    for found in damages(run, config, newest, arrays=not in_bucket(run)):
         raise JaxdynError(
             f"{run} is not whole: {found}; put back a copy of it, or choose another output to "
             "begin anew"
@@ -56,6 +57,8 @@ def damages(
             yield f"{run / name} has no line of step {missing[0]}"
         elif name in ONE_A_STEP and (twice := repeated(steps)) is not None:
             yield f"{run / name} has two lines of step {twice}"
+        elif name in AS_MANY_A_STEP and (fewer := with_fewer(steps, wanted)) is not None:
+            yield f"{run / name} has fewer lines of step {fewer} than of others"
     for step in wanted_steps["dynamics.jsonl"]:
         path = run / "dynamics" / f"step_{step:06d}.npz"
         if not path.exists():
@@ -67,6 +70,9 @@ def damages(
 
 ONE_A_STEP = ("metrics.jsonl", "dynamics.jsonl")
 """Logs of a line a step."""
+
+AS_MANY_A_STEP = ("samples.jsonl", "completions.jsonl")
+"""Logs of as many lines a step."""
 
 
 def expected(config: Config, newest: int, metrics: list[Record]) -> dict[str, list[int]]:
@@ -108,6 +114,13 @@ def repeated(steps: Iterable[int]) -> int | None:
             return step
         seen.add(step)
     return None
+
+
+def with_fewer(steps: Iterable[int], wanted: Iterable[int]) -> int | None:
+    """The first wanted step of which there are fewer lines than of another."""
+    counts = collections.Counter(steps)
+    most = max((counts[step] for step in wanted), default=0)
+    return next((step for step in wanted if counts[step] < most), None)
 
 
 def is_whole_archive(path: AnyPath) -> bool:

@@ -10,8 +10,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny_runs
-from crash import kill_everywhere
+from crash import interrupt_unheard, interruptible, kill_everywhere
 
+from jaxdyn.cli import main
 from jaxdyn.commands import kernel, ledger
 from jaxdyn.commands.kernel_options import KernelOptions
 from jaxdyn.commands.ledger_options import LedgerOptions
@@ -77,6 +78,18 @@ def test_a_kernel(root, tmp_path, monkeypatch):
     for output in kill_everywhere(tmp_path, work):
         if (output / "kernel.npz").exists():
             assert load_kernel(output / "kernel.npz").total.shape == (4, 4)
+
+
+def test_an_interrupted_kernel_says_so(root, tmp_path, monkeypatch, capsys):
+    """Whatever the moment: its exit code is not that of one that came to its end."""
+    monkeypatch.setattr(kernel, "compute", lambda *given: interrupt_unheard())
+    words = ["kernel", "--model", str(root / "model"), "--prompts", str(root / "texts.jsonl")]
+    with interruptible(), pytest.raises(SystemExit) as ended:
+        main([*words, "--output", str(tmp_path / "out")])
+    assert ended.value.code == 130
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert said == "jaxdyn: interrupted; the same command goes on from there"
+    assert not (tmp_path / "out" / "kernel.npz").exists()
 
 
 def test_its_tiles(tmp_path):

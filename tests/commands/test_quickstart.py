@@ -1,15 +1,12 @@
-import dataclasses
-
 import numpy as np
 import pytest
+import tiny_runs
 
 from jaxdyn.commands import quickstart as command
 from jaxdyn.commands.quickstart import quickstart
-from jaxdyn.data import AnagramsConfig
 from jaxdyn.presets import RL, SFT
 from jaxdyn.report.ledger_file import load_ledger
 from jaxdyn.report.plotting import STYLE
-from jaxdyn.rewards import Length, RewardConfig
 from jaxdyn.types import JaxdynError
 
 
@@ -18,24 +15,7 @@ def small(monkeypatch, tmp_path):
     """The presets, a few steps long, of a few rows, and figures of few pixels."""
     monkeypatch.setitem(STYLE, "savefig.dpi", 50)
     monkeypatch.setenv("JAXDYN_CACHE", str(tmp_path / "cache"))
-    few = {"num_prompts": 2, "num_generations": 2}
-    sft, rl = SFT["quickstart"], RL["quickstart"]
-    data = dataclasses.replace(
-        sft.data, anagrams=AnagramsConfig(train_examples=64, test_examples=16)
-    )
-    evaluation = dataclasses.replace(rl.evaluation, every=0, **few)
-    train = dataclasses.replace(sft.train, steps=2, num_prompts=4)
-    sft = dataclasses.replace(sft, data=data, evaluation=evaluation, train=train)
-    rl = dataclasses.replace(
-        rl,
-        # A random model has no anagram right; some of its completions are shorter.
-        reward=RewardConfig(("length",), length=Length(maximum=0, slack=9)),
-        data=data,
-        evaluation=evaluation,
-        train=dataclasses.replace(rl.train, steps=2, **few),
-        optim=dataclasses.replace(rl.optim, classifier_steps=1),
-        probe=dataclasses.replace(rl.probe, every=1, num_prompts=2),
-    )
+    sft, rl = tiny_runs.quickstart_presets()
     monkeypatch.setitem(SFT, "quickstart", sft)
     monkeypatch.setitem(RL, "quickstart", rl)
     monkeypatch.setattr(command, "LEDGER_PROMPTS", 2)

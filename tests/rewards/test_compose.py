@@ -293,3 +293,8 @@ def test_the_code_of_a_run_is_not_imported(tmp_path, monkeypatch):
         with pytest.raises(JaxdynError, match=rf"'{name}:f' lies in the run .*/run, and a run's"):
             make_reward(RewardConfig((f"{name}:f",)))
         assert name not in sys.modules
+        make_reward(RewardConfig(("json:dumps",)))  # Python's own: but nothing is looked for here
+        assert str(folder) not in sys.path
+    monkeypatch.chdir(tmp_path)
+    make_reward(RewardConfig(("json:dumps",)))
+    assert str(tmp_path) in sys.path

@@ -1,20 +1,26 @@
 """Killed before any of its file operations and given again, a command ends as one never killed."""
 
 import contextlib
+import dataclasses
 import re
+import shutil
 import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny_runs
 from crash import content, kill_everywhere, killed_at, operations
+from test_reward_runs import reward_config
 from tiny_runs import assert_same_run
 
 from jaxdyn.data import load_tokenizer
 from jaxdyn.models import load_pretrained
-from jaxdyn.train import run_rl, run_sft
+from jaxdyn.train import loop, run_reward, run_rl, run_sft
+from jaxdyn.train.step import Taken
 
 # The package gives their names to the functions.
 analysis, exporting = (sys.modules[f"jaxdyn.train.{name}"] for name in ("analyze", "export"))
@@ -127,6 +133,34 @@ def test_a_run(kind, root, tmp_path):
         assert names(again) == names(whole), kind_of_end
         if kind == "sft":
             assert content(again / "model") == content(whole / "model")
+
+
+@pytest.mark.slow
+def test_a_reward_model(root, tmp_path, monkeypatch):
+    """Before every operation; its steps are made up, what is evaluated and written is not."""
+    changes = {"train__steps": 2, "train__checkpoint_every": 1, "train__keep_checkpoints": 1}
+    changes |= {"evaluation__every": 1, "train__trackers": ()}
+    config_of = lambda name: reward_config(root, str(tmp_path / name / "run"), **changes)
+    task = loop.open_task(config_of("whole"))
+
+    def take(task, state, stage, step):
+        params = jax.tree.map(lambda x: x + jnp.asarray(step + 1, x.dtype), state.params)
+        return Taken(state.replace(params=params), {"loss": 0.5 * step, "step_time": 0.0}, 3, [])
+
+    monkeypatch.setattr(loop, "open_task", lambda config: dataclasses.replace(task, config=config))
+    monkeypatch.setitem(loop.STEPS, "reward", take)
+    whole = run_reward(config_of("whole")).parent
+    named = operations(tmp_path / "counted", run_reward, config_of("counted"))
+    assert len(named) > 50
+    logs = ("metrics.jsonl", "calibration.jsonl")
+    logged = lambda run: [tiny_runs.without_times(tiny_runs.lines(run, log)) for log in logs]
+    for end, name in enumerate(named):
+        killed_at(tmp_path / str(end), end, run_reward, config_of(str(end)))
+        again = run_reward(config_of(str(end))).parent
+        assert logged(again) == logged(whole), name
+        assert names(again) == names(whole), name
+        assert content(again / "model") == content(whole / "model"), name
+        shutil.rmtree(tmp_path / str(end))
 
 
 def names(run):

@@ -12,10 +12,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny_runs
+from crash import interrupt_unheard, interruptible
 from tiny_runs import assert_same_run
 
 from jaxdyn import cli
 from jaxdyn.errors import Preempted
+from jaxdyn.grammar import save_config
 from jaxdyn.train import loop, run_rl, run_sft
 from jaxdyn.train.checkpoint import Checkpoints
 from jaxdyn.train.preemption import Preemption
@@ -34,17 +36,9 @@ def told_in_call(number, original):
     return function
 
 
-@pytest.fixture
-def interruptible():
-    """Ctrl-C as in the foreground; a suite in the background ignores it."""
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    yield
-    signal.signal(signal.SIGINT, before)
-
-
-def test_a_second_signal_ends_at_once(interruptible):
+def test_a_second_signal_ends_at_once():
     before = signal.getsignal(signal.SIGTERM)
-    with Preemption() as preemption:
+    with interruptible(), Preemption() as preemption:
         assert not preemption.reached()
         os.kill(os.getpid(), signal.SIGTERM)
         assert preemption.reached()
@@ -100,19 +94,39 @@ def test_preempted_and_started_again(schedule, root, joint_run, first_run, tmp_p
         patched.setitem(loop.STEPS, "rl", told_in_call(last - done, loop.STEPS["rl"]))
         run = run_rl(config)
     assert_same_run(run, joint_run if schedule == "joint" else first_run)
+    with Checkpoints(run / "checkpoints") as checkpoints:
+        assert checkpoints.steps() == [last]
 
 
 @pytest.mark.slow
-def test_supervised_training_preempted_and_started_again(root, tmp_path, monkeypatch):
+def test_supervised_training_told_to_end_and_started_again(root, tmp_path, monkeypatch, capsys):
+    """By SIGTERM; by Ctrl-C, which is heard wherever it comes; by SIGTERM in the last step."""
     changes = {"train__steps": 4, "train__checkpoint_every": 100}
     whole = run_sft(tiny_runs.sft_config(root, str(tmp_path / "whole"), **changes)).parent
     config = tiny_runs.sft_config(root, str(tmp_path / "run"), **changes)
     with monkeypatch.context() as patched, pytest.raises(Preempted, match="2 of 4 steps are in"):
         patched.setitem(loop.STEPS, "sft", told_in_call(2, loop.STEPS["sft"]))
         run_sft(config)
-    run = run_sft(config).parent
+    save_config(config, tmp_path / "run.json")
+    with monkeypatch.context() as patched, interruptible(), pytest.raises(SystemExit) as ended:
+        patched.setitem(loop.STEPS, "sft", lambda *_: interrupt_unheard())
+        cli.main(["sft", "--config", str(tmp_path / "run.json")])
+    assert ended.value.code == 130
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert said == "jaxdyn: interrupted; the same command goes on from there"
+    with monkeypatch.context() as patched:
+        patched.setitem(loop.STEPS, "sft", told_in_call(2, loop.STEPS["sft"]))
+        run = run_sft(config).parent
     got, expected = (tiny_runs.lines(r, "metrics.jsonl") for r in (run, whole))
     assert tiny_runs.without_times(got) == tiny_runs.without_times(expected)
+    for directory in (run, whole):
+        with Checkpoints(directory / "checkpoints") as checkpoints:
+            assert checkpoints.steps() == [4]
+            assert checkpoints.position(4)["preempted"] is False
+    models = [
+        (directory / "model" / "model.safetensors").read_bytes() for directory in (run, whole)
+    ]
+    assert models[0] == models[1]
 
 
 PROCESS = """

@@ -1,5 +1,7 @@
 """Opening a saved run: what it holds, what it imports, what it leaves behind."""
 
+import json
+import shutil
 import subprocess
 import sys
 
@@ -8,6 +10,7 @@ import numpy as np
 import pytest
 import tiny_runs
 
+from jaxdyn.cli import main
 from jaxdyn.models import has_adapters
 from jaxdyn.train import checkpoint, open_run, run_rl, run_sft
 from jaxdyn.types import JaxdynError
@@ -95,6 +98,49 @@ def test_opening_a_run_imports_no_code_that_it_names(joint_run, root, tmp_path):
         config.write_text(text)
     assert done.returncode == 0, done.stderr[-2000:]
     assert done.stdout == "the reward was imported\n"
+
+
+STRANGERS = (
+    "from pathlib import Path\nPath(__file__).with_name('ran').touch()\nscore = metric = len\n"
+)
+REFUSED = "a run's code is not imported; start from elsewhere"
+LOOKED_AT = {
+    # What is done with a stranger's run inside it; whether that needs its reward.
+    "export": (["export", ".", "../out"], False),
+    "kernel": (["kernel", "--run", ".", "--prompts", "../p.jsonl", "--output", "../out"], False),
+    "check": (["check", "."], False),
+    "analyze": (["analyze", ".", "--output", "../out"], True),
+    "evaluate": (["evaluate", ".", "--output", "../out.json"], True),
+    "influence": (["influence", ".", "--step", "3", "--output", "../out"], True),
+    "rl": (["rl", "--config", "config.json", "--output", "."], True),
+}
+
+
+@pytest.mark.parametrize("command", LOOKED_AT)
+def test_a_strangers_run_runs_none_of_its_code(command, joint_run, tmp_path, monkeypatch, capsys):
+    """From inside it, as the console script starts and as `python -m jaxdyn.cli` does."""
+    words, scores = LOOKED_AT[command]
+    run = shutil.copytree(joint_run, tmp_path / "run")
+    told = json.loads((run / "config.json").read_text())
+    told["reward"]["functions"] = ["strangers:score"]
+    told["evaluation"]["metrics"] = ["strangers:metric"]
+    told["output"] = "."
+    (run / "config.json").write_text(json.dumps(told))
+    (run / "strangers.py").write_text(STRANGERS)
+    (tmp_path / "p.jsonl").write_text('{"prompt": "1="}\n')
+    monkeypatch.chdir(run)
+    for path in ([], [""]) if scores else ([""],):
+        monkeypatch.setattr(sys, "path", [*path, *(p for p in sys.path if p not in ("", str(run)))])
+        if scores:
+            with pytest.raises(SystemExit) as stop:
+                main(words)
+            assert stop.value.code == 2
+            said = capsys.readouterr().err
+            assert REFUSED in said and f"lies in the run {run}" in said
+            assert not (tmp_path / "out").exists() and not (tmp_path / "out.json").exists()
+        else:
+            main(words)
+        assert "strangers" not in sys.modules and not (run / "ran").exists()
 
 
 @pytest.mark.parametrize("fails", [False, True])

@@ -20,6 +20,7 @@ from jaxdyn.grammar import load_config, save_config
 from jaxdyn.reading import read_records
 from jaxdyn.train import lock, run_rl, seal
 from jaxdyn.train.checkpoint import Checkpoints
+from jaxdyn.train.loop import require_position
 from jaxdyn.train.run_directory import RunDirectory
 
 
@@ -56,6 +57,11 @@ def with_line(path, number, line):
     path.write_bytes(b"\n".join(kept))
 
 
+def cut_short(path):
+    """The last line half."""
+    path.write_bytes(path.read_bytes()[:-40])
+
+
 def flipped(path, at=0.5):
     """One bit in the file."""
     data = bytearray(path.read_bytes())
@@ -88,6 +94,10 @@ HARM = {
         lambda r: (r / "completions.jsonl").write_bytes(b""),
         "completions.jsonl has no line of step 0",
     ),
+    "a sample cut off": (
+        lambda r: cut_short(r / "samples.jsonl"),
+        "samples.jsonl has fewer lines of step 3 than of others",
+    ),
     "ledger cut": (
         lambda r: without_line(r / "ledger.jsonl", 0),
         "ledger.jsonl has no segment that begins with step 0",
@@ -107,6 +117,10 @@ HARM = {
     "all checkpoints gone": (
         lambda r: shutil.rmtree(r / "checkpoints"),
         "checkpoints has lost its checkpoints",
+    ),
+    "a bit of an array": (
+        lambda r: flipped(r / "dynamics" / "step_000001.npz"),
+        "step_000001.npz is damaged",
     ),
     "a bit of the state": (
         lambda r: flipped(largest(r / "checkpoints" / "4")),
@@ -196,6 +210,48 @@ def test_a_log_is_read_up_to_its_torn_end(tmp_path):
         path.write_bytes(b'{"step": 0}\n' + line + b'\n{"step": 2}\n')
         with pytest.raises(JaxdynError, match=r"a.jsonl, line 2 (is not JSON|must be an object)"):
             read_records(path)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        *(b"", b"{", b"[]", b"3", b"null", b"[" * 10**5, b"\xff\xfe", b"{}"),
+        *(b'{"step": "2"}', b'{"step": 3}', b'{"step": 1e999}', b'{"step": true}'),
+        b'{"step": 1' + b"0" * 30 + b"}",
+        b'{"step": 1' + b"0" * 5000 + b"}",
+    ],
+)
+def test_a_damaged_position_of_a_checkpoint_without_checksums(content, saved, tmp_path):
+    directory = shutil.copytree(saved, tmp_path / "c")
+    (directory / "2" / "position" / "metadata").write_bytes(content)
+    (directory / "2" / seal.NAME).unlink()
+    with Checkpoints(directory) as checkpoints:
+        assert checkpoints.steps() == [2]
+        with pytest.raises(JaxdynError, match=f"cannot restore step 2 from {directory}") as caught:
+            checkpoints.position(2)
+    assert "\n" not in str(caught.value) and len(str(caught.value)) < 600
+
+
+@pytest.mark.parametrize(
+    "name, value", [("stage", "third"), ("num_tokens", -1), ("time/wall", float("nan"))]
+)
+def test_a_position_that_says_what_cannot_be(name, value, saved):
+    like = {"step": 0, "stage": "joint", "num_tokens": 0, "time/wall": 0.0}
+    with Checkpoints(saved) as checkpoints:
+        found = checkpoints.position(2)
+        assert require_position(found, like, checkpoints)["step"] == 2
+        with pytest.raises(JaxdynError, match=f"is damaged: its {name} is {value}|'{value}'"):
+            require_position({**found, name: value}, like, checkpoints)
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    """One checkpoint, of nothing much."""
+    directory = tmp_path_factory.mktemp("positions") / "c"
+    position = {"step": 2, "stage": "joint", "num_tokens": 5, "time/wall": 1.0, "reached": False}
+    with Checkpoints(directory) as checkpoints:
+        checkpoints.save(2, {"x": np.ones(3, np.float32)}, position)
+    return directory
 
 
 # -- one writer -----------------------------------------------------------------------------------
