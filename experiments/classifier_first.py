@@ -28,6 +28,7 @@ from histories import (
     History,
     at,
     band,
+    best_elsewhere,
     differences,
     histories,
     rise,
@@ -50,19 +51,12 @@ def multipliers(found: Histories, schedule: str) -> dict[int, str]:
     return dict(sorted((int(arm.partition("_m")[2] or 1), arm) for arm in own))
 
 
-def chosen_elsewhere(found: Histories, schedule: str, seed: str, seeds: list[str]) -> str:
-    """The schedule's arm with the highest last reward, a mean over the other seeds."""
-    others = [s for s in seeds if s != seed] or [seed]
-    mean = lambda arm: np.mean([at(found[arm][s], "reward") for s in others])
-    return max(multipliers(found, schedule).values(), key=mean)
-
-
 def tuned(found: Histories, of: Any) -> tuple[list[float], list[tuple[str, str]]]:
     """CF-RL less RL, each with m chosen on the other seeds: the differences, and who was chosen."""
-    names = [arm for s in SCHEDULES[:2] for arm in multipliers(found, s).values()]
-    seeds, gaps, who = shared(found, *names), [], []
-    for seed in seeds:
-        extra, first = (chosen_elsewhere(found, s, seed, seeds) for s in SCHEDULES[:2])
+    arms = [list(multipliers(found, schedule).values()) for schedule in SCHEDULES[:2]]
+    gaps, who = [], []
+    for seed in shared(found, *arms[0], *arms[1]):
+        extra, first = (best_elsewhere(found, names, seed, "reward") for names in arms)
         gaps.append(of(found[first][seed]) - of(found[extra][seed]))
         who.append((first, extra))
     return gaps, who
@@ -173,6 +167,8 @@ def draw(rows: dict[str, Any], name: str) -> plt.Figure:
     figure, (left, middle, right) = plt.subplots(1, 3, figsize=(12, 3.8), layout="constrained")
     for schedule, colour in zip(SCHEDULES, COLOURS, strict=False):
         own = multipliers(found, schedule)
+        if not own:
+            continue
         best = max(own, key=lambda m: np.mean([at(r, "reward") for r in found[own[m]].values()]))
         for m, dashes in {1: "-", best: "--"}.items():
             if m not in own:

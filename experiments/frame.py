@@ -7,6 +7,7 @@ and how it was made), NAME.png, and leaves both alone if they are there already.
 import argparse
 import dataclasses
 import json
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -121,7 +122,8 @@ def keep(
 ) -> Path:
     """Ask `find` for verdicts, rows and a figure, unless the answer is there; returns its JSON.
 
-    `rows` is what the verdicts can be computed from again.
+    `rows` is what the verdicts can be computed from again: where the script has `verdicts(rows)`,
+    it is asked again with the rows as they are kept, so that who reads them comes to the same.
     """
     directory = chosen.output / chosen.name
     answer = directory / f"{script}.json"
@@ -129,6 +131,9 @@ def keep(
         print(f"{answer} is there")
         return answer
     verdicts, rows, figure = find(chosen)
+    rows = plain(rows)
+    judge = getattr(sys.modules[find.__module__], "verdicts", None)
+    verdicts = judge(rows) if judge else verdicts
     directory.mkdir(parents=True, exist_ok=True)
     figure.savefig(directory / f"{script}.png", dpi=150, bbox_inches="tight")
     plt.close(figure)
@@ -137,7 +142,7 @@ def keep(
         "model": chosen.name,
         "size": chosen.size,
         "verdicts": [plain(dataclasses.asdict(verdict)) for verdict in verdicts],
-        "rows": plain(rows),
+        "rows": rows,
     }
     write_file(answer, json.dumps(content, indent=1) + "\n")
     for verdict in verdicts:

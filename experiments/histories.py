@@ -11,8 +11,9 @@ from jaxdyn.report import Run, load_run
 
 History = dict[str, Any]
 """Of a run: `base`, its base model's name, and lists over its evaluations: `steps` taken, `reward`,
-`entropy` (nats a token), `unique` (share of a prompt's completions), `kl` to the start (nats a
-token), `tokens` and `seconds` spent."""
+`entropy` (nats a token), `unique` (share of a prompt's completions), `best` (the best of all that
+an evaluation samples of a prompt, reward), `kl` to the start (nats a token), `tokens` and `seconds`
+spent."""
 
 Histories = dict[str, dict[str, History]]
 """By arm and seed."""
@@ -36,11 +37,19 @@ def history(path: Path) -> History:
     found: History = {"base": base_of(run), "steps": [line["step"] + 1 for line in lines]}
     for name, key in MEASURES.items():
         found[name] = [line.get(key) for line in lines]
+    most = max((key for key in lines[0] if key.startswith("eval_best_of@")), key=sample_size)
+    found["best"] = [line.get(most) for line in lines]
     found["tokens"] = [line.get("num_tokens", 0) for line in lines]
     found["seconds"] = [line.get("time/wall", 0.0) for line in lines]
     recent = lambda step: [kl[s] for s in range(step - KL_STEPS, step) if s in kl]
     found["kl"] = [float(np.mean(recent(s))) if recent(s) else 0.0 for s in found["steps"]]
     return found
+
+
+def sample_size(key: str) -> int:
+    """N of a metric best_of@N; 0 of an interval's end."""
+    number = key.rpartition("@")[2]
+    return int(number) if number.isdigit() else 0
 
 
 def base_of(run: Run) -> str:
@@ -64,16 +73,41 @@ def shared(found: Histories, *names: str) -> list[str]:
     return sorted(seeds, key=lambda seed: int(seed.removeprefix("seed-")))
 
 
-def at(run: History, measure: str, step: int | None = None) -> float:
+def at(run: History, measure: str, step: float | None = None) -> float:
     """A measure after so many steps, between evaluations on the line; at the end if not given."""
     if step is None:
         return float(run[measure][-1])
     return float(np.interp(step, run["steps"], run[measure]))
 
 
+def reaching(run: History, measure: str, level: float) -> float:
+    """The step at which a measure that rises first is at a level; the last one if it never is."""
+    values, steps = run[measure], run["steps"]
+    for place, value in enumerate(values):
+        if value >= level:
+            if place == 0 or value == values[place - 1]:
+                return float(steps[place])
+            share = (level - values[place - 1]) / (value - values[place - 1])
+            return float(steps[place - 1] + share * (steps[place] - steps[place - 1]))
+    return float(steps[-1])
+
+
+def at_equal(one: History, other: History, measure: str, equal: str) -> tuple[float, float]:
+    """A measure of both where `equal` is the most that both come to."""
+    level = min(max(one[equal]), max(other[equal]))
+    first, second = (at(run, measure, reaching(run, equal, level)) for run in (one, other))
+    return first, second
+
+
 def rise(run: History, measure: str, step: int | None = None) -> float:
     """Its change since the start."""
     return at(run, measure, step) - float(run[measure][0])
+
+
+def best_elsewhere(found: Histories, names: Sequence[str], seed: str, measure: str) -> str:
+    """The arm of these with the largest last `measure`, a mean over the other seeds."""
+    others = [s for s in shared(found, *names) if s != seed] or [seed]
+    return max(names, key=lambda arm: float(np.mean([at(found[arm][s], measure) for s in others])))
 
 
 def differences(found: Histories, arm: str, other: str, of: Any) -> list[float]:
