@@ -220,7 +220,7 @@ def verdicts(rows: dict[str, Any]) -> list[Verdict]:
                 *seen.values(),
                 over,
                 models,
-                note=f"With random weights it is {random:.2f}.",
+                note=f"With random weights it is {random:z.2f}.",
             )
         )
     for arm, trainings in rows["runs"].items():
@@ -275,7 +275,11 @@ def draw(rows: dict[str, Any], name: str) -> plt.Figure:
     for kind, colour in (("prompts", COLOURS[0]), ("completions", COLOURS[1])):
         for weights, dashes in (("trained", "-"), ("random", ":")):
             values = np.array(
-                [[x["spectrum"][kind]["effective_rank_centred"] for x in b[weights]] for b in bases]
+                [
+                    [x["spectrum"][kind]["effective_rank_centred"] for x in b[weights]]
+                    for b in bases
+                ],
+                float,
             )
             sites = bases[0]["trained"][-1]["spectrum"][kind]["sites"]
             ranks.plot(
