@@ -27,7 +27,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 from frame import COLOURS, Verdict
 from inference import bootstrap, sign_flip
-from subject import Subject, experience, parser, subjects
+from subject import Subject, base_models, experience, parser, seeds_of, subjects
 
 from jaxdyn.dynamics import sites_from_rollout
 from jaxdyn.kernels import debiased_cka, effective_rank, participation_ratio, spectrum
@@ -164,11 +164,10 @@ def of_runs(chosen: Namespace, whom: list[Subject]) -> dict[str, list[dict[str, 
         found[arm] = []
         for path in frame.trainings(chosen.runs, arm):
             with open_run(path) as run:
-                before, after = (run.policy(step) for step in (run.steps[0], run.steps[-1]))
-                start = run.loaded.params if run.steps[0] else before[1]
-            pair = [start, after[1]]
-            grams = [np.asarray(by_layer(after[0], p["backbone"], sites))[-1] for p in pair]
-            both = [measure(after[0], params, sites, whole=False)[0] for params in pair]
+                model, after = run.policy(run.steps[-1])
+                pair = run.loaded.params, after
+            grams = [np.asarray(by_layer(model, p["backbone"], sites))[-1] for p in pair]
+            both = [measure(model, params, sites, whole=False)[0] for params in pair]
             found[arm].append(
                 {
                     "seed": path.name,
@@ -202,7 +201,7 @@ def verdicts(rows: dict[str, Any]) -> list[Verdict]:
     """From the rows alone."""
     bases = rows["bases"]
     models = len(bases)
-    over = f"{bases[0]['prompts']} prompts, {models} base model{'s' * (models > 1)}"
+    over = f"{bases[0]['prompts']} prompts, {base_models(models)}"
     pairs = [base["trained"][-1]["pairs"] for base in bases]
     found = []
     for claim, kind, what, line in (
@@ -219,8 +218,8 @@ def verdicts(rows: dict[str, Any]) -> list[Verdict]:
                 f"{label}, {KINDS[kind]}",
                 *seen.values(),
                 over,
-                models,
-                note=f"With random weights it is {random:.2f}.",
+                seeds_of(models),
+                note=f"With random weights it is {random:z.2f}.",
             )
         )
     for arm, trainings in rows["runs"].items():
@@ -275,7 +274,11 @@ def draw(rows: dict[str, Any], name: str) -> plt.Figure:
     for kind, colour in (("prompts", COLOURS[0]), ("completions", COLOURS[1])):
         for weights, dashes in (("trained", "-"), ("random", ":")):
             values = np.array(
-                [[x["spectrum"][kind]["effective_rank_centred"] for x in b[weights]] for b in bases]
+                [
+                    [x["spectrum"][kind]["effective_rank_centred"] for x in b[weights]]
+                    for b in bases
+                ],
+                float,
             )
             sites = bases[0]["trained"][-1]["spectrum"][kind]["sites"]
             ranks.plot(
@@ -287,8 +290,8 @@ def draw(rows: dict[str, Any], name: str) -> plt.Figure:
         *ranks.get_legend_handles_labels(), loc="outside lower right", ncols=2, fontsize=8
     )
     figure.suptitle(
-        f"{name}: {bases[0]['prompts']} prompts, {bases[0]['sites']} sites, {len(bases)} base "
-        f"model{'s' * (len(bases) > 1)}; bands: 95 % over prompts, widest over models",
+        f"{name}: {bases[0]['prompts']} prompts, {bases[0]['sites']} sites, "
+        f"{base_models(len(bases))}; bands: 95 % over prompts, widest over models",
         fontsize=9,
     )
     return figure

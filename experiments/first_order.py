@@ -26,7 +26,17 @@ import matplotlib.pyplot as plt
 import numpy as np
 from frame import COLOURS, Verdict
 from inference import bootstrap
-from subject import Subject, direction, gradient, parser, probe_sites, subjects, update_batches
+from subject import (
+    Subject,
+    base_models,
+    direction,
+    gradient,
+    parser,
+    probe_sites,
+    seeds_of,
+    subjects,
+    update_batches,
+)
 
 from jaxdyn.dynamics import propagate, site_state
 from jaxdyn.types import Model, Params, Sites
@@ -168,7 +178,7 @@ def over_batches(rows: list[dict[str, Any]], value) -> tuple[float, float, float
 def verdicts(rows: list[dict[str, Any]]) -> list[Verdict]:
     """From the rows alone."""
     models = len({row["model"] for row in rows})
-    over = f"{len(rows)} batches, {models} base model{'s' * (models > 1)}"
+    over = f"{len(rows)} batches, {base_models(models)}"
     ratio = lambda row: usual(row, "residual") / usual(row, "actual")
     mean, low, high = over_batches(rows, ratio)
     ruling: frame.Ruling = "undecided"
@@ -180,7 +190,8 @@ def verdicts(rows: list[dict[str, Any]]) -> list[Verdict]:
         f"{reach['adam']:.2g} along Adam's direction, at {reach['sgd']:.2g} along the gradient."
     )
     statistic = "‖residual‖/‖actual‖ of Δ log π after one update by Adam"
-    found = [Verdict(CLAIM, ruling, statistic, mean, low, high, over, models, note=note)]
+    seeds = seeds_of(models)
+    found = [Verdict(CLAIM, ruling, statistic, mean, low, high, over, seeds, note=note)]
     for name, optimizer in (("adam", "Adam"), ("sgd", "plain gradient descent")):
         slope = lambda row, name=name: slope_of(row[name], row["dtype"])
         mean, low, high = over_batches(rows, slope)
@@ -190,7 +201,7 @@ def verdicts(rows: list[dict[str, Any]]) -> list[Verdict]:
                 f"What the first order leaves is of second order ({optimizer})",
                 "undecided" if np.isnan(mean) else ruling,
                 "slope of log ‖residual‖ against log step",
-                *(mean, low, high, over, models),
+                *(mean, low, high, over, seeds),
                 note="Supported if the interval lies within 1.9 to 2.1.",
             )
         )
@@ -223,8 +234,8 @@ def draw(rows: list[dict[str, Any]], name: str) -> plt.Figure:
     axes[1].legend(fontsize=8, frameon=False)
     models = len({row["model"] for row in rows})
     figure.suptitle(
-        f"{name}: {len(rows)} batches, {rows[0]['sites']} sites, {models} base "
-        f"model{'s' * (models > 1)}; bands: all batches; dotted: the task's learning rate",
+        f"{name}: {len(rows)} batches, {rows[0]['sites']} sites, {base_models(models)}; "
+        "bands: all batches; dotted: the task's learning rate",
         fontsize=9,
     )
     return figure

@@ -29,7 +29,17 @@ import matplotlib.pyplot as plt
 import numpy as np
 from first_order import rms
 from frame import COLOURS, Verdict
-from subject import Subject, direction, gradient, parser, probe_sites, subjects, update_batches
+from subject import (
+    Subject,
+    base_models,
+    direction,
+    gradient,
+    parser,
+    probe_sites,
+    seeds_of,
+    subjects,
+    update_batches,
+)
 
 from jaxdyn.dynamics import propagate, site_state
 from jaxdyn.kernels import component_shares
@@ -184,7 +194,7 @@ def scales_of(row: dict[str, Any]) -> np.ndarray:
 def verdicts(rows: list[dict[str, Any]]) -> list[Verdict]:
     """From the rows alone."""
     models, updates = len(rows), len(rows[0]["gauges"][0]["updates"])
-    over = f"{models * updates} updates, {models} base model{'s' * (models > 1)}"
+    over, seeds = f"{models * updates} updates, {base_models(models)}", seeds_of(models)
     apart = [row["equivalence"] for row in rows if "equivalence" in row]
     where, middle = scales_of(rows[0]), len(rows[0]["gauges"]) // 2
     found = []
@@ -205,7 +215,7 @@ def verdicts(rows: list[dict[str, Any]]) -> list[Verdict]:
                 f"The representation component grows as c{'²' * (power == 2)} ({name} steps)",
                 "supported" if exact and alike else "not supported",
                 "exponent of its size against c; interval: all updates",
-                *(float(slopes.mean()), float(slopes.min()), float(slopes.max()), over, models),
+                *(float(slopes.mean()), float(slopes.min()), float(slopes.max()), over, seeds),
                 note=note,
             )
         )
@@ -220,7 +230,7 @@ def verdicts(rows: list[dict[str, Any]]) -> list[Verdict]:
                 f"{CLAIM} ({name} steps)",
                 "supported" if least < 0.1 and most > 0.9 else "not supported",
                 "share as it is (c = 1); interval: from c = 1/16 to c = 16",
-                *(float(shares[:, middle].mean()), least, most, over, models),
+                *(float(shares[:, middle].mean()), least, most, over, seeds),
                 note=f"Half of an update is representation at c = {even:.2g}, a multiplier of the "
                 f"classifier's learning rate of {even**power:.2g}.{used}",
             )
@@ -256,8 +266,8 @@ def draw(rows: list[dict[str, Any]], name: str) -> plt.Figure:
     right.set_yscale("log", base=2)
     models, updates = len(rows), len(rows[0]["gauges"][0]["updates"])
     figure.suptitle(
-        f"{name}: {models * updates} updates (dots), {rows[0]['sites']} sites, {models} base "
-        f"model{'s' * (models > 1)}; the policy is the same at every c",
+        f"{name}: {models * updates} updates (dots), {rows[0]['sites']} sites, "
+        f"{base_models(models)}; the policy is the same at every c",
         fontsize=9,
     )
     return figure

@@ -29,10 +29,12 @@ from inference import bootstrap
 from scipy.stats import rankdata
 from subject import (
     Subject,
+    base_models,
     direction,
     gradient,
     parser,
     probe_sites,
+    seeds_of,
     subjects,
     update_batches,
 )
@@ -144,7 +146,7 @@ def verdicts(rows: list[dict[str, Any]]) -> list[Verdict]:
     """From the rows alone."""
     models = len({row["model"] for row in rows})
     prompts = len(rows[0]["spearman"])
-    over = f"{prompts} prompts, {models} base model{'s' * (models > 1)}"
+    over = f"{prompts} prompts, {base_models(models)}"
     found = []
     for proxy, target in (("features", "total"), ("head", "total"), ("head", "gradient")):
         mean, low, high = summary(rows, target, proxy, "spearman")
@@ -157,7 +159,7 @@ def verdicts(rows: list[dict[str, Any]]) -> list[Verdict]:
                 f"{PROXIES[proxy]} ranks the influence of other sites ({TARGETS[target]})",
                 ruling,
                 "Spearman's correlation with ⟨∇ log π, ∇ log π'⟩, mean over sites",
-                *(mean, low, high, over, models),
+                *(mean, low, high, over, seeds_of(models)),
                 note=f"AUC of the sign {area[0]:.2f} ({area[1]:.2f} to {area[2]:.2f}).",
             )
         )
@@ -184,8 +186,8 @@ def draw(rows: list[dict[str, Any]], name: str) -> plt.Figure:
     both[0].legend(fontsize=8, frameon=False, loc="lower left")
     models, positive = len({row["model"] for row in rows}), rows[0]["positive"]
     figure.suptitle(
-        f"{name}: {rows[0]['sites']} sites of {len(rows[0]['spearman'])} prompts, {models} base "
-        f"model{'s' * (models > 1)}; {positive:.0%} of influences are positive; lines: 95 % over "
+        f"{name}: {rows[0]['sites']} sites of {len(rows[0]['spearman'])} prompts, "
+        f"{base_models(models)}; {positive:.0%} of influences are positive; lines: 95 % over "
         "prompts, widest over models",
         fontsize=9,
     )

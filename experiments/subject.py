@@ -71,6 +71,17 @@ def subjects(chosen: argparse.Namespace) -> list[Subject]:
     return [open_subject(path, chosen.name, getattr(chosen, "prompts", None)) for path in paths]
 
 
+def base_models(count: int) -> str:
+    """So many base models, in words."""
+    return f"{count} base model{'s' * (count > 1)}"
+
+
+def seeds_of(count: int) -> int:
+    """Trainings behind a claim about base models: their number; 0 of a single one, which somebody
+    else has trained and of which alone the claim is."""
+    return count if count > 1 else 0
+
+
 def open_subject(path: Path, name: str, prompts: Path | None = None) -> Subject:
     """A base model; one that a run left lies in its `model`.
 
