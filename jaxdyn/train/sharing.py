@@ -26,8 +26,8 @@ CPU."""
 FINENESS = 8
 """Into how many sizes of packed rows an octave is divided."""
 
-SMALLEST_STEP = 8
-"""Slots by which they differ at least."""
+SMALLEST_STEP = 256
+"""Slots by which they differ at least: less saves less than another program costs to compile."""
 
 
 class Sequences(struct.PyTreeNode):
