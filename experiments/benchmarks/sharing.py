@@ -58,6 +58,18 @@ def least_gain(least: float) -> Iterator[None]:
         sharing.LEAST_GAIN = usual
 
 
+@contextlib.contextmanager
+def packed_gain(least: float) -> Iterator[None]:
+    """What `packed_slots` wants to gain, inside."""
+    from jaxdyn.train import sharing
+
+    usual, sharing.PACKED_GAIN = sharing.PACKED_GAIN, least
+    try:
+        yield
+    finally:
+        sharing.PACKED_GAIN = usual
+
+
 def reference(problem: Any, batch: Any) -> Callable:
     """Log-probs of the batch under the task's parameters."""
     from jaxdyn.train.policy import policy_logps

@@ -31,7 +31,14 @@ from flax import struct
 from jaxdyn.dynamics.precision import exact_products
 from jaxdyn.dynamics.propagation import by_path
 from jaxdyn.kernels import Execution, policy_kernel
-from jaxdyn.kernels.operator import Batches, batches_of, pullback, pushforward, site_features
+from jaxdyn.kernels.operator import (
+    Batches,
+    batches_of,
+    pullback,
+    pushforward,
+    site_features,
+    sites_of,
+)
 from jaxdyn.kernels.rows import statistics_of
 from jaxdyn.types import Components, Model, Params, Rollout, Sites, View
 
@@ -218,7 +225,7 @@ def statistics_along(
     """log π of the targets and H [2, N], and their first-order changes along Δ by component."""
 
     def of_batch(_, batch):
-        sites = Sites(**batch)
+        sites = sites_of(batch)
         phi, parts = pushforward(model, view, change, sites)
         found, gradients = statistics_of(model.logits(view["classifier"], phi), sites.targets)
         along = lambda d: jnp.einsum("tnv,nv->tn", gradients, d)
@@ -234,7 +241,7 @@ def statistics_at(model: Model, view: View, batches: Batches) -> jax.Array:
     """log π of the targets and H, [2, N]."""
 
     def of_batch(_, batch):
-        sites = Sites(**batch)
+        sites = sites_of(batch)
         phi = site_features(model, view["backbone"], sites)
         return None, statistics_of(model.logits(view["classifier"], phi), sites.targets)[0]
 

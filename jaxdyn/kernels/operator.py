@@ -35,7 +35,7 @@ from jaxdyn.kernels.memory import opened_bytes, rows_at_once
 from jaxdyn.kernels.preconditioner import roots_of
 from jaxdyn.kernels.result import Kernel
 from jaxdyn.kernels.rows import site_rows
-from jaxdyn.types import Components, JaxdynError, Model, Params, Sites, View
+from jaxdyn.types import Branches, Components, JaxdynError, Model, Params, Sites, View
 
 
 def site_features(model: Model, backbone: Params, sites: Sites) -> Float[Array, "N D"]:
@@ -135,7 +135,7 @@ class Batches(NamedTuple):
     The last sequence and a batch's first site come again where a batch is not full.
     """
 
-    sites: dict[str, Any]  # the fields of `Sites`: [K, B, T] and [K, S]
+    sites: dict[str, Any]  # what `sites_of` takes: [K, B, T] and [K, S]
     numbers: Any  # which of the N sites, [K, S]
     real: Any  # whether it is there for the first time, [K, S]
     places: Any  # where among the K S places site n is, [N]
@@ -184,14 +184,25 @@ def batches_of(
     sequences = used[np.minimum(np.arange(count * size), len(used) - 1).reshape(count, size)]
     by_site = {name: np.asarray(getattr(sites, name)) for name in ("targets", "is_prompt")}
     by_site |= {"rows": row.astype(np.int32), "positions": np.asarray(sites.positions)}
-    by_sequence = {name: getattr(sites, name) for name in ("tokens", "mask")}
+    by_sequence = {"tokens": sites.tokens, "mask": sites.mask}
+    if isinstance(sites.mask, Branches):
+        branches = {"mask": sites.mask.prompt, "completions": sites.mask.completions}
+        by_sequence |= branches
     return Batches(
-        sites=jax.tree.map(lambda x: np.asarray(x)[sequences], by_sequence)
+        sites={name: np.asarray(x)[sequences] for name, x in by_sequence.items()}
         | {name: x[numbers] for name, x in by_site.items()},
         numbers=numbers,
         real=np.arange(held.max())[None] < held[:, None],
         places=batch * held.max() + slot,
     )
+
+
+def sites_of(batch: dict[str, Any]) -> Sites:
+    """A batch's sites from their arrays; where there are completions, the sequences branch."""
+    fields = dict(batch)
+    if "completions" in fields:
+        fields["mask"] = Branches(fields["mask"], fields.pop("completions"))
+    return Sites(**fields)
 
 
 def sequence_bytes(model: Model, slots: int, most: int) -> int:
@@ -222,10 +233,10 @@ def apply(
     def pull(total, batch):
         sites, numbers, real = batch
         v = jnp.where(real[:, None], field[numbers], 0)
-        return jax.tree.map(jnp.add, total, pullback(model, view, v, Sites(**sites))), None
+        return jax.tree.map(jnp.add, total, pullback(model, view, v, sites_of(sites))), None
 
     def push(_, sites):
-        return None, pushforward(model, view, change, Sites(**sites))[1]
+        return None, pushforward(model, view, change, sites_of(sites))[1]
 
     still = jax.tree.map(lambda x: jnp.zeros(x.shape, wide(x.dtype)), view)
     change, _ = jax.lax.scan(pull, still, (columns.sites, columns.numbers, columns.real))

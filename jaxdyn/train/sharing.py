@@ -20,14 +20,16 @@ from jaxdyn.models.packed import moved, spread
 from jaxdyn.types import Branches, Mask, Model, Params, Rollout
 
 LEAST_GAIN = 1.1
-"""By how many times fewer slots a shared or packed pass is taken: at 1.03 it took as long on a
-CPU."""
+"""By how many times fewer slots a shared pass is taken: at 1.03 it took as long on a CPU."""
+
+PACKED_GAIN = 1.1
+"""The same of a packed one, which has to move what attention reads and writes."""
 
 FINENESS = 8
 """Into how many sizes of packed rows an octave is divided."""
 
-SMALLEST_STEP = 8
-"""Slots by which they differ at least."""
+SMALLEST_STEP = 256
+"""Slots by which they differ at least: less saves less than another program costs to compile."""
 
 
 class Sequences(struct.PyTreeNode):
@@ -65,7 +67,7 @@ def completions_together(
 def sequences_of(rollout: Rollout, generations: int = 1, parts: int = 1) -> Sequences:
     """The completions of a rollout in rows, `completions_together` in each, or packed in `parts`.
 
-    Packed where that leaves `LEAST_GAIN` times fewer slots. Waits for the completions' mask.
+    Packed where that leaves `PACKED_GAIN` times fewer slots. Waits for the completions' mask.
     """
     ids, sampled = rollout.completion_ids, rollout.completion_mask
     slots = rollout.prompt_ids.shape[1], ids.shape[1]
@@ -104,7 +106,7 @@ def packed_slots(
     step = max(SMALLEST_STEP, (1 << most.bit_length() - 1) // FINENESS)
     kept = min(-(-most // step) * step, rows.shape[1])
     prompts = len(sampled) // together // parts * prompt_slots
-    if prompts + rows.shape[1] < LEAST_GAIN * (prompts + kept):
+    if prompts + rows.shape[1] < PACKED_GAIN * (prompts + kept):
         return None
     found = np.full((parts, kept), -1, np.int32)
     for row, held in zip(found, rows, strict=True):

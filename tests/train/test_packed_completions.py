@@ -18,6 +18,7 @@ from jaxdyn.types import Rollout
 
 G, C = 2, 8
 LENGTHS = np.array([7, 1, 2, 3])
+STEP = sharing.SMALLEST_STEP
 
 
 @pytest.fixture(autouse=True)
@@ -50,7 +51,7 @@ def test_what_lies_where():
     padded, packed = batches(parts=2)
     # Of two rows, a prompt each, the first holds 7 + 1 tokens and the second 2 + 3 and room.
     assert packed.tokens.shape == (2, S + 8)
-    wanted = [[*range(7), C, *[]], [0, 1, C, C + 1, C + 2, -1, -1, -1]]
+    wanted = [[*range(7), C], [0, 1, C, C + 1, C + 2, -1, -1, -1]]
     np.testing.assert_array_equal(packed.mask.packed, wanted)
     ids = np.asarray(padded.completion_ids)
     np.testing.assert_array_equal(packed.tokens[0, S:], [*ids[0, :7], ids[1, 0]])
@@ -63,7 +64,7 @@ def test_what_lies_where():
 def test_sizes_are_few_and_little_is_empty(monkeypatch):
     """Of completions of about half the slots: at most a ninth is padding, in eight sizes an octave;
     and what is nearly full stays as it is."""
-    monkeypatch.setattr(sharing, "SMALLEST_STEP", 8)
+    monkeypatch.setattr(sharing, "SMALLEST_STEP", STEP)
     rng, sizes = np.random.default_rng(0), set()
     for _ in range(200):
         lengths = rng.integers(20, 150, 48)
@@ -74,7 +75,7 @@ def test_sizes_are_few_and_little_is_empty(monkeypatch):
         sizes.add(packed.shape)
     assert len(sizes) <= 6
     assert packed_slots(np.arange(160) < np.full((48, 1), 150), 64, 8, 1) is None
-    assert packed_slots(np.zeros((48, 160), bool), 64, 8, 1).shape == (1, 8)
+    assert packed_slots(np.zeros((48, 160), bool), 64, 8, 1).shape == (1, STEP)
 
 
 @pytest.mark.parametrize(
