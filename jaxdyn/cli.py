@@ -5,11 +5,11 @@ gets SIGTERM saves and ends with exit code 75; the same command goes on from the
 Ctrl-C (exit code 130), from the newest checkpoint.
 """
 
-import _thread
 import contextlib
 import importlib
 import io
 import os
+import signal
 import sys
 import threading
 import traceback
@@ -211,7 +211,8 @@ def hearing_interrupts() -> Iterator[None]:
     def hook(lost: Any) -> None:
         if not issubclass(lost.exc_type, KeyboardInterrupt):
             return before(lost)
-        again = threading.Timer(0.05, _thread.interrupt_main)
+        told = (threading.main_thread().ident, signal.SIGINT)  # a signal, which also ends a wait
+        again = threading.Timer(0.05, signal.pthread_kill, told)
         again.daemon = True
         again.start()
 

@@ -79,6 +79,7 @@ def whole_directory(path: Path, needed: int = 0) -> Iterator[Path]:
       JaxdynError: naming the directory that cannot be written and why.
     """
     partial, before = partial_of(path), partial_of(path.with_name(path.name + ".before"))
+    made = [folder for folder in path.parents if not folder.exists()]
     with naming(path, needed):
         if before.exists() and not path.exists():  # killed between the two renames
             os.rename(before, path)
@@ -98,6 +99,9 @@ def whole_directory(path: Path, needed: int = 0) -> Iterator[Path]:
             sync_directory(path.parent)
     except Exception as error:
         shutil.rmtree(partial, ignore_errors=True)
+        with contextlib.suppress(OSError):  # something else is there by now
+            for folder in made:
+                folder.rmdir()
         if isinstance(error, JaxdynError):
             raise JaxdynError(str(error).replace(str(partial), str(path))) from error
         raise

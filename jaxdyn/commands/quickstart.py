@@ -25,6 +25,7 @@ from jaxdyn.optim import Schedule
 from jaxdyn.paths import AnyPath
 from jaxdyn.presets import RL, SFT
 from jaxdyn.report import load_run, write_report
+from jaxdyn.report.ledger_file import load_ledger
 from jaxdyn.sections import ModelSource
 from jaxdyn.train import Progress, open_run, run_rl, run_sft
 from jaxdyn.train.export import save_policy
@@ -65,6 +66,7 @@ def write_ledger(before: str, run: AnyPath, directory: Path, progress: Progress)
     """The ledger of a run, at held-out prompts that the model before and after it completes."""
     output = directory / run.name
     if (output / "ledger.npz").exists() and not (output / BLOCKS).exists():
+        load_ledger(output / "ledger.npz")  # it is whole, or says what it is not
         return
     with open_run(run) as saved:
         examples = saved.task.test[:LEDGER_PROMPTS]

@@ -6,13 +6,14 @@ lines, of steps that a killed run takes again, and of the very last perhaps a ha
 """
 
 import collections
+import itertools
 import zipfile
 from collections.abc import Iterable, Iterator
 
 from jaxdyn.config import Config
 from jaxdyn.errors import JaxdynError
 from jaxdyn.paths import AnyPath, in_bucket
-from jaxdyn.reading import Record, read_records
+from jaxdyn.reading import Record, read_arrays, read_records
 from jaxdyn.train.seal import SAVED
 
 
@@ -55,6 +56,8 @@ def damages(
             yield f"{run / name} is missing"
         elif missing := sorted(set(wanted) - set(steps)):
             yield f"{run / name} has no line of step {missing[0]}"
+        elif (back := goes_back(steps)) is not None:
+            yield f"{run / name} goes back to step {back}"
         elif name in ONE_A_STEP and (twice := repeated(steps)) is not None:
             yield f"{run / name} has two lines of step {twice}"
         elif name in AS_MANY_A_STEP and (fewer := with_fewer(steps, wanted)) is not None:
@@ -106,6 +109,11 @@ def ledger_gaps(run: AnyPath, segments: list[Record], config: Config, newest: in
         yield f"{run / 'ledger.jsonl'} has no segment that begins with step {reached}"
 
 
+def goes_back(steps: Iterable[int]) -> int | None:
+    """The first number that is below the one before."""
+    return next((b for a, b in itertools.pairwise(steps) if b < a), None)
+
+
 def repeated(steps: Iterable[int]) -> int | None:
     """The first number that comes again."""
     seen: set[int] = set()
@@ -124,8 +132,9 @@ def with_fewer(steps: Iterable[int], wanted: Iterable[int]) -> int | None:
 
 
 def is_whole_archive(path: AnyPath) -> bool:
-    """Whether a zip file can be read to its end, as it was written."""
+    """Whether a file of arrays can be read to its end, as it was written."""
     try:
+        read_arrays(path)  # not if it would unpack to more than there could be
         with path.open("rb") as file, zipfile.ZipFile(file) as archive:
             return archive.testzip() is None
     except Exception:  # a damaged one raises many kinds

@@ -1,6 +1,10 @@
+import re
+import shutil
+
 import numpy as np
 import pytest
 import tiny_runs
+from disk import Disk
 
 from jaxdyn.commands import quickstart as command
 from jaxdyn.commands.quickstart import quickstart
@@ -45,6 +49,38 @@ def test_the_whole_story_and_started_again(small, tmp_path, capsys):
     assert [log.read_bytes() for log in logs] == before
     with pytest.raises(JaxdynError, match=r"already holds another run \(seed: 1 there, 2 here\)"):
         quickstart(output, seed=2)
+
+    # A part of it is damaged, then gone; on a disk without room it says so, and goes on with room.
+    ledger = output / "ledger" / "joint"
+    whole = (ledger / "ledger.npz").read_bytes()
+    (ledger / "ledger.npz").write_bytes(whole[:-9])
+    with pytest.raises(JaxdynError, match=r"joint/ledger.npz is not a (readable|ledger)"):
+        quickstart(output, seed=1)
+    shutil.rmtree(ledger)
+    for full in (r"ledger/joint/", "report/"):
+        page.unlink(missing_ok=True)
+        with Disk(output, full) as disk, pytest.raises(JaxdynError) as caught:
+            quickstart(output, seed=1)
+        assert disk.room is not None
+        wanted = rf"cannot write {output}/{full}\S+: No space left on device \(it needs .* free\)"
+        assert re.fullmatch(wanted, str(caught.value)), caught.value
+    assert quickstart(output, seed=1) == page and page.is_file()
+    (tmp_path / "earlier.npz").write_bytes(whole)
+    changes = [
+        load_ledger(p).change("log_prob") for p in (tmp_path / "earlier.npz", ledger / "ledger.npz")
+    ]
+    np.testing.assert_array_equal(*changes)
+    assert [log.read_bytes() for log in logs] == before
+
+
+def test_a_disk_without_room_for_the_model(small, tmp_path):
+    output = tmp_path / "disk" / "out"
+    with Disk(output, r"\.new\.partial"), pytest.raises(JaxdynError) as caught:
+        quickstart(output)
+    said = str(caught.value)
+    assert said.startswith(f"cannot write the checkpoint {output / 'new'}: No space left on device")
+    assert "(it needs 1.6 MB, " in said and said.endswith(" free)")
+    assert not (tmp_path / "disk").exists()
 
 
 def test_an_output_that_holds_something_else(tmp_path, monkeypatch):

@@ -94,6 +94,10 @@ HARM = {
         lambda r: (r / "completions.jsonl").write_bytes(b""),
         "completions.jsonl has no line of step 0",
     ),
+    "samples twice": (
+        lambda r: (r / "samples.jsonl").write_bytes(2 * (r / "samples.jsonl").read_bytes()),
+        "samples.jsonl goes back to step -1",
+    ),
     "a sample cut off": (
         lambda r: cut_short(r / "samples.jsonl"),
         "samples.jsonl has fewer lines of step 3 than of others",
