@@ -70,7 +70,7 @@ CORE = {
 }
 OTHERS: dict[str, dict[str, Any]] = {
     "shuffled": {"reward": None},
-    "whitened_first": {"optim.schedule": "whitened_first"},
+    **swept("whitened_first"),
     "whitened_only": {"optim.schedule": "whitened_only"},
     **{f"spill_{e:g}": {"optim.schedule": "spill", "optim.spill_budget": e} for e in (0.0, 0.001)},
     **{f"entropy_{c:g}": {"loss.entropy_coefficient": c} for c in (0.003, 0.01, 0.03)},
