@@ -68,6 +68,7 @@ def verdicts(rows: dict[str, Any]) -> list[Verdict]:
         [row["gap"][name] for row in rows["seeds"].values() if name in row["gap"]]
     )
     before = gaps("before")
+    last = lambda name: np.mean([row["best"][name][-1] for row in rows["seeds"].values()])
     found.append(
         compared(
             "Best-of-N narrows RL's lead over the model before it",
@@ -84,6 +85,7 @@ def verdicts(rows: dict[str, Any]) -> list[Verdict]:
             -before[:, -1],
             MATTERS,
             over="trainings",
+            note=f"Best of all they are {last('before'):.3f} and {last('joint'):.3f}.",
         )
     )
     first = gaps("classifier_first")
@@ -114,7 +116,8 @@ def draw(rows: dict[str, Any], name: str) -> plt.Figure:
             if not of(kind):
                 continue
             mean, low, high = band(of(kind))
-            axes.plot(rows["n"], mean, color=colour, marker="o", markersize=3, label=label)
+            dashes = "--" if policy == "classifier_first" else "-"
+            axes.plot(rows["n"], mean, dashes, color=colour, marker="o", markersize=3, label=label)
             axes.fill_between(rows["n"], low, high, color=colour, alpha=0.2, linewidth=0)
     left.set(xlabel="N", ylabel="best-of-N, held-out reward")
     right.set(xlabel="N", ylabel="RL's lead over it, reward")

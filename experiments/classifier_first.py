@@ -108,6 +108,21 @@ def verdicts(rows: dict[str, Any]) -> list[Verdict]:
             note=f"By base model: {by_base(found, first, extra)}. m = 1.",
         ),
     ]
+    arms = list(multipliers(found, extra).values())
+    if len(arms) > 1:
+        gains = [
+            at(found[best_elsewhere(found, arms, seed, "reward")][seed], "reward")
+            - at(found[extra][seed], "reward")
+            for seed in shared(found, *arms)
+        ]
+        judged.append(
+            compared(
+                "A learning rate of W's own speeds RL up without any stage",
+                "last held-out reward, RL with m chosen on other seeds less RL with m = 1",
+                gains,
+                MATTERS,
+            )
+        )
     gaps, who = tuned(found, reward)
     if len(multipliers(found, first)) > 1:
         names = ", ".join(sorted({" against ".join(pair) for pair in who}))
@@ -170,7 +185,7 @@ def draw(rows: dict[str, Any], name: str) -> plt.Figure:
         if not own:
             continue
         best = max(own, key=lambda m: np.mean([at(r, "reward") for r in found[own[m]].values()]))
-        for m, dashes in {1: "-", best: "--"}.items():
+        for m, dashes in {best: "--", 1: "-"}.items():
             if m not in own:
                 continue
             runs = list(found[own[m]].values())
@@ -197,6 +212,8 @@ def draw(rows: dict[str, Any], name: str) -> plt.Figure:
     left.set(xlabel="steps (samples); dotted: the stage's end", ylabel="held-out reward")
     middle.set(xlabel="m, learning rate of W over the body's", ylabel="held-out reward at the end")
     middle.set_xscale("log")
+    middle.set_xticks(every := sorted({m for s in SCHEDULES for m in multipliers(found, s)}), every)
+    middle.minorticks_off()
     right.set(xlabel="entropy, nats a token", ylabel="held-out reward")
     right.invert_xaxis()
     for axes in (left, middle):

@@ -135,7 +135,8 @@ def verdicts(rows: dict[str, Any]) -> list[Verdict]:
     found = [compared(*one, MATTERS, over="trainings") for one in seen]
     names = of_rl(rows)
     seeds = set.intersection(*(set(rows[arm]) for arm in names))
-    if len(names) > 1 and seeds:
+    varied = [arm for arm in names if any(is_of(arm, kind) for kind in KINDS[2:])]
+    if varied and seeds:
         falls = {a: [-change(rows[a][s], "fixed", "entropy") for s in sorted(seeds)] for a in names}
         least = min(falls, key=lambda arm: np.mean(falls[arm]))
         found.append(

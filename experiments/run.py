@@ -42,13 +42,14 @@ def main():
     parser.add_argument("--model", type=Path)
     parser.add_argument("--runs", type=Path, help="runs/findings/PRESET when not given")
     parser.add_argument("--seeds", type=int, default=12)
-    parser.add_argument("--arms", nargs="+", choices=trainings.ARMS, default=trainings.ARMS)
+    parser.add_argument("--arms", nargs="+", choices=trainings.ARMS)
     parser.add_argument("--size", choices=("toy", "small", "full"), default="small")
     parser.add_argument("--output", type=Path, default=page.RESULTS)
     parser.add_argument("--scripts", nargs="+", choices=tuple(page.CLAIMS), default=page.CLAIMS)
     chosen = parser.parse_args()
     runs = chosen.runs or Path("runs/findings") / chosen.preset
-    trainings.train_all(chosen.preset, chosen.arms, runs, chosen.model, chosen.seeds)
+    arms = chosen.arms or trainings.OF_PRESET[chosen.preset]
+    trainings.train_all(chosen.preset, arms, runs, chosen.model, chosen.seeds)
     model = chosen.model or trainings.base_model(chosen.preset, runs)
     name = NAMES[chosen.preset]
     arguments = ["--runs", str(runs), "--model", str(model), "--name", name]

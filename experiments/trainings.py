@@ -19,6 +19,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import arithmetic
 import jax
 
 from jaxdyn.config import Config, RunConfig, SFTConfig
@@ -69,7 +70,7 @@ CORE = {
 }
 OTHERS: dict[str, dict[str, Any]] = {
     "shuffled": {"reward": None},
-    "whitened_first": {"optim.schedule": "whitened_first"},
+    **swept("whitened_first"),
     "whitened_only": {"optim.schedule": "whitened_only"},
     **{f"spill_{e:g}": {"optim.schedule": "spill", "optim.spill_budget": e} for e in (0.0, 0.001)},
     **{f"entropy_{c:g}": {"loss.entropy_coefficient": c} for c in (0.003, 0.01, 0.03)},
@@ -194,12 +195,40 @@ def stories(output: Path, model: Path | None, seed: int) -> RunConfig:
     return replaced(RL["stories260k"], changes)
 
 
+def chat(output: Path, model: Path | None, seed: int) -> RunConfig:
+    """Standard RL of a chat model on sums in words, shorter than experiments/arithmetic.py."""
+    output.mkdir(parents=True, exist_ok=True)
+    told = {"learning_rate": 3e-6, "temperature": 0.7, "steps": 20, "test_problems": 32}
+    chosen = argparse.Namespace(output=output, model=model, classifier_steps=5, **told)
+    changes = {
+        "seed": seed,
+        # A reference, so that the KL to the start is measured.
+        "loss.beta": 0.001,
+        "train.checkpoint_every": 10,
+        "train.keep_checkpoints": 0,
+        "train.trackers": (),
+        "evaluation.every": 5,
+        "probe": ProbeConfig(every=10, num_prompts=16, sites_per_completion=2),
+    }
+    return replaced(arithmetic.run_config(chosen, arithmetic.write_problems(output)), changes)
+
+
 PRESETS: dict[str, Callable[[Path, Path | None, int], RunConfig]] = {
     "toy": toy,
     "anagram": anagram,
     "stories": stories,
+    "chat": chat,
 }
-SHUFFLED = {"toy": "length", "anagram": "anagram", "stories": "story"}
+SHUFFLED = {"toy": "length", "anagram": "anagram", "stories": "story", "chat": "numeric_match"}
+FEW = ("joint", "joint_extra", "joint_extra_m10", "classifier_first", "classifier_first_m10")
+OF_PRESET = {
+    "toy": ARMS,
+    "anagram": ARMS,
+    # Their prompts have no completions to learn from.
+    "stories": (*CORE, *OTHERS),
+    "chat": (*FEW, "shuffled", "whitened_first", "spill_0", "entropy_0.01"),
+}
+"""The arms of a preset; where a run is long, fewer."""
 
 
 # -- runs -----------------------------------------------------------------------------------------
@@ -279,9 +308,10 @@ def main():
     parser.add_argument("--model", type=Path)
     parser.add_argument("--output", required=True, type=Path)
     parser.add_argument("--seeds", type=int, default=12)
-    parser.add_argument("--arms", nargs="+", default=list(CORE), choices=ARMS)
+    parser.add_argument("--arms", nargs="+", choices=ARMS, help="the preset's when not given")
     chosen = parser.parse_args()
-    train_all(chosen.preset, chosen.arms, chosen.output, chosen.model, chosen.seeds)
+    arms = chosen.arms or OF_PRESET[chosen.preset]
+    train_all(chosen.preset, arms, chosen.output, chosen.model, chosen.seeds)
 
 
 if __name__ == "__main__":

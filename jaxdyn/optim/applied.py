@@ -81,15 +81,12 @@ def applied_parts(
         head = -fresh[1] * scale * head_moment
     shrunk = lambda x: -learning_rate * config.weight_decay * x
     decay = jax.tree.map(shrunk, moving) if config.weight_decay else None
-    metric, momentum, decay = (multiplied(config, x) for x in (metric, momentum, decay))
-    return Applied(metric, momentum, decay, clip, head)
+    if decay is not None:
+        decay = multiplied(config, decay)
+    return Applied(multiplied(config, metric), multiplied(config, momentum), decay, clip, head)
 
 
-def multiplied(config: OptimConfig, tree: Params | None) -> Params | None:
-    """The classifier's leaves times its multiplier μ."""
-    if not tree or "classifier" not in tree:
-        return tree
-    return {
-        **tree,
-        "classifier": optax.tree.scale(config.classifier_multiplier, tree["classifier"]),
-    }
+def multiplied(config: OptimConfig, tree: Params) -> Params:
+    """The same with the classifier's leaves times its multiplier μ."""
+    head = {part: tree[part] for part in ("classifier",) if part in tree}
+    return {**tree, **optax.tree.scale(config.classifier_multiplier, head)}

@@ -101,8 +101,8 @@ class OptimConfig:
     @property
     def rule(self) -> "OptimConfig":
         """What of it a compiled update depends on: one for all schedules and learning rates."""
-        names = ("optimizer", "b1", "b2", "eps", "momentum", "weight_decay", "max_grad_norm")
-        names += ("classifier_multiplier",)
+        names = [*("optimizer", "b1", "b2", "eps", "momentum", "weight_decay", "max_grad_norm")]
+        names.append("classifier_multiplier")
         return OptimConfig(**{name: getattr(self, name) for name in names})
 
 

@@ -137,6 +137,7 @@ def test_classifier_first_says_who_is_ahead():
     for words, wanted, ruling in (
         ("equal steps", 0.05 - drift / 2, "supported"),
         ("equal samples", -0.05 - drift, "not supported"),
+        ("of W's own", 0.1 - drift * 2 / 3, "supported"),
         ("m is tuned", -0.1 - drift * 4 / 3, "not supported"),
         ("moves the reward little", 0.5 * 0.3 - 0.01, "supported"),
         # In ten seconds RL has come to 0.6.
