@@ -47,6 +47,7 @@ KINDS = {
 }
 """Kinds of pairs of sites, always of different prompts; all but the first inside completions."""
 
+ARMS = ("sft", "joint", "classifier_first")
 DRAWS = 1000
 FEW = 50
 """Pairs below which a kind is not drawn."""
@@ -160,7 +161,7 @@ def of_runs(chosen: Namespace, whom: list[Subject]) -> dict[str, list[dict[str, 
     prompts, inside = SIZES[chosen.size]
     rollout = experience(whom[0], "test", prompts, 1, 0).rollout
     sites = sites_from_rollout(rollout, inside, 0)
-    for arm in frame.arms(chosen.runs):
+    for arm in (arm for arm in frame.arms(chosen.runs) if arm in ARMS):
         found[arm] = []
         for path in frame.trainings(chosen.runs, arm):
             with open_run(path) as run:
@@ -223,7 +224,7 @@ def verdicts(rows: dict[str, Any]) -> list[Verdict]:
             )
         )
     for arm, trainings in rows["runs"].items():
-        if arm not in ("joint", "sft") or len(trainings) < 2:
+        if len(trainings) < 2:
             continue
         gains = [
             t["after"]["pairs"]["neither"]["cosine"]["mean"]

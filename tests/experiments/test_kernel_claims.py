@@ -1,8 +1,11 @@
 """The scripts of claims about kernels, at a toy size: their laws, and verdicts from kept rows."""
 
+import argparse
+import contextlib
 import dataclasses
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import features
 import first_order
@@ -23,6 +26,7 @@ from scipy.stats import spearmanr
 
 from jaxdyn import kernels
 from jaxdyn.dynamics import site_state
+from jaxdyn.models import regauge
 from jaxdyn.rl import LossConfig, logit_cotangents, normalizer_of, token_statistics
 from jaxdyn.train.sharing import completion_features
 from jaxdyn.train.task import open_task
@@ -53,9 +57,10 @@ def close(figure):
     plt.close(figure)
 
 
-@pytest.mark.parametrize(
-    "path", sorted(p for name in SCRIPTS for p in FINDINGS.glob(f"*/{name}.json")), ids=str
-)
+KEPT = sorted(path for name in SCRIPTS for path in FINDINGS.glob(f"*/{name}.json"))
+
+
+@pytest.mark.parametrize("path", KEPT, ids=lambda path: f"{path.parent.name}-{path.stem}")
 def test_kept_verdicts_follow_from_kept_rows(path):
     kept = json.loads(path.read_text())
     found = SCRIPTS[kept["script"]].verdicts(kept["rows"])
@@ -69,6 +74,50 @@ def test_kept_verdicts_follow_from_kept_rows(path):
             else:
                 np.testing.assert_allclose(at, old[key], rtol=1e-3, atol=1e-4)
     assert path.with_suffix(".png").stat().st_size > 5000
+
+
+@pytest.fixture
+def training(toy, monkeypatch, tmp_path):
+    """A training that ends in another gauge, of c = 2, in the place of every run that is opened."""
+    after = regauge(toy.model, toy.params, 2.0)[1]
+    run = SimpleNamespace(
+        path=tmp_path / "joint/seed-0",
+        task=toy.task,
+        loaded=toy.task,
+        steps=[3, 6],
+        plan=[SimpleNamespace(end=3)],
+        policy=lambda step: (toy.model, after),
+    )
+    for script in (features, gradient_component, lp_ft):
+        monkeypatch.setattr(script, "open_run", lambda path: contextlib.nullcontext(run))
+    run.path.mkdir(parents=True)
+    (run.path / "config.json").touch()
+    return run.path
+
+
+def test_a_training_that_changed_the_gauge_alone(toy, training, monkeypatch):
+    """Features twice as long and no other; W half, which makes ρ a quarter where g is fixed."""
+    row = lp_ft.of_training(training, 4)
+    assert row["displacement"] == pytest.approx(1, rel=1e-5)
+    assert row["cosine"] == pytest.approx(1, rel=1e-5) == row["cka"]
+    assert (row["norm"], row["change"]) == pytest.approx((-0.5, 0.5), rel=1e-5)
+
+    chosen = argparse.Namespace(runs=training.parents[1], size="toy")
+    (found,) = features.of_runs(chosen, [toy])["joint"]
+    assert found["cka"] == pytest.approx(1, rel=1e-4)
+    for kind, pairs in found["before"]["pairs"].items():
+        later = found["after"]["pairs"][kind]
+        assert later["cosine"]["mean"] == pytest.approx(pairs["cosine"]["mean"], abs=1e-5)
+        assert later["inner"] == pytest.approx(4 * pairs["inner"], rel=1e-4)
+
+    row = gradient_component.of_training(training, "toy")
+    assert row["after"]["fixed"] == pytest.approx(row["before"]["fixed"] / 4, rel=1e-4)
+    assert row["norm"] == pytest.approx(0.5, rel=1e-5)
+    assert row["after"]["kl"] > 1e-4
+    assert row["before"]["kl"] == pytest.approx(0, abs=1e-7)
+    for kind in gradient_component.KINDS:
+        kls = [x["kl"] for x in row["random"][kind]]
+        assert kls == pytest.approx([row["after"]["kl"]] * 2, rel=2e-3)
 
 
 # -- features -------------------------------------------------------------------------------------
