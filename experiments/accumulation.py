@@ -184,7 +184,7 @@ def draw(rows: dict[str, Any], name: str) -> plt.Figure:
     """Shares of updates, segments and trainings; cosines by lag."""
     figure, axes = plt.subplots(1, 3, figsize=(14, 4.2))
     seeds = list(rows.values())
-    labels = ("single updates", "between checkpoints", "whole training")
+    labels = ("single\nupdates", "between\ncheckpoints", "whole\ntraining")
     points = np.array(
         [[single_share(r), np.mean(r["segments_shares"]), r["training_share"]] for r in seeds]
     )
@@ -224,6 +224,7 @@ def curves(axis: Any, found: Sequence[Sequence[Any]], label: str, style: str) ->
         at, sd = [int(lag) for lag in lags], each.std(axis=0)
         text = f"{part}, {label}"
         axis.errorbar(at, each.mean(axis=0), sd, fmt=style, color=colour, label=text, capsize=3)
+        axis.set_xticks(at)
 
 
 def find(chosen):

@@ -144,6 +144,7 @@ def draw(rows: dict[str, Any], name: str) -> plt.Figure:
     """r and the residual by steps ahead, and the residual by how much has changed."""
     figure, axes = plt.subplots(1, 3, figsize=(13, 4.2))
     labels = {"rl": "RL", "sft": "supervised"}
+    ahead = sorted({int(k) for row in rows["rl"].values() for k in row["curve"]})
     for (kind, label), colour in zip(labels.items(), COLOURS, strict=False):
         curves = [row["curve"] for row in rows[kind].values()]
         if not curves:
@@ -159,9 +160,10 @@ def draw(rows: dict[str, Any], name: str) -> plt.Figure:
         change, residual = ([np.mean(x) for x in of(what)] for what in ("change", "residual"))
         axes[2].plot(change, residual, "o-", color=colour, label=text)
     for axis in axes[:2]:
-        axis.set_xscale("log", base=2)
+        axis.set_xscale("log")
+        axis.set_xticks(ahead, ahead)
+        axis.minorticks_off()
         axis.set_xlabel("steps ahead")
-    axes[2].set_xscale("log")
     axes[2].set_xlabel("rms of Δ log π that happened, nats")
     axes[0].set_ylabel("r of forecast and actual Δ log π")
     for axis in axes[1:]:

@@ -175,6 +175,12 @@ def share(row: dict[str, Any], path: str) -> float:
     return row["ledger"][path]["representation"] / row["ledger"][path]["change"]
 
 
+def applied_share(update: dict[str, Any]) -> float:
+    """Representation's part of an applied update's first-order ΔH, momentum and all."""
+    parts = [x for kind in ("real", "zero", "beside") for x in update[kind].values()]
+    return sum(x["representation"] for x in parts) / update["first_order"]
+
+
 def verdicts(rows: dict[str, Any]) -> list[Verdict]:
     """From the rows of every training."""
     seeds = list(rows.values())
@@ -191,8 +197,9 @@ def verdicts(rows: dict[str, Any]) -> list[Verdict]:
     copied = np.subtract(per_kl("gradient, W centred"), per_kl("gradient, W plain"))
     what = "representation's part of ΔH at tokens of held-out prompts, "
     also = (
-        f"straight line: {np.mean(straight):.3f}; fresh gradient of single updates, at other "
-        f"prompts of the batch: {np.mean(single):.3f}."
+        f"straight line: {np.mean(straight):.3f}; single updates, at other prompts of the batch, "
+        f"fresh gradient: {np.mean(single):.3f}; with momentum and at all origins: "
+        f"{np.mean([applied_share(u) for u in update]):.3f}."
     )
     return [
         above(
@@ -245,8 +252,12 @@ def draw(rows: dict[str, Any], name: str) -> plt.Figure:
     bars(axes[0], PATHS, lambda row, path, part: row["ledger"][path][part])
     axes[0].set_ylabel("ΔH, nats a token")
     axes[0].set_title("the ledger, held-out prompts")
-    axes[0].legend(frameon=False)
-    bars(axes[1], ORIGINS, lambda row, origin, part: row["update"]["real"][origin][part] * 1e3)
+
+    def of_update(row: Any, group: str, part: str) -> float:
+        kind = "real" if group in ORIGINS else "beside"
+        return row["update"][kind].get(group, dict.fromkeys(PARTS, 0.0))[part] * 1e3
+
+    bars(axes[1], (*ORIGINS, "momentum"), of_update)
     sd = [
         np.mean([row["update"]["shuffled_sd"][o][p] for row in seeds]) * 1e3
         for o in ORIGINS
@@ -255,7 +266,8 @@ def draw(rows: dict[str, Any], name: str) -> plt.Figure:
     at = [i + (n - 0.5) * 0.38 for i in range(len(ORIGINS)) for n in range(2)]
     axes[1].errorbar(at, np.zeros(len(at)), sd, fmt="none", color="grey", capsize=4)
     axes[1].set_ylabel("ΔH of one update, 10⁻³ nats a token")
-    axes[1].set_title("by origin (grey: ± 1 sd of shuffled advantages)")
+    axes[1].legend(frameon=False, loc="lower left")
+    axes[1].set_title("by origin, batch's tokens (grey: ± 1 sd, shuffled)")
     made = list(seeds[0]["counterfactual"])
     each = np.array([[row["counterfactual"][m]["entropy"] for m in made] for row in seeds]) * 1e3
     axes[2].barh(made, each.mean(axis=0), color=COLOURS[2])

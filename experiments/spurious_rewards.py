@@ -119,11 +119,12 @@ def slope(lengths: Any, values: Any) -> float:
 def verdicts(rows: dict[str, Any]) -> list[Verdict]:
     """From the rows of every training, {"joint": …, "shuffled": …}."""
     at_one = LENGTHS.index(1.0)
-    slopes, ratios, both = [], [], []
+    slopes, ratios, remains, both = [], [], [], []
     for seed, row in rows["joint"].items():
         slopes.append(np.mean([slope(u["lengths"], left(u)) for u in row["updates"]]))
         own = np.mean([u["real"][at_one][0] for u in row["updates"]])
-        ratios.append(np.mean([left(u)[at_one] for u in row["updates"]]) / own)
+        remains.append(np.mean([left(u)[at_one] for u in row["updates"]]))
+        ratios.append(remains[-1] / own)
         if seed in rows["shuffled"]:
             both.append((row["training"], rows["shuffled"][seed]))
     found = [
@@ -132,8 +133,8 @@ def verdicts(rows: dict[str, Any]) -> list[Verdict]:
             "log-log slope of |mean ΔH| against the step's length (first order 1, second 2)",
             slopes,
             1.5,
-            f"At the run's own length it is {np.mean(ratios):.3f} of what real advantages do to "
-            "first order.",
+            f"At the run's own length it is {np.mean(remains):+.1e} nats a token, "
+            f"{np.mean(ratios):.3f} of what real advantages do to first order.",
         )
     ]
     if both:
@@ -176,6 +177,8 @@ def draw(rows: dict[str, Any], name: str) -> plt.Figure:
     for order, style in ((1, ":"), (2, "-.")):
         guide = size(even)[0] * (np.array(LENGTHS) / LENGTHS[0]) ** order
         axes[0].loglog(LENGTHS, guide, style, color="grey", label=f"slope {order}", linewidth=0.8)
+    axes[0].set_xticks(LENGTHS, [f"{c:g}" for c in LENGTHS])
+    axes[0].minorticks_off()
     axes[0].set_xlabel("length of the step, in units of the run's")
     axes[0].set_ylabel("|ΔH|, nats a token")
     axes[0].set_title(f"single updates (mean of {len(updates)})")

@@ -195,8 +195,8 @@ def draw(rows: dict[str, Any], name: str) -> plt.Figure:
         ticks = ("token y", "top token", "rest", "squeeze:\ntop − rest")
         axis.set_xticks(range(len(FIGURES)), ticks)
         axis.axhline(0, color="black", linewidth=0.8)
-        sites = int(np.sum(column(rows, sign, "sites")))
-        axis.set_title(f"{sign} advantages alone ({sites} tokens an update, all trainings)")
+        sites = np.mean(column(rows, sign, "sites"))
+        axis.set_title(f"{sign} advantages alone ({sites:.0f} tokens an update)")
         axis.set_ylabel("Δ log mass, nats")
         axis.legend(frameon=False, fontsize=8)
     figure.suptitle(
