@@ -124,6 +124,14 @@ def accounted(model, params):
     return paths(found.completions) | {"decay": found.others["decay"].total, "h": found.actual}
 
 
+def stored(model, params):
+    """In a file, in float32, to which rounding in float64 makes no difference."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = f"{folder}/sketches"
+        found = kernels.store_sketches(path, model, params, SITES, KEY, replicates=2, side=2)
+        return {"body": found.rows[:, 1].astype(np.float64)}
+
+
 DOORS = {
     "dynamics.contributions": lambda m, p: paths(influenced(m, p)),
     "dynamics.influence": accounted,
@@ -171,14 +179,6 @@ DOORS = {
     "rollout.generate": sampled,
     "train.fresh_state": lambda m, p: logits(m, fresh_state(m, p, OptimConfig(), "joint").params),
 }
-
-
-def stored(model, params):
-    """In float32, to whose rounding the paths differ."""
-    with tempfile.TemporaryDirectory() as folder:
-        path = f"{folder}/sketches"
-        found = kernels.store_sketches(path, model, params, SITES, KEY, replicates=2, side=2)
-        return {"body": np.round(found.rows[:, 1].astype(np.float64), 3)}
 
 
 def is_door(function):

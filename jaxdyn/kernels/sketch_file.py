@@ -271,6 +271,7 @@ class _Filled:
             if self.record.exists() and self.partial.exists():
                 self.done = self._begun(header.shape[0], size)
             else:
+                self.record.unlink(missing_ok=True)  # of a file that is gone
                 with open(self.partial, "wb") as file:
                     file.write(header.content)
                     file.truncate(size)

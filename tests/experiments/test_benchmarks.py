@@ -18,6 +18,7 @@ import jax
 import kernel_cases
 import kernels
 import ledger
+import lengths
 import loading
 import numpy as np
 import plans
@@ -26,9 +27,12 @@ import pytest
 import reward
 import rl_step
 import rollout
+import sketch
+import tiny_runs
 from peers.protocol import SHAPES
 
 from jaxdyn.kernels import log_prob_kernel
+from jaxdyn.train import run_rl, sharing
 
 STUB = Path(__file__).with_name("stub_peer.py")
 EXPERIMENTS = Path(interleave.__file__).parent
@@ -393,3 +397,21 @@ def test_weak_scaling(run, as_the_command_sets_it, monkeypatch):
         # Beside the gradients' sum, a few metrics.
         assert 0 < data["collective_bytes"] - data["expected_bytes"] < 100
         assert fsdp["collective_bytes"] > fsdp["expected_bytes"] > data["expected_bytes"]
+
+
+def test_queries_of_a_file_of_sketches():
+    with sketch.random_file(300, 4, 2) as (model, path):
+        found = sketch.query_seconds(model, path, 2, 2)
+    assert (found["rows"], found["queries"]) == (300, 2) and 0 < found["s"] < 10
+
+
+@pytest.mark.slow
+def test_lengths(run, tmp_path, monkeypatch):
+    """Completions of up to eight tokens, packed whatever it saves."""
+    monkeypatch.setattr(sharing, "SMALLEST_STEP", 1)
+    changes = {"train__steps": 1, "evaluation__every": 0}
+    directory = run_rl(tiny_runs.rl_config(tmp_path, "run", **changes))
+    found = run(lengths, str(directory), "--batches", "1", "--rounds", "1")["lengths"]
+    for case in found.values():
+        assert 0 <= case["packed"]["padding"][0] <= case["padded"]["padding"][0] < 1
+        assert len(case["packed"]["seconds"]) == len(case["padded"]["seconds"]) == 1
