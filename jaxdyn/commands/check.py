@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from jaxdyn.config import KINDS, Config
 from jaxdyn.errors import JaxdynError
 from jaxdyn.grammar import load_config
-from jaxdyn.paths import AnyPath, in_bucket, open_path
+from jaxdyn.paths import AnyPath, in_bucket, is_directory, open_path
 from jaxdyn.train import lock
 from jaxdyn.train.checkpoint import Checkpoints
 from jaxdyn.train.records import damages
@@ -21,7 +21,7 @@ def check(run: str | AnyPath) -> str:
       JaxdynError: if something is not whole, or the directory holds no run.
     """
     path = open_path(run)
-    if not (path / "config.json").exists():
+    if not is_directory(path) or not (path / "config.json").exists():
         raise JaxdynError(f"{path} holds no run: it has no config.json")
     config = load_config(KINDS, path / "config.json")
     if not in_bucket(path) and (writer := lock.holder(path)):

@@ -37,9 +37,9 @@ def run(options: EvaluateOptions, progress: Progress | None = None) -> AnyPath:
       JaxdynError: naming what does not fit: the file, the run, the step, the options.
     """
     path = options.destination
+    require_writable(path.parent)
     if path.exists():
         raise JaxdynError(f"{path} already exists; choose another --output")
-    require_writable(path.parent)
     progress = progress or Progress()
     task, params, step = open_policy(options)
     config = task.config

@@ -10,6 +10,7 @@ from typing import Any
 
 from jaxdyn.errors import JaxdynError
 from jaxdyn.files import is_unfinished, require_writable, write_files
+from jaxdyn.grammar import read_object
 
 BLOCKS = "blocks"
 """Where long work keeps what is finished: it is there from a command's start to its end."""
@@ -39,9 +40,8 @@ def refuse_another(path: Path, what: str, is_own: Callable[[Set[str]], bool]) ->
     require_writable(path.parent)
     if not path.exists():
         return
-    with contextlib.suppress(OSError, ValueError):
-        known = json.loads(path.read_bytes())
-        if isinstance(known, dict) and is_own(known.keys()):
+    with contextlib.suppress(JaxdynError):
+        if is_own(read_object(path).keys()):
             return
     raise JaxdynError(f"{path} already exists and is no {what}; choose another --json")
 

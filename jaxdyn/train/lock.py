@@ -11,6 +11,7 @@ from pathlib import Path
 
 from jaxdyn.errors import JaxdynError
 from jaxdyn.files import naming
+from jaxdyn.reading import parse_json
 
 NAME = "run.lock"
 """The file that is locked; it stays, and says who was the last to hold it."""
@@ -70,9 +71,9 @@ def holder(directory: Path) -> str | None:
 
 def _said(descriptor: int) -> str:
     try:
-        about = json.loads(os.pread(descriptor, 1000, 0))
+        about = parse_json(os.pread(descriptor, 1000, 0), NAME)
         return f"process {about['process']} on {about['host']} since {about['since']}"
-    except (OSError, ValueError, TypeError, KeyError):
+    except (OSError, JaxdynError, TypeError, KeyError):
         return "another process"
 
 

@@ -22,7 +22,7 @@ from jaxdyn.errors import Closing, JaxdynError
 from jaxdyn.files import PROBE, is_unfinished, naming, write_file
 from jaxdyn.grammar import load_config, save_config
 from jaxdyn.paths import AnyPath, in_bucket, open_path
-from jaxdyn.reading import read_records
+from jaxdyn.reading import parse_json, read_records
 from jaxdyn.train import lock
 from jaxdyn.train.lock import Lock
 from jaxdyn.train.records import require_whole
@@ -212,8 +212,8 @@ def packed(arrays: dict[str, np.ndarray]) -> bytes:
 
 def _before(line: str, step: int) -> bool:
     try:
-        return json.loads(line)["step"] < step
-    except (ValueError, KeyError, TypeError):
+        return parse_json(line, "a log")["step"] < step
+    except (JaxdynError, KeyError, TypeError):
         return False  # the half-written last line of a killed run
 
 

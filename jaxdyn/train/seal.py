@@ -11,7 +11,9 @@ from typing import Any
 
 from orbax.checkpoint.path import atomicity
 
+from jaxdyn.errors import JaxdynError
 from jaxdyn.files import write_file
+from jaxdyn.reading import read_object
 
 NAME = "checksums.json"
 
@@ -46,9 +48,9 @@ def damage(step: Path) -> str | None:
     if not (step / NAME).exists():
         return None
     try:
-        sealed = json.loads((step / NAME).read_bytes())["sha256"]
+        sealed = read_object(step / NAME)["sha256"]
         known = {name: (int(size), str(sha)) for name, (size, sha) in sealed.items()}
-    except (OSError, ValueError, TypeError, KeyError, AttributeError):
+    except (JaxdynError, ValueError, TypeError, KeyError, AttributeError, OverflowError):
         return f"{step / NAME} is damaged"
     there = files_of(step)
     for name, (size, sha) in known.items():

@@ -135,6 +135,10 @@ HARM = {
         "position/metadata has changed since it was saved",
     ),
     "a file of the state gone": (lambda r: largest(r / "checkpoints" / "4").unlink(), "is missing"),
+    "checksums that lie deep": (
+        lambda r: (r / "checkpoints/4" / seal.NAME).write_text("[" * 10**5),
+        "checksums.json is damaged",
+    ),
     "no checksums to read": (
         lambda r: (r / "checkpoints/4" / seal.NAME).write_text("[]"),
         "checksums.json is damaged",
@@ -195,7 +199,7 @@ def test_every_bit_of_a_checkpoints_weights_counts(run, tmp_path):
 def test_what_a_kill_leaves_is_whole(run):
     """A half line at the end, lines after the checkpoint, and an older run without checksums."""
     with (run / "metrics.jsonl").open("ab") as file:
-        file.write(b'{"step": 4, "loss": 1.0}\n{"step": 5, "rew')
+        file.write(b'{"step": 4, "loss": 1.0}\n' + b"[" * 10**5)
     for step in (2, 4):
         (run / "checkpoints" / str(step) / seal.NAME).unlink()
     assert check(run) == f"{run}: rl, checkpoints at 2, 4; of 2, 4 there are no checksums"
