@@ -11,6 +11,7 @@ import tempfile
 import typing
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # its threads wait for work by spinning
 # Programs that run once on a few numbers: what takes time is to compile them, so plainly, here and
 # in processes that tests start. The memory and flops that XLA counts hardly change (below 0.1 %).
 os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")

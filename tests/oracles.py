@@ -95,6 +95,7 @@ def tiny_sites():
     )
 
 
+@functools.partial(jax.jit, static_argnums=0)
 def site_logits(model, view, sites):
     """f at the sites, [N, V], straight from the model's two functions."""
     phi = model.features(view["backbone"], sites.tokens, sites.mask)

@@ -281,20 +281,12 @@ GLOO = re.compile(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("count", "each", "mesh"),
-    [
-        (4, 1, {"fsdp": 2, "tensor": 2}),
-        (2, 2, {"data": 2, "fsdp": 1, "tensor": 2, "devices": 4}),
-    ],
-    ids=["four processes", "two processes of two devices"],
-)
-def test_processes_do_what_one_does(count, each, mesh, place, alone):
-    """Matrices across processes, or rows across them and matrices across their devices."""
-    name = f"{count}x{each}"
-    first, *others = run_to_the_end(*rl(place, name, count, each, **mesh))
-    assert_same_numbers(place / name, alone)
-    assert f"run: {place / name}" in first and "3/3  reward" in first
+def test_processes_do_what_one_does(place, alone):
+    """Four, with rows and matrices across them."""
+    mesh = {"data": 2, "fsdp": 1, "tensor": 2}
+    first, *others = run_to_the_end(*rl(place, "four", 4, **mesh))
+    assert_same_numbers(place / "four", alone)
+    assert f"run: {place / 'four'}" in first and "3/3  reward" in first
     for said in others:
         assert GLOO.sub("", said) == ""
 
@@ -303,10 +295,10 @@ def test_processes_do_what_one_does(count, each, mesh, place, alone):
 def test_two_processes_are_preempted_and_one_goes_on(place, alone):
     """Any of them may be told; all save, together, and what they saved is one whole.
 
-    Each holds half of every parameter, which one then reads together.
+    Each holds half of every parameter, on two devices; one then reads it together.
     """
     metrics = place / "two" / "metrics.jsonl"
-    with Started(*rl(place, "two", 2)) as started:
+    with Started(*rl(place, "two", 2, 2, fsdp=2, tensor=2, devices=4)) as started:
         started.wait_until(lambda: metrics.exists() and '"step": 0' in metrics.read_text())
         started.processes[1].send_signal(signal.SIGTERM)
         assert started.codes() == [75, 75], started.said()

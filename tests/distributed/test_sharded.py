@@ -25,7 +25,7 @@ from jaxdyn.train.pmap import pmap_update, require_copies
 from jaxdyn.train.policy import policy_logps
 from jaxdyn.types import JaxdynError, PromptBatch, Sites
 
-MESHES = [(8, 1, 1), (1, 8, 1), (1, 1, 8), (2, 2, 2)]
+ALONG_ONE_AXIS = [(8, 1, 1), (1, 8, 1), (1, 1, 8)]
 PROMPTS, GENERATIONS, SLOTS, LENGTH = 8, 2, 6, 5
 NEOX = gpt_neox(vocab_size=64, width=32, num_layers=2, num_heads=8, rotary_fraction=0.5)
 CONFIGS = {
@@ -178,7 +178,7 @@ def everything(name, sizes):
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "sizes"),
-    [*(("untied", sizes) for sizes in MESHES), ("tied", (2, 2, 2)), ("odd", (2, 2, 2))],
+    [*(("untied", sizes) for sizes in ALONG_ONE_AXIS), ("tied", (2, 2, 2)), ("odd", (2, 2, 2))],
 )
 def test_a_mesh_changes_nothing(name, sizes):
     found, wanted = everything(name, sizes), on_one_device(name)
@@ -232,8 +232,9 @@ def test_norms_inside_attention_on_a_mesh(normed):
     """The backbone opened, whose norms of queries and keys are divided as the heads are."""
     config = dataclasses.replace(CONFIGS["odd"], num_kv_heads=4, query_key_norm=normed)
     model = LanguageModel(config, jnp.float64)
-    backbone = jax.tree.map(lambda x: x.astype(jnp.float64), model.init(jax.random.key(0)))
-    backbone = {**backbone["backbone"], "norm": {"scale": jnp.linspace(0.5, 2, 32)}}
+    params = model.init(jax.random.key(0))
+    backbone = jax.tree.map(lambda x: np.asarray(x, np.float64), params["backbone"])
+    backbone = {**backbone, "norm": {"scale": np.linspace(0.5, 2, 32)}}
     batch = batch_of(61)
 
     @functools.partial(jax.jit, static_argnums=0)
