@@ -90,7 +90,7 @@ def rl_config(chosen: argparse.Namespace, files: dict[str, str], models: dict[st
         reward=RewardConfig(("model",), model=scored("reward"), judge=scored("judge")),
         sampling=SamplingConfig(max_completion_length=32),
         loss=LossConfig(beta=0.02),
-        optim=OptimConfig(learning_rate=5e-6, classifier_steps=chosen.classifier_steps),
+        optim=OptimConfig(learning_rate=2e-5, classifier_steps=chosen.classifier_steps),
         train=TrainConfig(
             steps=chosen.steps,
             num_prompts=4,
