@@ -12,6 +12,7 @@ from jaxdyn.commands.text_options import TextOptions
 from jaxdyn.data import Tokenizer
 from jaxdyn.distributed import Layout, make_mesh, require_divisible, shard_model
 from jaxdyn.models import LanguageModel, local_directory, pretrained_config
+from jaxdyn.optim import multiplied
 from jaxdyn.sections import MeshConfig, ModelSource
 from jaxdyn.train.saved import open_run, require_policy
 from jaxdyn.train.task import open_model
@@ -61,9 +62,10 @@ def open_subject(options: TextOptions) -> Subject:
                         f"--preconditioned takes Adam's second moments; {run.path} was trained "
                         f"with {optim.optimizer}"
                     )
-                preconditioner = kernels.adam_preconditioner(
+                adam = kernels.adam_preconditioner(
                     run.state(step).opt_state, params, b2=optim.b2, eps=optim.eps
                 )
+                preconditioner = multiplied(optim, adam)
     dtype = jnp.dtype(options.dtype).type
     if options.dtype == "float64":
         widen = lambda x: x.astype(dtype)

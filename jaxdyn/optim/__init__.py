@@ -1,6 +1,6 @@
 """Classifier-first stages and the optimizer that keeps the model's two halves apart."""
 
-from jaxdyn.optim.applied import Applied, applied_parts
+from jaxdyn.optim.applied import Applied, applied_parts, multiplied
 from jaxdyn.optim.labels import merge, split
 from jaxdyn.optim.optimizer import (
     OptimConfig,

@@ -267,7 +267,7 @@ def make_run(root, output, **changes):
 @pytest.mark.slow
 @pytest.mark.usefixtures("undrawn")
 def test_a_run_in_the_metric_of_its_optimizer(root, tmp_path):
-    run, model, state = make_run(root, "run")
+    run, model, state = make_run(root, "run", optim__classifier_multiplier=3.0)
     config = config_of(root, tmp_path / "out", model=None, run=str(run), preconditioned=True)
     saved = load_kernel(command.run(config))
     gradients = log_prob_gradients(model, state.params, site_ids(saved))
@@ -275,6 +275,9 @@ def test_a_run_in_the_metric_of_its_optimizer(root, tmp_path):
     nu = {part: adam.nu for part, (adam, _) in state.opt_state[1].items()}
     flat = np.concatenate([np.ravel(x) for x in jax.tree.leaves(nu)])
     metric = 1 / (np.sqrt(flat / (1 - 0.9**2)) + 1e-4)
+    times = {part: jax.tree.map(lambda x, m=m: np.full(x.shape, m), nu[part])
+             for part, m in (("backbone", 1.0), ("classifier", 3.0))}  # fmt: skip
+    metric *= np.concatenate([np.ravel(x) for x in jax.tree.leaves(times)])
     expected = (gradients * metric) @ gradients.T
     np.testing.assert_allclose(saved.total, expected, rtol=0, atol=1e-5 * np.abs(expected).max())
     assert saved.about["preconditioned"] and saved.about["model"]["step"] == 2

@@ -129,7 +129,7 @@ def test_classifier_first_says_who_is_ahead():
         "classifier_first": seeds(lambda e: history((0.3, 0.31, 0.65), (1.0, 0.9, 0.5))),
         "classifier_first_m10": seeds(lambda e: history((0.3, 0.5, 0.7 - e), (1.0, 0.8, 0.6))),
     }
-    pace = {"joint_extra": 1.0, "classifier_first": 0.5}
+    pace = {"joint": 1.0, "classifier": 0.25}
     rows = {"classifier_steps": 10, "seconds_a_step": pace, "runs": found}
     by_claim = {v.claim: v for v in classifier_first.verdicts(rows)}
     value = lambda words: next(v for claim, v in by_claim.items() if words in claim)
@@ -140,8 +140,8 @@ def test_classifier_first_says_who_is_ahead():
         ("of W's own", 0.1 - drift * 2 / 3, "supported"),
         ("m is tuned", -0.1 - drift * 4 / 3, "not supported"),
         ("moves the reward little", 0.5 * 0.3 - 0.01, "supported"),
-        # In ten seconds RL has come to 0.6.
-        ("equal time", 0.05, "supported"),
+        # In the time of 12.5 of its steps RL has come to 0.625.
+        ("equal time", 0.025 - drift / 4, "supported"),
     ):
         verdict = value(words)
         assert verdict.value == pytest.approx(wanted), words
