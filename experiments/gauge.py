@@ -47,7 +47,7 @@ from jaxdyn.models import regauge
 from jaxdyn.optim import OptimConfig
 from jaxdyn.types import Components, Params, Sites
 
-CLAIM = "The representation component's share of an update is set by the scale of W"
+CLAIM = "Gauges from 1/16 to 16 take the representation's share from under 0.1 to over 0.9"
 SIZES = {"toy": (1, 2, 3), "small": (1, 1, 3), "full": (2, 2, 7)}
 """Updates, batches of Adam's moments before each, and values of c."""
 
