@@ -13,7 +13,8 @@ Verdict:   "vary little" if sites inside completions with another token before t
            positive, in the same way. With --runs also whether RL made them more alike, over seeds.
 Command:   python experiments/features.py --model DIRECTORY --name NAME [--prompts FILE.jsonl]
 Time:      half a minute for a small model, two minutes for 135 million parameters (--size small).
-Expected:  prompts' ends and equal tokens are alike (cosines 0.8 to 1); the rest far less.
+Expected:  mean cosines of prompts' ends 0.9 (stories) and 0.35 (anagrams); after other tokens and
+           at other places 0.22 and 0.02, and 0 to 0.1 with random weights.
 """
 
 import functools

@@ -15,7 +15,8 @@ Verdict:   the law holds if the representation component's exponents lie within 
            0.9 at another, where c goes from 1/16 to 16.
 Command:   python experiments/gauge.py --model DIRECTORY --name NAME
 Time:      half a minute for a small model, five minutes for 135 million parameters (--size small).
-Expected:  both, on every model; the c at which half is representation differs between models.
+Expected:  the law; of the anagram models' steps 0.5 % (plain) and 1.5 % (Adam) are representation,
+           and half at c = 8 and 27. That c is a model's own.
 """
 
 import dataclasses
@@ -47,7 +48,7 @@ from jaxdyn.models import regauge
 from jaxdyn.optim import OptimConfig
 from jaxdyn.types import Components, Params, Sites
 
-CLAIM = "The representation component's share of an update is set by the scale of W"
+CLAIM = "Gauges from 1/16 to 16 take the representation's share from under 0.1 to over 0.9"
 SIZES = {"toy": (1, 2, 3), "small": (1, 1, 3), "full": (2, 2, 7)}
 """Updates, batches of Adam's moments before each, and values of c."""
 
@@ -57,6 +58,7 @@ HALF = 0.5
 """The share at which the components are even."""
 
 MULTIPLIER, STEPS = 4.0, 3
+"""Powers of two, by which floating point divides exactly: the two sides may be equal to the bit."""
 
 
 def scales(count: int) -> np.ndarray:

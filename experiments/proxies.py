@@ -15,7 +15,8 @@ Verdict:   a proxy ranks influence if Spearman's mean over sites is above 1/2 wi
            prompts, for every base model; does not if it is below.
 Command:   python experiments/proxies.py --model DIRECTORY --name NAME [--prompts FILE.jsonl]
 Time:      half a minute for a small model, three minutes for 135 million parameters (--size small).
-Expected:  ⟨φ, φ'⟩ alone says little of the sign; the head gradients' product much more.
+Expected:  of the anagram models ⟨φ, φ'⟩ says nothing (-0.03), the head gradients' product 0.31,
+           ⟨e_y − π, e_y' − π'⟩ without any feature 0.46, the last layer 0.7.
 """
 
 from argparse import Namespace
