@@ -112,12 +112,11 @@ def fifth(curve: list[float]) -> float:
 def verdicts(rows: dict[str, Any]) -> list[Verdict]:
     """From the rows of every training."""
     named = {"reward": "reward's change", "entropy": "entropy's change"}
-    roles = {"places": "at", "teachers": "taught by"}
+    roles = {"places": "holds", "teachers": "teaches"}
     held = np.mean([fifth(x) for x in column(rows, "places", "held")])
     return [
         above(
-            f"{role} the fifth of the tokens with the highest entropy lies more than half of the "
-            f"{what}".capitalize(),
+            f"The fifth of the tokens with the highest entropy {role} more than half of the {what}",
             f"the fifth's part of the {what}, as {kind}",
             [fifth(x) for x in column(rows, kind, name)],
             0.5,
