@@ -5,8 +5,8 @@ Claim:     the 20 % of tokens with the highest entropy drive RL: they alone are 
 Command:   python experiments/forking_tokens.py --runs RUNS --name NAME [--size small]
            RUNS/joint/seed-K are runs of `jaxdyn rl` that keep their checkpoints.
 Time:      15 s a training of the anagram model on one CPU core.
-Expected:  as places, they carry more than their fifth of the reward's change, less than most of it,
-           and most of the entropy's; as teachers likewise.
+Expected:  as places, they carry about their fifth of the reward's change and less than half of the
+           entropy's; as teachers a third of the reward's and little of the entropy's.
 
 As places: along a training, segment by segment, J(b) − J(a) = E_a[w Σ_t Δ log π(y_t)] exactly
 (`jaxdyn.dynamics.reward_change`), so that each token has a part of the reward's change; and ΔH is a
