@@ -9,8 +9,9 @@ Command:   python experiments/spurious_rewards.py --runs RUNS --name NAME [--siz
            RUNS/joint and RUNS/shuffled hold seed-K: a group's rewards given to its completions at
            random in the second.
 Time:      20 s a training of the anagram model on one CPU core.
-Expected:  single updates: the mean over shuffles falls with η², two orders below what real
-           advantages do at the run's η. Trainings: a small part of the entropy's fall is left.
+Expected:  single updates: the mean over shuffles goes with η²; at the run's η it is a tenth of what
+           real advantages do, and of the other sign: it raises the entropy. Trainings: a small part
+           of the entropy's fall is left.
 
 Single updates are steps along −M ∇ with M the metric of the run's own optimizer at a checkpoint, of
 the batch's reward part alone, c times as long as the run's. With ΔH(±) what really happens to the
