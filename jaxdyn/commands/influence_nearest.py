@@ -118,10 +118,10 @@ def told(
         names = ("total", "standard_error", *COMPONENTS)
         numbers = {name: np.asarray(getattr(kernel, name))[query].tolist() for name in names}
         return [
-            {"row": int(row), "context": stored.text("context", row)}
+            {"row": row, "context": stored.text("context", row)}
             | {"target": stored.text("target", row), "cosine": float(cosines[query][i])}
             | {name: x[i] for name, x in numbers.items()}
-            for i, row in enumerate(rows[query])
+            for i, row in enumerate(rows[query].tolist())
         ]
 
     return {

@@ -36,26 +36,29 @@ def sketch_words(root):
 
 def look_up(root, output, model="model", file="out/sketches.safetensors", **changes):
     words = ["--from-sketch", str(root / file), "--completions", str(root / "asked.jsonl")]
-    words += ["--model", str(root / model), "--output", str(output), *FEW, "--top", "3"]
+    words += ["--model", str(root / model), "--output", str(output), *FEW, "--top", "12"]
     main(["influence", *words, *(f"--{name}={value}" for name, value in changes.items())])
     return json.loads((output / "nearest.json").read_text())
 
 
-def test_a_completion_is_nearest_to_itself(root, tmp_path, capsys):
-    """The first one asked for is row 1 of the file, the other is not in it."""
+def test_completions_are_looked_up(root, tmp_path, capsys):
+    """The first one asked for is row 1 of the file, the other is not in it; all rows are told."""
     found = look_up(root, tmp_path / "found")
     first, second = found["neighbours"]
     stored = open_sketches(root / "out" / "sketches.safetensors")
     whole = np.asarray(stored.rows, np.float64)
     assert len(stored) == 12 and (stored.replicates, stored.side) == (32, 8)
-    itself = first["up"][0]
-    assert (itself["row"], itself["context"], itself["target"]) == (1, "1=", "ab")
+    itself = next(x for x in first["up"] if x["row"] == 1)
+    assert (itself["context"], itself["target"]) == ("1=", "ab")
+    assert itself["cosine"] == pytest.approx(1, rel=1e-4)
     # The model is untied: the two paths lie side by side.
     each = np.einsum("jrk,njrk->nr", whole[1], whole)
     estimates, errors = each.mean(axis=1), each.std(axis=1, ddof=1) / np.sqrt(32)
-    order = np.argsort(-estimates)
-    assert [x["row"] for x in first["up"]] == order[:3].tolist()
-    assert [x["row"] for x in first["down"]] == order[:-4:-1].tolist()
+    for side, sign in (("up", -1), ("down", 1)):
+        rows = [x["row"] for x in first[side]]
+        assert sorted(rows) == list(range(12))
+        wanted = sign * np.sort(sign * estimates)
+        np.testing.assert_allclose(estimates[rows], wanted, rtol=1e-5)
     for x in (*first["up"], *first["down"]):
         row = x["row"]
         assert x["total"] == pytest.approx(estimates[row], rel=1e-4)
