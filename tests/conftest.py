@@ -45,8 +45,8 @@ gc.set_threshold(200_000, 20, 20)
 # The files that take longest, which are given out first, in their order (--dist loadfile): what is
 # given out last should be short.
 LONGEST = ("processes", "quantities", "sharded", "benchmarks", "kill", "sketch", "public_doors")
-LONGEST += ("ledger", "influence_command", "neural_tangents", "operator", "docs", "rl", "resume")
-LONGEST += ("quickstart", "plan", "experiments", "worker")
+LONGEST += ("ledger", "influence_command", "neural_tangents", "operator", "soak", "docs", "rl")
+LONGEST += ("resume", "quickstart", "plan", "experiments", "worker")
 
 
 def pytest_collection_modifyitems(items):

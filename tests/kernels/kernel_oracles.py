@@ -84,17 +84,13 @@ def jacobians(name):
 
 
 @functools.cache
-def theta(name, preconditioned=False):
-    """Θ = D P Dᵀ [8, V, 8, V] by component, and the scores e_y − π [8, V], all float64.
-
-    P is `metric(name)`, or the identity.
-    """
-    tree, score = jacobians(name)
+def theta(name, preconditioned):
+    """Θ = D P Dᵀ [8, V, 8, V] by component, float64; P is `metric(name)`, or the identity."""
+    tree = jacobians(name)[0]
     with jax.enable_x64(True):
-        model, _ = tiny_model(name)
-        p = jax.tree.map(np.asarray, model.view(metric(name)))
-    if not preconditioned:
-        p = jax.tree.map(np.ones_like, p)
+        model, params = tiny_model(name)
+        p = metric(name) if preconditioned else jax.tree.map(np.ones_like, params)
+        p = jax.tree.map(np.asarray, model.view(p))
     flat = lambda tree: np.concatenate(
         [x.reshape(8 * oracles.VOCAB, -1) for x in jax.tree.leaves(tree)], axis=1
     )
@@ -108,7 +104,12 @@ def theta(name, preconditioned=False):
         there = outer(head, p["classifier"]["weight"], table)
         found["cross"] = there + there.T
     shape = (8, oracles.VOCAB, 8, oracles.VOCAB)
-    return {part: x.reshape(shape) for part, x in found.items()}, score
+    return {part: x.reshape(shape) for part, x in found.items()}
+
+
+def scores(name):
+    """e_y − π at the eight sites, [8, V], float64."""
+    return jacobians(name)[1]
 
 
 def random_cotangents():
@@ -117,21 +118,21 @@ def random_cotangents():
 
 def scalars(name, g, rows=slice(None), columns=slice(None), preconditioned=False):
     """gᵀ Θ g by component, [rows, columns]."""
-    kernels, _ = theta(name, preconditioned)
+    kernels = theta(name, preconditioned)
     whole = {part: np.einsum("nv,nvmw,mw->nm", g, kernels[part], g) for part in PARTS}
     return {part: x[rows][:, columns] for part, x in whole.items()}
 
 
 def traces(name, rows, columns, preconditioned=False):
     """tr Θ by component, [rows, columns]."""
-    kernels, _ = theta(name, preconditioned)
+    kernels = theta(name, preconditioned)
     return {part: np.einsum("nvmv->nm", x)[rows][:, columns] for part, x in kernels.items()}
 
 
 def token_blocks(name, rows, columns, ids, preconditioned=False):
     """Θ at some tokens by component, [rows, columns, C, C]."""
     pick = lambda x: x.transpose(0, 2, 1, 3)[rows][:, columns][:, :, ids][..., ids]
-    return {part: pick(x) for part, x in theta(name, preconditioned)[0].items()}
+    return {part: pick(x) for part, x in theta(name, preconditioned).items()}
 
 
 def sequence_weights(seed):
@@ -142,7 +143,7 @@ def sequence_scalars(name, left, right, preconditioned=False):
     """Σ over the pairs of two completions' sites of the weighted log-prob kernel, [3, 3]."""
     mask = np.asarray(rollout().completion_mask)
     member = lambda w: np.eye(3)[:, np.nonzero(mask)[0]] * w[mask][None]
-    inner = scalars(name, theta(name)[1], preconditioned=preconditioned)
+    inner = scalars(name, scores(name), preconditioned=preconditioned)
     return {part: member(left) @ x @ member(right).T for part, x in inner.items()}
 
 
@@ -176,7 +177,7 @@ def policy_scalars(name, temperature, rows, places=None, preconditioned=False):
     if places is not None:
         member = np.array([[p == at for at in zip(completion, slot, strict=True)] for p in places])
     left = statistic_gradients(name, 1.0)[:, rows]
-    kernels, _ = theta(name, preconditioned)
+    kernels = theta(name, preconditioned)
     contract = lambda x: np.einsum("knv,nvmw,mw,jm->knj", left, x[rows], right, member * 1.0)
     return {part: contract(x) for part, x in kernels.items()}
 

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import oracles
 import pytest
-from kernel_oracles import all_sites, assert_components, scalars, theta, tiny_model
+from kernel_oracles import all_sites, assert_components, scalars, scores, tiny_model
 
 from jaxdyn import kernels
 from jaxdyn.kernels import blocks, gram, memory, trace_exact
@@ -252,7 +252,7 @@ def test_kernels_on_devices_and_after_a_kill(x64, tiles_of_three, tmp_path):
     """Eight sites in tiles of three: six tiles, the last of each side not full."""
     model, params = tiny_model("gpt2-tied")
     kernel = functools.partial(kernels.log_prob_kernel, model, params, all_sites(), method="gram")
-    expected = scalars("gpt2-tied", theta("gpt2-tied")[1])
+    expected = scalars("gpt2-tied", scores("gpt2-tied"))
     alone = kernel()
     assert_components(alone, expected, 1e-12)
     assert_components(kernel(devices=jax.devices()[:2]), expected, 1e-12)
@@ -282,7 +282,7 @@ def test_a_small_budget_makes_tiles_that_change_nothing(x64):
         memory_budget=2 * 2 * (2 * held + working), progress=lambda *at: done.append(at),
     )  # fmt: skip
     assert done[-1] == (10, 10)
-    assert_components(result, scalars("gpt_neox-untied", theta("gpt_neox-untied")[1]), 1e-12)
+    assert_components(result, scalars("gpt_neox-untied", scores("gpt_neox-untied")), 1e-12)
 
 
 # -- memory ---------------------------------------------------------------------------------------

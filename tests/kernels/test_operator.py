@@ -67,7 +67,7 @@ def test_apply_is_the_kernel_times_the_field(name, x64):
     """Two sets of sites, several a sequence, padded differently, a sequence at a time or two."""
     model, params = tiny_model(name)
     sites, field = all_sites(), random_cotangents()[B]
-    expected = times(theta(name)[0], field, A, B)
+    expected = times(theta(name, False), field, A, B)
     apply = functools.partial(apply_kernel, model, params, some(sites, A), field)
     result = apply(some(longer(sites), B), memory_budget=room_for(model, 10, 3, 2))
     assert_components(result, expected, 1e-9)
@@ -80,7 +80,7 @@ def test_apply_in_a_metric(name, x64):
     """P as stored and as a view; a tied matrix's P is that of both its paths."""
     model, params = tiny_model(name)
     p_stored = metric(name)
-    expected = times(theta(name, preconditioned=True)[0], random_cotangents())
+    expected = times(theta(name, True), random_cotangents())
     for p in (p_stored, model.view(p_stored)):
         result = apply_kernel(
             model, params, all_sites(), random_cotangents(), preconditioner=p,
@@ -101,7 +101,7 @@ def test_batches_change_nothing(sequences, x64):
         2 if sequences == 1 else 1
     )
     result = apply_kernel(model, params, sites, field, memory_budget=budget)
-    assert_components(result, times(theta("gpt2-tied")[0], field, order, order), 1e-12)
+    assert_components(result, times(theta("gpt2-tied", False), field, order, order), 1e-12)
 
 
 @pytest.mark.parametrize(
@@ -153,7 +153,7 @@ def test_float32(name):
     field = random_cotangents()
     result = apply_kernel(model, params, all_sites(), field)
     assert result.total.dtype == jnp.float32
-    assert_components(result, times(theta(name)[0], field), 1e-4)
+    assert_components(result, times(theta(name, False), field), 1e-4)
 
 
 def test_a_second_call_compiles_nothing(x64):
@@ -163,7 +163,7 @@ def test_a_second_call_compiles_nothing(x64):
     before = operator.apply._cache_size()
     again = apply_kernel(model, params, sites, 2 * field, memory_budget=room_for(model, 6, 3, 2))
     assert operator.apply._cache_size() == before
-    assert_components(again, times(theta("gpt_neox-untied")[0], 2 * field), 1e-9)
+    assert_components(again, times(theta("gpt_neox-untied", False), 2 * field), 1e-9)
 
 
 def test_memory_does_not_grow_with_the_sequences(x64):
@@ -213,7 +213,7 @@ def test_batches_stay_within_the_budget_and_fill_it(name, slots):
 @pytest.mark.parametrize("component", ["total", "gradient"])
 def test_eigenpairs(name, component, x64):
     model, params = tiny_model(name)
-    kernels = theta(name)[0]
+    kernels = theta(name, False)
     kernels = {**kernels, "total": sum(kernels[part] for part in PARTS)}
     matrix = kernels[component].reshape(8 * V, 8 * V)
     values = np.linalg.eigvalsh(matrix)[::-1]
@@ -228,7 +228,7 @@ def test_eigenpairs(name, component, x64):
 
 def test_the_total_repeats_the_features_eigenvalues(x64):
     """What the module says of an untied model: V − D of each, after D or more that are larger."""
-    kernels, _ = theta("gpt_neox-untied")
+    kernels = theta("gpt_neox-untied", False)
     matrix = (kernels["representation"] + kernels["gradient"]).reshape(8 * V, 8 * V)
     values = np.linalg.eigvalsh(matrix)[::-1]
     largest = np.linalg.eigvalsh(kernels["representation"][:, 0, :, 0])[-1]
@@ -240,7 +240,7 @@ def test_the_total_repeats_the_features_eigenvalues(x64):
 def test_eigenpairs_in_a_metric_and_of_cotangents(x64):
     model, params = tiny_model("gpt2-tied")
     g = random_cotangents()
-    kernel = sum(theta("gpt2-tied", preconditioned=True)[0].values())
+    kernel = sum(theta("gpt2-tied", True).values())
     kernel = np.einsum("nv,nvmw,mw->nm", g, kernel, g)
     values, vectors = np.linalg.eigh(kernel)
     found = top_eigenpairs(
@@ -273,7 +273,7 @@ def test_eigenpairs_in_float32_say_how_far_they_are():
     model, params = tiny_model("gpt_neox-untied", jnp.float32)
     first, again = (top_eigenpairs(model, params, all_sites(), 3) for _ in range(2))
     np.testing.assert_array_equal(first.vectors, again.vectors)
-    kernels, _ = theta("gpt_neox-untied")
+    kernels = theta("gpt_neox-untied", False)
     matrix = (kernels["representation"] + kernels["gradient"]).reshape(8 * V, 8 * V)
     values = np.linalg.eigvalsh(matrix)[::-1][:3]
     np.testing.assert_allclose(first.values, values, rtol=1e-4)

@@ -37,12 +37,17 @@ def three_steps(name, optimizer, state, parts):
     """Parameters and weights of the last of three steps, its gradient and direction, the state."""
     _, params = tiny_model(name)
     moving = {part: params[part] for part in parts}
+
+    @jax.jit
+    def step(gradient, state, moving):
+        direction, state = optimizer.update(gradient, state, moving)
+        return direction, state, jax.tree.map(lambda x, d: x - RATE * d, moving, direction)
+
     for seed in range(3):
         weights = jnp.asarray(np.random.default_rng(seed).standard_normal(8))
         before = {**params, **moving}
         gradient = {part: programs(name)[0](before, weights)[part] for part in parts}
-        direction, state = optimizer.update(gradient, state, moving)
-        moving = jax.tree.map(lambda x, d: x - RATE * d, moving, direction)
+        direction, state, moving = step(gradient, state, moving)
     return before, weights, gradient, direction, state
 
 

@@ -34,7 +34,7 @@ def estimated(name, rows=A, columns=B, **options):
 
 def of_probes(name, signs):
     """εᵀ Θ ε of the parts that are estimated, by component and in all, [probes, rows, columns]."""
-    kernel, _ = theta(name)
+    kernel = theta(name, False)
     one = lambda x: np.einsum("sv,nvmw,sw->snm", signs, x, signs, optimize=True)[:, A][:, :, B]
     found = {part: one(kernel[part]) for part in ("gradient", "cross")}
     return found, found["gradient"] + found["cross"]
