@@ -133,6 +133,11 @@ def verdicts(rows: dict[str, Any]) -> list[Verdict]:
          rises),
     ]  # fmt: skip
     found = [compared(*one, MATTERS, over="trainings") for one in seen]
+    if "shuffled" in rows:
+        fallen = [-change(row, "fixed", "entropy") for row in rows["shuffled"].values()]
+        claim = "It does so where rewards are shuffled within a prompt's completions"
+        label = "fall of the entropy, nats a token, at prefixes of the model before"
+        found.append(compared(claim, label, fallen, MATTERS, over="trainings"))
     names = of_rl(rows)
     seeds = set.intersection(*(set(rows[arm]) for arm in names))
     varied = [arm for arm in names if any(is_of(arm, kind) for kind in KINDS[2:])]
