@@ -9,6 +9,7 @@ import classifier_first
 import confidence
 import frame
 import histories
+import matplotlib.pyplot as plt
 import numpy as np
 import page
 import pytest
@@ -171,7 +172,9 @@ def test_algorithms_compare_at_equal_kl_and_reward():
     assert third.value == pytest.approx(0.05 - drift)
     assert third.note == "Chosen were spill_0 against entropy_0.01."
     assert fourth.value == pytest.approx(0.1)
-    assert algorithms.draw({"runs": found}, "x").axes[0].get_xlabel().startswith("KL")
+    figure = algorithms.draw({"runs": found}, "x")
+    assert figure.axes[0].get_xlabel().startswith("KL")
+    plt.close(figure)
 
 
 def test_places_are_matched():
