@@ -187,9 +187,11 @@ def draw(rows: dict[str, Any], name: str) -> plt.Figure:
     right.set(xlabel="n", ylabel="pairs with the same first n tokens")
     right.set_yscale("symlog", linthresh=1e-3)
     right.legend(frameon=False, fontsize=7)
-    seeds = min(len(x) for x in rows.values()), max(len(x) for x in rows.values())
+    seeds = sorted({len(x) for x in rows.values()})
     figure.suptitle(
-        f"{name}: {seeds[0]} to {seeds[1]} seeds an arm; bars: ± 2 standard errors", fontsize=9
+        f"{name}: {' to '.join(map(str, seeds[:: max(1, len(seeds) - 1)]))} seeds an arm; "
+        "bars: ± 2 standard errors",
+        fontsize=9,
     )
     return figure
 
