@@ -54,15 +54,18 @@ def multipliers(found: Histories, schedule: str) -> dict[int, str]:
     return dict(sorted((int(arm.partition("_m")[2] or 1), arm) for arm in own))
 
 
-def tuned(found: Histories, of: Any) -> tuple[list[float], list[tuple[str, str]]]:
-    """CF-RL less RL, each with m chosen on the other seeds: the differences, and who was chosen."""
-    arms = [list(multipliers(found, schedule).values()) for schedule in SCHEDULES[:2]]
-    gaps, who = [], []
+def tuned(found: Histories, ours: str, theirs: str, of: Any) -> tuple[list[float], str]:
+    """`of` ours less theirs, each with m chosen on the other seeds; and who was chosen."""
+    arms = [list(multipliers(found, schedule).values()) for schedule in (ours, theirs)]
+    gaps: list[float] = []
+    who: set[str] = set()
+    if min(map(len, arms)) < 2:
+        return gaps, ""
     for seed in shared(found, *arms[0], *arms[1]):
-        extra, first = (best_elsewhere(found, names, seed, "reward") for names in arms)
-        gaps.append(of(found[first][seed]) - of(found[extra][seed]))
-        who.append((first, extra))
-    return gaps, who
+        first, second = (best_elsewhere(found, names, seed, "reward") for names in arms)
+        gaps.append(of(found[first][seed]) - of(found[second][seed]))
+        who.add(f"{first} against {second}")
+    return gaps, f"Chosen were {', '.join(sorted(who))}."
 
 
 def spent(run: History) -> float:
@@ -132,16 +135,27 @@ def verdicts(rows: dict[str, Any]) -> list[Verdict]:
                 MATTERS,
             )
         )
-    gaps, who = tuned(found, reward)
-    if len(multipliers(found, first)) > 1:
-        names = ", ".join(sorted({" against ".join(pair) for pair in who}))
+    gaps, who = tuned(found, first, extra, reward)
+    if gaps:
         judged.append(
             compared(
                 "Something of CF-RL remains once m is tuned in every arm",
                 "last held-out reward at equal samples, CF-RL less RL, m chosen on other seeds",
                 gaps,
                 MATTERS,
-                note=f"Chosen were {names}.",
+                note=who,
+            )
+        )
+    gaps, who = tuned(found, extra, "classifier_only", reward)
+    if gaps:
+        kl, _ = tuned(found, extra, "classifier_only", lambda run: at(run, "kl"))
+        judged.append(
+            compared(
+                "Once m is tuned, moving the body too earns more than moving W alone",
+                "last held-out reward, RL less W alone, m chosen on other seeds",
+                gaps,
+                MATTERS,
+                note=f"RL is {np.mean(kl):.2f} nats a token farther from the start. {who}",
             )
         )
     little = [

@@ -133,6 +133,11 @@ def verdicts(rows: dict[str, Any]) -> list[Verdict]:
          rises),
     ]  # fmt: skip
     found = [compared(*one, MATTERS, over="trainings") for one in seen]
+    if "shuffled" in rows:
+        fallen = [-change(row, "fixed", "entropy") for row in rows["shuffled"].values()]
+        claim = "It does so where rewards are shuffled within a prompt's completions"
+        label = "fall of the entropy, nats a token, at prefixes of the model before"
+        found.append(compared(claim, label, fallen, MATTERS, over="trainings"))
     names = of_rl(rows)
     seeds = set.intersection(*(set(rows[arm]) for arm in names))
     varied = [arm for arm in names if any(is_of(arm, kind) for kind in KINDS[2:])]
@@ -182,9 +187,11 @@ def draw(rows: dict[str, Any], name: str) -> plt.Figure:
     right.set(xlabel="n", ylabel="pairs with the same first n tokens")
     right.set_yscale("symlog", linthresh=1e-3)
     right.legend(frameon=False, fontsize=7)
-    seeds = min(len(x) for x in rows.values()), max(len(x) for x in rows.values())
+    seeds = sorted({len(x) for x in rows.values()})
     figure.suptitle(
-        f"{name}: {seeds[0]} to {seeds[1]} seeds an arm; bars: ± 2 standard errors", fontsize=9
+        f"{name}: {' to '.join(map(str, seeds[:: max(1, len(seeds) - 1)]))} seeds an arm; "
+        "bars: ± 2 standard errors",
+        fontsize=9,
     )
     return figure
 

@@ -9,6 +9,7 @@ import classifier_first
 import confidence
 import frame
 import histories
+import matplotlib.pyplot as plt
 import numpy as np
 import page
 import pytest
@@ -126,6 +127,8 @@ def test_classifier_first_says_who_is_ahead():
         "joint": seeds(lambda e: history((0.3, 0.45, 0.6 + e / 2), (1.0, 0.9, 0.8))),
         "joint_extra": seeds(extra),
         "joint_extra_m10": seeds(lambda e: history((0.3, 0.6, 0.8 + e / 3), (1.0, 0.8, 0.6))),
+        "classifier_only": seeds(lambda e: history((0.3, 0.3, 0.4), (1, 1, 1), (0, 0, 0.1))),
+        "classifier_only_m10": seeds(lambda e: history((0.3, 0.4, 0.7), (1, 1, 1), (0, 0, 0.1))),
         "classifier_first": seeds(lambda e: history((0.3, 0.31, 0.65), (1.0, 0.9, 0.5))),
         "classifier_first_m10": seeds(lambda e: history((0.3, 0.5, 0.7 - e), (1.0, 0.8, 0.6))),
     }
@@ -139,6 +142,7 @@ def test_classifier_first_says_who_is_ahead():
         ("equal samples", -0.05 - drift, "not supported"),
         ("of W's own", 0.1 - drift * 2 / 3, "supported"),
         ("m is tuned", -0.1 - drift * 4 / 3, "not supported"),
+        ("moving the body", 0.1 + drift / 3, "supported"),
         ("moves the reward little", 0.5 * 0.3 - 0.01, "supported"),
         # In the time of 12.5 of its steps RL has come to 0.625.
         ("equal time", 0.025 - drift / 4, "supported"),
@@ -146,6 +150,10 @@ def test_classifier_first_says_who_is_ahead():
         verdict = value(words)
         assert verdict.value == pytest.approx(wanted), words
         assert (verdict.ruling, verdict.seeds) == (ruling, 6), words
+    assert value("moving the body").note == (
+        "RL is 0.10 nats a token farther from the start. "
+        "Chosen were joint_extra_m10 against classifier_only_m10."
+    )
     spent = np.mean([0.5 / 0.35 - 0.4 / (0.4 + 0.001 * k) for k in range(6)])
     assert value("more entropy").value == pytest.approx(spent)
 
@@ -171,7 +179,9 @@ def test_algorithms_compare_at_equal_kl_and_reward():
     assert third.value == pytest.approx(0.05 - drift)
     assert third.note == "Chosen were spill_0 against entropy_0.01."
     assert fourth.value == pytest.approx(0.1)
-    assert algorithms.draw({"runs": found}, "x").axes[0].get_xlabel().startswith("KL")
+    figure = algorithms.draw({"runs": found}, "x")
+    assert figure.axes[0].get_xlabel().startswith("KL")
+    plt.close(figure)
 
 
 def test_places_are_matched():
