@@ -6,9 +6,9 @@ Claim:     what RL takes from the entropy at other prompts, it takes through the
 Command:   python experiments/representation.py --runs RUNS --name NAME [--size small]
            RUNS/joint/seed-K are runs of `jaxdyn rl` that keep their checkpoints.
 Time:      20 s a training of the anagram model on one CPU core.
-Expected:  a quarter to a third of ΔH along a training (and on the straight line between its ends),
-           four hundredths of what a single update's fresh gradient does, 0.16 with its momentum: not
-           the larger part, but not a small one. Reward has to go with it: of shuffled advantages
+Expected:  a quarter to a third of ΔH along a training (on the straight line between its ends too),
+           0.04 of what a single update's fresh gradient does, 0.16 with its momentum: not the
+           larger part, but not a small one. Reward has to go with it: of shuffled advantages
            nothing is left on average.
 
 Three accounts of ΔH by component, in nats a token, at tokens of held-out prompts, which nothing but
