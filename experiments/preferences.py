@@ -14,7 +14,8 @@ Command:   python experiments/preferences.py --model DIRECTORY --pairs FILE
 Time:      about an hour for 135 million parameters on two CPU cores; 10 GB of disk. Started
            again, it goes on where it stopped.
 Expected:  a few hundred pairs teach little: accuracies of 0.61 and 0.65, where preferring the
-           longer answer has 0.59. The learned reward rises from -0.45 to -0.35, the judge does not follow.
+           longer answer has 0.59. The learned reward rises from -0.45 to -0.35, the judge does not
+           follow.
            preferences.json and preferences.png.
 """
 
