@@ -47,12 +47,13 @@ def logits(model, params):
 
 def moved(params):
     """An update; leaves of one shape, as a matrix and its copy, move alike."""
-    draw = lambda x: 0.01 * jnp.cos(jnp.arange(x.size, dtype=x.dtype)).reshape(x.shape)
-    return jax.tree.map(draw, params)
+    draw = lambda x: 0.01 * np.cos(np.arange(x.size)).reshape(x.shape)
+    return jax.tree.map(lambda x: jnp.asarray(draw(x), x.dtype), params)
 
 
 def after(params):
-    return jax.tree.map(jnp.add, params, moved(params))
+    add = lambda x, d: jnp.asarray(np.asarray(x) + np.asarray(d))
+    return jax.tree.map(add, params, moved(params))
 
 
 def state(model, params):
@@ -116,7 +117,7 @@ def influenced(model, params):
 
 def accounted(model, params):
     given = {"weights": np.ones((2, 2, 2)), "temperature": 0.7}
-    ones = jax.tree.map(jnp.ones_like, params)
+    ones = jax.tree.map(lambda x: jnp.asarray(np.ones_like(x)), params)
     change = {"decay": dynamics.Change(moved(params))}
     found = dynamics.influence(
         model, params, after(params), SITES, COMPLETIONS, metric=ones, others=change, **given
