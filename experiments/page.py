@@ -2,8 +2,8 @@
 
 The words are in experiments/results/findings/text.md: a section a script, under its name, and
 `intro`, `unseen` and `open`. A figure in them is a field, {anagram 1} or {anagram 1 value}: of a
-model's results the verdict's number from 0, with its interval, or alone `value`, `p`, `seeds` or
-`over`; of another script {anagram 1 value classifier_first}.
+model's results the verdict's number from 0, with its interval, or alone `value`, `low`, `p`, `seeds`
+or `over`; of another script {anagram 1 value classifier_first}.
 
 Command:   python experiments/page.py
 """
@@ -21,12 +21,27 @@ RESULTS = HERE / "results" / "findings"
 PAGE = HERE.parent / "docs" / "findings.md"
 
 CLAIMS = {
+    "features": "Features vary little",
+    "first_order": "The first order holds",
     "confidence": "RL raises confidence and lowers diversity",
+    "representation": "The representation component does it",
     "classifier_first": "CF-RL speeds up RL",
+    "gradient_component": "By shaping the gradient component",
+    "lp_ft": "Not for LP-FT's reasons",
     "best_of_n": "Best-of-N narrows the gaps",
+    "accumulation": "What adds up, and what cancels",
+    "gauge": "The share of a component is a matter of gauge",
+    "layers": "Which layers carry it",
+    "proxies": "Cheap proxies of influence",
+    "forking_tokens": "Forking tokens",
+    "kl_price": "What a KL buys",
+    "horizon": "How far a frozen kernel sees",
+    "squeezing": "Negative advantages squeeze",
+    "spurious_rewards": "What shuffled rewards leave",
     "algorithms": "Two algorithms against CF-RL and an entropy bonus",
 }
-"""Every claim's script, in the page's order; who adds one adds its line."""
+"""Every claim's script, in the page's order: the paper's, ours, algorithms. Who adds one adds a
+line."""
 
 Found = dict[str, dict[str, dict[str, Any]]]
 """What was kept, by model and script."""
@@ -138,7 +153,8 @@ def filled(text: str, script: str, found: Found) -> str:
         verdict = verdicts[int(number)]
         if what is None:
             return interval(verdict)
-        return shown(verdict[what]) if what in ("value", "p", "holm") else str(verdict[what])
+        value = verdict[what]
+        return shown(value) if isinstance(value, int | float) else str(value)
 
     return re.sub(r"\{([\w.-]+) (\d+)(?: (\w+))?(?: (\w+))?\}", figure, text)
 

@@ -15,8 +15,8 @@ from jaxdyn.cli import failing_at_once, main
 def wide(opened):
     """`open_model`, of a model in float64."""
 
-    def open_wide(source):
-        model, params, tokenizer = opened(source)
+    def open_wide(*given):
+        model, params, tokenizer = opened(*given)
         model = dataclasses.replace(model, dtype=jnp.float64)
         return model, jax.tree.map(lambda x: x.astype(jnp.float64), params), tokenizer
 
