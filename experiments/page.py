@@ -2,8 +2,8 @@
 
 The words are in experiments/results/findings/text.md: a section a script, under its name, and
 `intro`, `unseen` and `open`. A figure in them is a field, {anagram 1} or {anagram 1 value}: of a
-model's results the verdict's number from 0, with its interval, or alone `value`, `low`, `p`, `seeds`
-or `over`; of another script {anagram 1 value classifier_first}.
+model's results the verdict's number from 0, with its interval, or alone `value`, `low`, `high`,
+`p`, `seeds` or `over`; of another script {anagram 1 value classifier_first}.
 
 Command:   python experiments/page.py
 """

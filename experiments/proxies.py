@@ -94,7 +94,8 @@ def influences(subject: Subject, sites: Sites, history: int) -> tuple[dict, dict
     model, params = subject.model, subject.params
     state = site_state(model, params, sites)
     found = proxies_of(*(np.asarray(x) for x in (state.features, state.log_probs, sites.targets)))
-    parts = kernels.update_kernel_by_part(model, params, sites)
+    parts = kernels.log_prob_kernel(model, params, sites, by_part=True).parts
+    assert parts is not None
     body = sum(np.asarray(x, np.float64).sum(axis=0) for x in parts.values())
     last = sum(np.asarray(x[-1], np.float64) for kind, x in parts.items() if kind != "embedding")
     found["last layer"] = found["head"] + last
