@@ -236,6 +236,14 @@ def test_the_committed_page_is_the_one_that_would_be_made():
     assert page.PAGE.read_text() == page.page()
 
 
+def test_the_readme_has_the_page_s_headline():
+    answer = json.loads((page.RESULTS / "anagram/representation.json").read_text())
+    first = answer["verdicts"][0]
+    value, low, high = (round(100 * first[key]) for key in ("value", "low", "high"))
+    readme = (page.HERE.parent / "README.md").read_text()
+    assert f"{value} % ({low} to {high})" in readme and first["seeds"] == 12
+
+
 def test_words_hold_no_figure_of_their_own():
     """Of the results' words: what is counted is a field. Names and 95 % are none."""
     for section, text in page.texts(page.RESULTS / "text.md").items():
