@@ -7,6 +7,7 @@ most a hidden `.NAME.partial`, which the next try replaces.
 import contextlib
 import errno
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
@@ -186,6 +187,8 @@ def require_writable(directory: AnyPath) -> None:
     if in_bucket(directory):
         _require_bucket(directory)
         return
+    if re.match(r"\w+:/", str(directory)):  # of a URL pathlib makes a directory
+        raise JaxdynError(f"cannot write to {directory}: it is no directory of this machine")
     there = _there(directory)
     try:
         if not there.is_dir():

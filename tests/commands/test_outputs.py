@@ -58,6 +58,25 @@ def test_what_cannot_be_written(command, place, config, tmp_path, capsys):
     assert (tmp_path / "file").read_text() == "mine"
 
 
+@pytest.mark.parametrize("command", ["kernel", "sketch", "ledger", "quickstart"])
+def test_a_store_that_is_not_a_directory(command, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "p.jsonl").write_text('{"prompt": "a"}\n')
+    prompts = ["--prompts", "p.jsonl"]
+    words = {
+        "kernel": ["--model", "m", *prompts],
+        "sketch": ["--model", "m", *prompts],
+        "ledger": ["m", "n", *prompts],
+        "quickstart": [],
+    }[command]
+    with pytest.raises(SystemExit) as stop:
+        main([command, *words, "--output", "s3://a/b"])
+    said = capsys.readouterr().err
+    assert stop.value.code == 2 and said.count("\n") == 1
+    assert said == "jaxdyn: cannot write to s3:/a/b: it is no directory of this machine\n"
+    assert [path.name for path in tmp_path.iterdir()] == ["p.jsonl"]
+
+
 @pytest.mark.parametrize("content", ["mine", "{}", '{"steps": 3}', "[" * 10**5])
 def test_a_plan_replaces_a_plan_alone(content, tmp_path, capsys):
     path = tmp_path / "p.json"
