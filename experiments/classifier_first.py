@@ -239,8 +239,9 @@ def draw(rows: dict[str, Any], name: str) -> plt.Figure:
     middle.minorticks_off()
     right.set(xlabel="entropy, nats a token", ylabel="held-out reward")
     right.invert_xaxis()
-    for axes in (left, middle):
-        axes.legend(frameon=False, fontsize=7)
+    middle.legend(frameon=False, fontsize=7)
+    arms = left.get_legend_handles_labels()
+    figure.legend(*arms, loc="outside lower center", ncols=6, fontsize=8)
     seeds = min(len(runs) for runs in found.values())
     figure.suptitle(
         f"{name}: {seeds} seeds an arm; bands and bars: ± 2 standard errors", fontsize=9

@@ -173,13 +173,14 @@ def draw(rows: dict[str, Any], name: str) -> plt.Figure:
             )  # fmt: skip
         gain = np.mean([change(x, "reward") for x in rows[arm].values()])
         fall = np.mean([change(x, "fixed", "entropy") for x in rows[arm].values()])
-        middle.plot(gain, fall, "o", color=COLOURS[0] if arm in of_rl(rows) else COLOURS[4])
-        middle.annotate(arm, (gain, fall), fontsize=6, xytext=(3, 3), textcoords="offset points")
+        style = {"marker": "os^Dv"[row // len(COLOURS) % 5], "color": COLOURS[row % len(COLOURS)]}
+        middle.plot(gain, fall, linestyle="", label=arm, **style)
     left.set_yticks(range(len(rows)), list(rows), fontsize=7)
     left.axvline(0, color="0.6", linewidth=0.7)
     left.invert_yaxis()
     left.set(xlabel="change of the entropy, nats a token")
     left.legend(frameon=False, fontsize=7)
+    middle.legend(frameon=False, fontsize=6)
     middle.set(xlabel="change of the held-out reward", ylabel="change of the entropy, nats, fixed")
     for when, (label, dashes) in enumerate((("before", ":"), ("after RL", "-"))):
         values = np.array([row["agreement"][when] for row in rows["joint"].values()])

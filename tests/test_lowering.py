@@ -88,6 +88,26 @@ class Aimed(Setting):
         return self.tile()._replace(chosen=self.by_rows(self.count, 3))
 
 
+class Packed(Aimed):
+    """Whose batch lies packed: a row each part, of half of its completions' slots."""
+
+    @property
+    def batch(self):
+        (prompt, completion), prompts = self.slots, self.run.train.num_prompts
+        kept = self.rows // self.count * completion // 2
+        slots = prompts // self.count * prompt + kept
+        of_mask = lambda *shape: self.by_rows(prompts, *shape, dtype=bool)
+        branches = of_mask(prompt), of_mask(self.rows // prompts, completion)
+        mask = *branches, self.by_rows(self.count, kept)
+        return {**super().batch, "tokens": self.by_rows(self.count, slots), "mask": mask}
+
+
+def packed(s):
+    other = Packed(s.config, s.run, s.mesh)
+    other.__dict__["model"] = s.model
+    return other.update("joint").lower()
+
+
 def sft(s):
     moving, frozen = trainable(s.run.optim, "joint", s.params)
     head = s.view["classifier"]["weight"]
@@ -192,6 +212,7 @@ PROGRAMS = {
     "stage 2, remat none": (updated("none"), BOTH),
     "stage 2, remat dots": (updated("dots"), BOTH),
     "stage 2, remat full": (updated("full"), BOTH),
+    "stage 2, packed": (packed, BOTH),
     "supervised update": (sft, BOTH),
     "propagation": (lambda s: s.propagation().lower(), NONE),  # a probe's passes are float32's
     "factorize": (lambda s: s.factors().lower(), NONE),

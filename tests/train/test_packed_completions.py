@@ -11,6 +11,8 @@ from test_sharing import close
 from test_update import GRPO, S, tiny_batch
 from test_update import joint as updated
 
+from jaxdyn.distributed import Layout, make_mesh, shard_model
+from jaxdyn.sections import MeshConfig
 from jaxdyn.train import sharing
 from jaxdyn.train.policy import ValueTargets, policy_certainty, policy_logps
 from jaxdyn.train.sharing import batch_features, packed_slots, rollout_of, sequences_of
@@ -93,6 +95,17 @@ def test_the_update_is_the_same(name, aggregation, parts, x64):
     loss = dataclasses.replace(GRPO, aggregation=aggregation)
     how = {"loss": loss, "microbatches": parts}
     close(*(updated(model, params, batch, **how) for batch in reversed(batches(parts))))
+
+
+@pytest.mark.slow
+def test_on_a_mesh(x64):
+    """Each of two shares of the rows packs its own; the heads are divided too."""
+    model, params = oracles.tiny_model("llama-untied")
+    padded, packed = batches(parts=2)
+    layout = Layout(make_mesh(MeshConfig(2, 1, 2), jax.devices()[:4]))
+    there = shard_model(model, layout.mesh), layout.place(params), layout.rows(packed)
+    assert there[2].mask.packed.addressable_shards[0].data.shape == (1, 8)
+    close(updated(*there), updated(model, params, padded))
 
 
 @pytest.mark.slow
