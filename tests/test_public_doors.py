@@ -209,8 +209,6 @@ CASES = [(door, "llama-tied") for door in DOORS] + [
         ("kernels.log_prob_kernel", "gemma3_text-tied"),
         ("models.merge_adapters", "gpt_neox-tied"),
         ("models.save_pretrained", "gpt2-tied"),
-        ("models.save_pretrained", "gemma3_text-tied"),
-        ("rollout.generate", "gpt2-tied"),
         ("rollout.generate", "gemma3_text-tied"),
         ("train.fresh_state", "qwen2-tied"),
     )

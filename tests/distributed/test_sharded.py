@@ -25,7 +25,6 @@ from jaxdyn.train.pmap import pmap_update, require_copies
 from jaxdyn.train.policy import policy_logps
 from jaxdyn.types import JaxdynError, PromptBatch, Sites
 
-ALONG_ONE_AXIS = [(8, 1, 1), (1, 8, 1), (1, 1, 8)]
 PROMPTS, GENERATIONS, SLOTS, LENGTH = 8, 2, 6, 5
 NEOX = gpt_neox(vocab_size=64, width=32, num_layers=2, num_heads=8, rotary_fraction=0.5)
 CONFIGS = {
@@ -178,7 +177,7 @@ def everything(name, sizes):
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "sizes"),
-    [*(("untied", sizes) for sizes in ALONG_ONE_AXIS), ("tied", (2, 2, 2)), ("odd", (2, 2, 2))],
+    [("untied", (2, 1, 4)), ("tied", (2, 2, 2)), ("odd", (1, 4, 2))],
 )
 def test_a_mesh_changes_nothing(name, sizes):
     found, wanted = everything(name, sizes), on_one_device(name)

@@ -305,14 +305,13 @@ def shaped_rows(count, slots, counted, outputs):
 
 
 # T, S, K and the budget: a short context, a long one where attention counts most, several functions
-# a site, completions of many slots.
+# of completions of many slots.
 @pytest.mark.parametrize(
     "name, slots, counted, outputs, budget",
     [
         ("gpt_neox-untied", 64, 1, 1, 200 * MILLION),
         ("llama-tied", 384, 1, 1, 600 * MILLION),
-        pytest.param("gpt2-tied", 64, 1, 4, 200 * MILLION, marks=pytest.mark.slow),
-        pytest.param("gpt2-tied", 64, 32, 1, 200 * MILLION, marks=pytest.mark.slow),
+        pytest.param("gpt2-tied", 64, 8, 4, 200 * MILLION, marks=pytest.mark.slow),
     ],
 )
 def test_tiles_stay_within_the_budget_and_fill_it(name, slots, counted, outputs, budget):

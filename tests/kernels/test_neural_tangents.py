@@ -110,7 +110,7 @@ def test_prefixes_hold_the_tokens_up_to_the_site():
     np.testing.assert_array_equal(site_prefixes(sites), expected)
 
 
-@pytest.mark.parametrize("name", ["gpt_neox-untied", "llama-tied", "qwen2-untied", "gpt2-tied"])
+@pytest.mark.parametrize("name", ["gpt_neox-untied", "llama-tied"])
 def test_the_function_gives_the_logits_at_the_sites(name, x64):
     model, params = oracles.tiny_model(name)
     sites = oracles.tiny_sites()
@@ -135,7 +135,7 @@ def model_kernel(nt, name, implementation, trace_axes):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["llama-untied", "gpt2-tied"])
+@pytest.mark.parametrize("name", ["llama-untied"])
 def test_ntk_vector_products_agree_and_a_trace_is_divided_by_the_vocabulary(name, nt, x64):
     got, theta = model_kernel(nt, name, "NTK_VECTOR_PRODUCTS", (-1,))
     np.testing.assert_allclose(
@@ -144,7 +144,7 @@ def test_ntk_vector_products_agree_and_a_trace_is_divided_by_the_vocabulary(name
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["llama-untied", "gpt2-tied"])
+@pytest.mark.parametrize("name", ["gpt2-tied"])
 def test_structured_derivatives_of_scanned_layers(name, nt, x64):
     got, theta = model_kernel(nt, name, "STRUCTURED_DERIVATIVES", (-1,))
     np.testing.assert_allclose(
@@ -166,7 +166,7 @@ def test_linearize_is_the_first_order_expansion(nt, x64):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["gpt_neox-untied", "qwen2-tied"])
+@pytest.mark.parametrize("name", ["qwen2-tied"])
 def test_our_kernels_answer_to_its_signature(name, x64):
     model, params = oracles.tiny_model(name)
     sites = oracles.tiny_sites()
@@ -181,7 +181,7 @@ def test_our_kernels_answer_to_its_signature(name, x64):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["gpt_neox-untied", "gpt2-tied"])
+@pytest.mark.parametrize("name", ["gpt2-tied"])
 def test_the_sums_of_our_components_are_its_kernel(name, nt, x64):
     """Five sites in three sequences, padded on either side; no oracle of ours in between."""
     model, params = oracles.tiny_model(name)

@@ -36,9 +36,7 @@ from jaxdyn.types import JaxdynError
 KEYS, REPLICATES, SIDE = 500, 64, 2
 SLOW = pytest.mark.slow
 # Every kind of leaf, with biases and without, of a matrix that is tied and of one that is not.
-STATISTICAL = ["gpt2-tied", "gpt_neox-untied"] + [
-    pytest.param(name, marks=SLOW) for name in ("llama-tied", BIASED)
-]
+STATISTICAL = ["gpt2-tied", "gpt_neox-untied", pytest.param(BIASED, marks=SLOW)]
 few = functools.partial(sketch_gradients, replicates=3, side=3)
 
 
@@ -77,9 +75,8 @@ def of_replicates(tied, head, body, row, column):
 
 @pytest.mark.parametrize(
     "name, preconditioned",
-    [(name, False) for name in STATISTICAL[:2]]
-    + [pytest.param(p.values[0], False, marks=SLOW) for p in STATISTICAL[2:]]
-    + [("gpt2-tied", True), pytest.param(BIASED, True, marks=SLOW)],
+    [("gpt2-tied", False), ("gpt_neox-untied", False), pytest.param(BIASED, False, marks=SLOW)]
+    + [pytest.param("gpt2-tied", True, marks=SLOW)],
 )
 def test_every_component_is_unbiased(name, preconditioned, x64):
     """The mean over keys within four standard errors, which are the keys' own spread."""
@@ -132,7 +129,7 @@ def assert_variance(samples, wanted):
     assert error.max() < 0.1 * wanted.max()
 
 
-@pytest.mark.parametrize("name", ["gpt2-tied", BIASED])
+@pytest.mark.parametrize("name", [BIASED])
 def test_formed_gradients_have_the_same_sketch_as_factors(name, x64, monkeypatch):
     """P = 1, a few outputs at a time, so that the last block is not whole."""
     monkeypatch.setattr(projection, "_FORMED", 1)
@@ -203,7 +200,7 @@ def test_the_variance_of_a_squared_norm(x64):
     assert np.all(wanted < bound)
 
 
-@pytest.mark.parametrize("name", ["gpt2-tied", pytest.param(BIASED, marks=SLOW)])
+@pytest.mark.parametrize("name", ["gpt2-tied"])
 def test_a_completion_is_the_weighted_sum_of_its_sites(name, x64):
     model, params = tiny_model(name)
     weights = np.random.default_rng(5).standard_normal((3, 3))

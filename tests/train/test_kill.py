@@ -1,4 +1,4 @@
-"""SIGKILL at twenty random moments of one run's life, in saves too."""
+"""SIGKILL at ten random moments of one run's life, in saves too."""
 
 import gc
 import multiprocessing
@@ -74,18 +74,18 @@ def kill_at(moment, process, run, draw, before, begun):
 
 
 @pytest.mark.slow
-def test_a_run_killed_twenty_times_ends_like_one_never_killed(root, tmp_path):
-    """Eight times inside a save, eight between two, four before the first step of the attempt."""
-    changes = {"train__steps": 64, "probe__every": 7, "evaluation__every": 9}
+def test_a_run_killed_ten_times_ends_like_one_never_killed(root, tmp_path):
+    """Four times inside a save, four between two, twice before the first step of the attempt."""
+    changes = {"train__steps": 32, "probe__every": 7, "evaluation__every": 9}
     changes |= {"train__keep_checkpoints": 2, "train__keep_best": "eval_reward"}
     config_of = lambda name, every: tiny_runs.rl_config(
         root, str(tmp_path / name), **changes, train__checkpoint_every=every
     )
-    for name, every in (("whole", 64), ("saved as often", 2)):
+    for name, every in (("whole", 32), ("saved as often", 2)):
         start(config_of(name, every), tmp_path).join()
     config = config_of("run", 2)
     run, draw = tmp_path / "run", random.Random(5)
-    moments = ["save"] * 8 + ["step"] * 8 + ["start"] * 4
+    moments = ["save"] * 4 + ["step"] * 4 + ["start"] * 2
     draw.shuffle(moments)
     inside = 0
     for moment in moments:
@@ -95,7 +95,7 @@ def test_a_run_killed_twenty_times_ends_like_one_never_killed(root, tmp_path):
     process = start(config, tmp_path)
     process.join()
     assert process.exitcode == 0
-    assert inside >= 4
+    assert inside >= 2
     # The ledger's segments end at checkpoints; nothing else knows how often there is one.
     often = tmp_path / "saved as often"
     assert_same_run(run, often)

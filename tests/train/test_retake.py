@@ -32,11 +32,12 @@ CASES = {
     "classifier": ("classifier", {**KL, **ADAM}),
     "adapters": ("joint", {**KL, **ADAM, "optim__backbone": "lora", "optim__classifier": "lora"}),
     "momentum": ("joint", {**MOMENTUM, "optim__max_grad_norm": 0.3, "tied": True}),
-    "microbatches": ("joint", {**KL, **ADAM, "train__microbatches": 2}),
-    "epochs": ("joint", {**ADAM, "train__num_iterations": 2, "tied": True}),
     "critic": ("joint", {**KL, **ADAM, "loss__loss_type": "ppo", "loss__kl_placement": "reward"}),
-    "importance": ("joint", {**KL, **ADAM, "loss__importance": ImportanceConfig(1.02)}),
-    "covariance": (
+    "importance, microbatches": (
+        "joint",
+        {**KL, **ADAM, "loss__importance": ImportanceConfig(1.02), "train__microbatches": 2},
+    ),
+    "covariance, epochs": (
         "joint",
         {**KL, **ADAM, "train__num_iterations": 2, "loss__covariance": CovarianceConfig("kl")},
     ),

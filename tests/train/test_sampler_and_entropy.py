@@ -78,8 +78,13 @@ def root(tmp_path_factory):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("schedule", ["joint", "classifier_first"])
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    ("kind", "schedule"),
+    [
+        *((kind, "joint") for kind in KINDS),
+        *((k, "classifier_first") for k in ("weighed", "kl-cov")),
+    ],
+)
 def test_runs_say_how_far_the_sampler_was(root, kind, schedule):
     """Rounding in float32: a few dozen operations on log-probs of about 3."""
     changes = {"train__steps": 2, "train__checkpoint_every": 1, "optim__classifier_steps": 1}

@@ -51,8 +51,10 @@ def test_a_long_run_holds_and_writes_no_more_than_a_short_one(tmp_path, monkeypa
             compiled.append(seconds)
 
     monkeypatch.setitem(loop.STEPS, "rl", watched)
+    gc.freeze()  # what earlier tests left: not looked through sixteen times
     jax.monitoring.register_event_duration_secs_listener(count)
     run_rl(config)
+    gc.unfreeze()
 
     memory, descriptors, arrays, files, programs = np.array(list(seen.values())).T
     settled = 4  # a hundred steps, in which everything has happened once
