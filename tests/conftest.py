@@ -16,15 +16,18 @@ os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # its threads wait for work 
 # in processes that tests start. The memory and flops that XLA counts hardly change (below 0.1 %).
 os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
 os.environ.setdefault("JAX_TRACEBACK_IN_LOCATIONS_LIMIT", "0")  # a line of Python an operation
-FLAGS = " --xla_force_host_platform_device_count=8 --xla_cpu_parallel_codegen_split_count=1"
-if importlib.metadata.version("jaxlib").startswith("0.10."):  # XLA aborts on what it does not know
-    FLAGS += " --xla_cpu_use_fusion_emitters=false"
-if FLAGS not in (given := os.environ.get("XLA_FLAGS", "")):  # a worker has them already
-    os.environ["XLA_FLAGS"] = given + FLAGS
+if "PYTEST_XDIST_WORKER" not in os.environ:  # which has its parent's
+    os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + (
+        " --xla_force_host_platform_device_count=8 --xla_cpu_parallel_codegen_split_count=1"
+    )
+    # XLA aborts on what it does not know.
+    if importlib.metadata.version("jaxlib").startswith("0.10."):
+        os.environ["XLA_FLAGS"] += " --xla_cpu_use_fusion_emitters=false"
 # What is compiled is kept, for all that compile the same: workers, processes that tests start, and
 # the next time. JAX looks it up by the program, the flags and the release.
-COMPILED = Path(__file__).parents[1] / ".pytest_cache" / "compiled"
-os.environ["JAX_COMPILATION_CACHE_DIR"] = str(COMPILED)
+os.environ["JAX_COMPILATION_CACHE_DIR"] = str(
+    Path(__file__).parents[1] / ".pytest_cache" / "compiled"
+)
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
 
 import jaxdyn  # noqa: F401  # isort: skip  # before JAX: it hides a CUDA plugin without a driver
@@ -34,6 +37,7 @@ import pytest
 from flax.linen import linear
 from jaxtyping import install_import_hook
 
+COMPILED = Path(os.environ["JAX_COMPILATION_CACHE_DIR"])
 jax.config.update("jax_numpy_rank_promotion", "raise")
 # Flax types a field of its layers by a protocol, which beartype can check only if told so.
 typing.runtime_checkable(linear.PromoteDtypeFn)
@@ -62,9 +66,9 @@ def pytest_sessionfinish():
 
 def pytest_unconfigure():
     """Older programs go once they are many: a whole suite leaves a fifth of this."""
-    if "PYTEST_XDIST_WORKER" not in os.environ and COMPILED.is_dir():
-        if sum(file.stat().st_size for file in COMPILED.iterdir()) > 2**30:
-            shutil.rmtree(COMPILED, ignore_errors=True)
+    size = lambda: sum(file.stat().st_size for file in COMPILED.glob("*"))
+    if "PYTEST_XDIST_WORKER" not in os.environ and size() > 2**30:
+        shutil.rmtree(COMPILED, ignore_errors=True)
 
 
 @pytest.fixture

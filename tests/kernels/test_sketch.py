@@ -75,8 +75,12 @@ def of_replicates(tied, head, body, row, column):
 
 @pytest.mark.parametrize(
     "name, preconditioned",
-    [("gpt2-tied", False), ("gpt_neox-untied", False), pytest.param(BIASED, False, marks=SLOW)]
-    + [pytest.param("gpt2-tied", True, marks=SLOW)],
+    [
+        ("gpt2-tied", False),
+        ("gpt_neox-untied", False),
+        pytest.param(BIASED, False, marks=SLOW),
+        pytest.param("gpt2-tied", True, marks=SLOW),
+    ],
 )
 def test_every_component_is_unbiased(name, preconditioned, x64):
     """The mean over keys within four standard errors, which are the keys' own spread."""
