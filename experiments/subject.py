@@ -1,6 +1,6 @@
 """Whom a script of claims asks: a model on its task, and what one update of it would do.
 
-The task goes by the name: "anagram" and "stories" are the presets of these models, all others do
+The task goes by the name: "anagram" and "stories260k" are the presets of these models, all others do
 the sums of `arithmetic.py`; with `--prompts FILE.jsonl` (a `prompt` a line, a text or messages)
 they complete those, and advantages are signs drawn at random. `--model` is a directory in the
 Hugging Face layout, or one of several, base-0, base-1, …: base models of different seeds.
@@ -39,7 +39,7 @@ from jaxdyn.train.task import Task, open_task
 from jaxdyn.train.update import policy_objective
 from jaxdyn.types import Model, Params, Sites
 
-PRESETS = {"anagram": "quickstart", "stories": "stories260k"}
+PRESETS = {"anagram": "quickstart", "stories260k": "stories260k"}
 
 
 class Subject(NamedTuple):
