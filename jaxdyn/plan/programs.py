@@ -59,7 +59,8 @@ class Setting(Inputs):
 
         lower = lambda: draw.lower(self.view, self.prompts, self.key)
         roles = {"parameters": self.view, "cache": self.caches}
-        return Program("rollout", lower, roles, self.beside, cache_sizes(completion)[0])
+        trips = cache_sizes(completion)[0]
+        return Program("rollout", lower, roles, self.beside, trips, draws=True)
 
     def prefill(self) -> Program:
         backbone, prompts = self.view["backbone"], list(self.prompts.values())
@@ -89,7 +90,7 @@ class Setting(Inputs):
         mask = self.by_rows(self.rows, sum(self.slots), dtype=bool)
         lower = lambda: loop.lower(self.view, *self.caches, token, mask, self.key)
         roles = {"parameters": self.view, "cache": self.caches}
-        return Program("decode", lower, roles, self.beside, steps=steps)
+        return Program("decode", lower, roles, self.beside, steps=steps, draws=True)
 
     def reference(self) -> Program:
         measure = jax.jit(
