@@ -36,7 +36,6 @@ class Program:
       held: what else lies on the devices while it runs, by the same names.
       trips: how often its loops run that end by what they compute.
       steps: how many equal steps it takes; the cost is one's.
-      draws: it draws tokens.
     """
 
     name: str
@@ -45,7 +44,6 @@ class Program:
     held: dict[str, Any] = dataclasses.field(default_factory=dict)
     trips: int = 1
     steps: int = 1
-    draws: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,15 +92,14 @@ def demand_of(program: Program, hosts: int = 1, options: dict[str, str] | None =
     Conditionals count their cheaper branch: ours are of filters that are mostly off.
 
     Args:
-      options: the compiler's (`jaxdyn.plan.tiles`), but for a program that draws tokens: its sorts
-        and sums go over a vocabulary at a time, for which a small tile may not suffice.
+      options: the compiler's (`jaxdyn.plan.tiles`).
     """
     by_role = lambda trees: Counter({name: bytes_of(tree) for name, tree in trees.items()})
     arguments, held = by_role(program.roles), by_role(program.held)
     beside = sum(held.values())
     demand = functools.partial(Demand, program.name, dict(arguments + held))
     try:
-        compiled = program.lower().compile(None if program.draws else options)
+        compiled = program.lower().compile(options)
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise

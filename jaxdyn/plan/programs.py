@@ -59,8 +59,7 @@ class Setting(Inputs):
 
         lower = lambda: draw.lower(self.view, self.prompts, self.key)
         roles = {"parameters": self.view, "cache": self.caches}
-        trips = cache_sizes(completion)[0]
-        return Program("rollout", lower, roles, self.beside, trips, draws=True)
+        return Program("rollout", lower, roles, self.beside, cache_sizes(completion)[0])
 
     def prefill(self) -> Program:
         backbone, prompts = self.view["backbone"], list(self.prompts.values())
@@ -90,7 +89,7 @@ class Setting(Inputs):
         mask = self.by_rows(self.rows, sum(self.slots), dtype=bool)
         lower = lambda: loop.lower(self.view, *self.caches, token, mask, self.key)
         roles = {"parameters": self.view, "cache": self.caches}
-        return Program("decode", lower, roles, self.beside, steps=steps, draws=True)
+        return Program("decode", lower, roles, self.beside, steps=steps)
 
     def reference(self) -> Program:
         measure = jax.jit(
