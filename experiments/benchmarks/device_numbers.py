@@ -39,12 +39,14 @@ from jaxdyn.rl import LossConfig
 from jaxdyn.rollout import generate
 from jaxdyn.train import TrainState, UpdateBatch, update
 from jaxdyn.train.policy import policy_logps
-from jaxdyn.train.sharing import batch_features
+from jaxdyn.train.sharing import Sequences, batch_features, sequences_of
 from jaxdyn.types import PromptBatch, Rollout
 
 DTYPES = ("float32", "bfloat16")
 SHAPE = Shape(4, 256, 1024, 4, 2048, 4, 2, 12, 12)
 OPTIMIZER = OptimConfig(max_grad_norm=0.0)
+RAGGED = 128
+"""Slots of the completions that end early: enough that packing them saves some."""
 
 
 def measure(shape: Shape) -> dict[str, Any]:
@@ -56,7 +58,7 @@ def measure(shape: Shape) -> dict[str, Any]:
         given = {"params": params, **problem(shape, params)}
         with jax.enable_x64(True):
             wide = model_in(model, "float64"), jax.tree.map(jnp.asarray, in_float64(given))
-            exact = {name: one.find(*wide) for name, one in QUANTITIES.items() if not one.random}
+            exact = {name: one.find(*wide) for name, one in QUANTITIES.items() if one.own}
     found = {}
     for dtype in DTYPES:
         with jax.default_device(device):
@@ -97,10 +99,19 @@ def problem(shape: Shape, params: Any) -> dict[str, Any]:
         completion_mask=np.ones((rows, shape.completion_length), bool),
         per_token_logps=np.zeros((rows, shape.completion_length), np.float32),
     )
+    lengths = rng.integers(1, RAGGED // 2, (rows, 1))
+    ragged = dataclasses.replace(
+        rollout,
+        completion_ids=ids(rows, RAGGED),
+        completion_mask=np.arange(RAGGED) < lengths,
+        per_token_logps=np.zeros((rows, RAGGED), np.float32),
+    )
     noise = lambda x: (0.01 * np.std(x) * rng.standard_normal(x.shape)).astype(np.float32)
     sites, delta = sites_from_rollout(rollout, 1, 0), jax.tree.map(noise, params)
     return {
         "rollout": rollout,
+        "ragged": ragged,
+        "generations": np.int32(shape.generations),
         "sites": jax.tree.map(np.asarray, sites),
         "delta": delta,
         "moved": jax.tree.map(np.add, jax.tree.map(np.asarray, params), delta),
@@ -131,16 +142,24 @@ def decoded(model: LanguageModel, given: dict[str, Any]) -> tuple[np.ndarray, np
     return drawn.per_token_logps, np.asarray(drawn.completion_ids)
 
 
-def gradient(model: LanguageModel, given: dict[str, Any], stage: Any) -> np.ndarray:
-    """Of the stage's objective: Adam's first moment after one update is (1 − b₁) of it."""
-    rollout = given["rollout"]
-    batch = UpdateBatch(
-        tokens=rollout.tokens,
-        mask=rollout.mask,
-        completion_ids=rollout.completion_ids,
-        completion_mask=rollout.completion_mask,
-        advantages=given["advantages"],
+def gradient(
+    model: LanguageModel,
+    given: dict[str, Any],
+    stage: Any,
+    name: str = "rollout",
+    together: bool = False,
+) -> np.ndarray:
+    """Of the stage's objective: Adam's first moment after one update is (1 − b₁) of it.
+
+    A row is a completion or, `together`, a prompt and its completions, packed where they end early.
+    """
+    rollout = given[name]
+    rows = Sequences(
+        rollout.tokens, rollout.mask, rollout.completion_ids, rollout.completion_mask
     )
+    if together:
+        rows = sequences_of(rollout, int(given["generations"]))
+    batch = UpdateBatch(**vars(rows), advantages=given["advantages"])
     moving, frozen = trainable(OPTIMIZER, stage, jax.tree.map(jnp.copy, given["params"]))
     state, features = TrainState(moving, make_optimizer(OPTIMIZER).init(moving)), None
     if stage == "classifier":
@@ -191,7 +210,8 @@ class Quantity:
     """How it is found from a model and `problem`, and in how many passes.
 
     Attributes:
-      of: what a random one estimates, or is compared with at what was drawn.
+      of: what a random one estimates, or is compared with at what was drawn; of rows together,
+        the same of each alone.
       dtypes: those in which it is computed.
     """
 
@@ -201,8 +221,9 @@ class Quantity:
     dtypes: tuple[str, ...] = ("float32", "bfloat16")
 
     @property
-    def random(self) -> bool:
-        return bool(self.of)
+    def own(self) -> bool:
+        """Whether float64's is found in the same way."""
+        return not self.of
 
 
 moved_logits = jax.jit(propagate, static_argnums=0)
@@ -212,6 +233,15 @@ QUANTITIES = {
     "decoding": Quantity(1, decoded, "decoding"),
     "stage 1 gradient": Quantity(3, functools.partial(gradient, stage="classifier")),
     "stage 2 gradient": Quantity(3, functools.partial(gradient, stage="joint")),
+    "ragged gradient": Quantity(3, functools.partial(gradient, stage="joint", name="ragged")),
+    "shared prompts": Quantity(
+        3, functools.partial(gradient, stage="joint", together=True), "stage 2 gradient"
+    ),
+    "packed rows": Quantity(
+        3,
+        functools.partial(gradient, stage="joint", name="ragged", together=True),
+        "ragged gradient",
+    ),
     "propagation": Quantity(
         3, lambda m, x: parts(moved_logits(m, x["params"], x["delta"], x["sites"]))
     ),

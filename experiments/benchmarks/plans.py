@@ -18,9 +18,11 @@ Expected:  tables on the screen, results/plans.md, results/plans.json, results/p
 import argparse
 import json
 import os
+import resource
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 
 import harness
@@ -44,9 +46,17 @@ def plan(preset: str, topology: str) -> dict:
         path = Path(directory) / "plan.json"
         command = [sys.executable, "-m", "jaxdyn.cli", "plan", preset, "--topology", topology]
         command += ["--meshes", "2", "--json", str(path)]
+        before, begun = cpu_seconds(), time.perf_counter()
         done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+        took = {"seconds": time.perf_counter() - begun, "cpu_seconds": cpu_seconds() - before}
         print(done.stdout, flush=True)
-        return json.loads(path.read_text())
+        return {**json.loads(path.read_text()), "took": took}
+
+
+def cpu_seconds() -> float:
+    """Of processes that ended."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
 
 
 def plans(cases: list[str], output: Path) -> None:
@@ -125,7 +135,8 @@ def markdown(found: dict) -> str:
             f"{batch['prompt_slots']} + {batch['completion_slots']} tokens. Rollout "
             f"{one['rollout_tokens_per_second']:,.0f} tokens/s; a step {step['stage 1']:.3g} s in "
             f"stage 1, {step['stage 2']:.3g} s in stage 2. Largest batch: "
-            f"{one['largest_batch']['num_prompts']} prompts.",
+            f"{one['largest_batch']['num_prompts']} prompts."
+            + (f" Planned in {one['took']['cpu_seconds']:.0f} CPU s." if "took" in one else ""),
             "",
         ]
         columns = ("program", "parameters GiB", "optimizer", "cache", "temporary", "peak", "of HBM")

@@ -58,7 +58,7 @@ def run(options: PlanOptions) -> dict[str, Any]:
     with (progress := Progress()).start(f"compiling for {topology.name}", total):
 
         def compile_(program: Program) -> Demand:
-            demand = demand_of(program, topology.hosts)
+            demand = demand_of(program, topology.hosts, topology.options)
             progress.advance()
             return demand
 

@@ -35,7 +35,7 @@ class PlanOptions:
     preset: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="PRESET")]
     topology: str = "here"
     mesh: MeshConfig = MeshConfig()
-    meshes: int = 3
+    meshes: int = 2
     num_prompts: int = TrainConfig.num_prompts
     num_generations: int = TrainConfig.num_generations
     max_prompt_length: int = TrainConfig.max_prompt_length

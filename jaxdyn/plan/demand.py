@@ -86,17 +86,20 @@ class Demand:
         return self.cost.flops if chip is None else max(self.seconds(chip).values())
 
 
-def demand_of(program: Program, hosts: int = 1) -> Demand:
+def demand_of(program: Program, hosts: int = 1, options: dict[str, str] | None = None) -> Demand:
     """Compile a program for the devices of so many hosts, and account for it.
 
     Conditionals count their cheaper branch: ours are of filters that are mostly off.
+
+    Args:
+      options: the compiler's (`jaxdyn.plan.tiles`).
     """
     by_role = lambda trees: Counter({name: bytes_of(tree) for name, tree in trees.items()})
     arguments, held = by_role(program.roles), by_role(program.held)
     beside = sum(held.values())
     demand = functools.partial(Demand, program.name, dict(arguments + held))
     try:
-        compiled = program.lower().compile()
+        compiled = program.lower().compile(options)
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise

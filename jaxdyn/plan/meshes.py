@@ -76,7 +76,8 @@ def candidates(
         mesh = make_mesh(asked, devices)
         divide(mesh)
         return [mesh]
-    found = []
+    found: list[Mesh] = []
+    refused: list[JaxdynError] = []
     sizes = [n for n in range(1, len(devices) + 1) if len(devices) % n == 0]
     for tensor, data in itertools.product(sizes, sizes):
         if len(devices) % (tensor * data):
@@ -86,9 +87,9 @@ def candidates(
             divide(mesh)
             found.append(mesh)
         except JaxdynError as error:
-            refused = error
+            refused.append(error)
     if not found:
-        raise JaxdynError(f"no mesh of {len(devices)} devices suits this batch: {refused}")
+        raise JaxdynError(f"no mesh of {len(devices)} devices suits this batch: {refused[0]}")
     return found[:most]
 
 

@@ -14,6 +14,7 @@ from jax.experimental import topologies
 from jaxdyn import NO_TPU
 from jaxdyn.plan.chips import Chip, chip_of, shape_of
 from jaxdyn.plan.cuda import cuda_devices
+from jaxdyn.plan.tiles import small_tiles
 from jaxdyn.types import JaxdynError
 
 # Where libtpu is, it asks no server, and as no TPU can be taken from another process, no lock.
@@ -28,6 +29,8 @@ class Topology(NamedTuple):
     devices: list[jax.Device]
     hosts: int = 1
     """Hosts of GPUs; a TPU's slice counts as one, as its links do not end at a host."""
+    options: dict[str, str] | None = None
+    """What the compiler is told."""
 
     @property
     def platform(self) -> str:
@@ -60,6 +63,7 @@ def open_topology(name: str) -> Topology:
         ) from None
     for variable, value in OFFLINE.items():
         os.environ.setdefault(variable, value)
+    tiles = small_tiles(chip.name)
     options: dict[str, Any] = {}
     if math.prod(shape) == 1:
         options["chips_per_host_bounds"] = (1, 1, 1)
@@ -67,4 +71,4 @@ def open_topology(name: str) -> Topology:
         options["chip_config_name"] = "megacore"  # two cores are one device
     of_libtpu = whole.replace("v7x", "tpu7x")
     slice_ = topologies.get_topology_desc(of_libtpu, platform="tpu", **options)
-    return Topology(whole, chip, slice_.devices)
+    return Topology(whole, chip, slice_.devices, options=tiles)

@@ -152,8 +152,8 @@ def test_the_parts_in_full(run, untyped, monkeypatch, capsys):
 
 @pytest.mark.slow
 def test_numbers_beside_float64(run, untyped, monkeypatch):
-    """Some quantities of each kind: a pass, decoding, a gradient, a kernel."""
-    names = ("log-probs", "decoding", "stage 1 gradient", "log-prob kernel")
+    """Some quantities of each kind: a pass, decoding, gradients by rows and packed, a kernel."""
+    names = ("log-probs", "decoding", "ragged gradient", "packed rows", "log-prob kernel")
     few = {name: device_numbers.QUANTITIES[name] for name in names}
     monkeypatch.setattr(device_numbers, "QUANTITIES", few)
     found = run("numbers")["device_cpu_numbers_toy"]["dtypes"]

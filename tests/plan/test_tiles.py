@@ -1,0 +1,38 @@
+"""What a plan says of a program compiled with small tiles is what it says with the compiler's own."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from jaxdyn.plan.tiles import MEMORIES, TILE, small_tiles
+
+
+@pytest.mark.slow
+def test_small_tiles_change_no_count_and_take_less_time():
+    pytest.importorskip("libtpu")
+    worker = Path(__file__).parent / "tiles_worker.py"
+    ours = {k: v for k, v in os.environ.items() if k not in ("XLA_FLAGS", "JAX_PLATFORMS")}
+    done = subprocess.run([sys.executable, worker], capture_output=True, text=True, env=ours)
+    assert done.returncode == 0, done.stderr
+    whole, small = (json.loads(done.stdout)[name] for name in ("whole", "small"))
+    for same in ("flops", "collectives", "uncounted", "bytes_by_role"):
+        assert small[same] == whole[same]
+    # Which arrays stay in a core's memory comes out otherwise, and so do these two.
+    assert small["own"] == pytest.approx(whole["own"], rel=0.1)
+    assert small["bytes"] == pytest.approx(whole["bytes"], rel=0.2)
+    assert small["cpu_seconds"] < whole["cpu_seconds"]
+
+
+def test_what_small_tiles_set_free_is_taken_from_the_whole(monkeypatch):
+    monkeypatch.setenv("LIBTPU_INIT_ARGS", "--other=1")
+    assert small_tiles("v6e") == {"xla_tpu_scoped_vmem_limit_kib": str(TILE)}
+    left = 128 * 1024 - (32 * 1024 - TILE)
+    given = f"--other=1 --xla_tpu_override_vmem_size_kib={left}"
+    assert os.environ["LIBTPU_INIT_ARGS"] == given
+    small_tiles("v5e")  # libtpu has read them
+    assert os.environ["LIBTPU_INIT_ARGS"] == given
+    assert small_tiles("v4") is None and "v4" not in MEMORIES
