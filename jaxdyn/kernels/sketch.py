@@ -50,7 +50,7 @@ from jaxdyn.kernels.layers import product
 from jaxdyn.kernels.memory import rows_at_once
 from jaxdyn.kernels.parts import require_merged
 from jaxdyn.kernels.preconditioner import roots_of
-from jaxdyn.kernels.projection import SIGN_ROWS, sketch_factors
+from jaxdyn.kernels.projection import SIGN_ROWS, draw_signs, sketch_factors
 from jaxdyn.kernels.result import Kernel
 from jaxdyn.kernels.rows import Rows, sequence_rows, site_rows, with_cotangents
 from jaxdyn.types import JaxdynError, Model, Params, Rollout, Sites, View
@@ -205,9 +205,9 @@ def estimate(left, right, *, tied: bool) -> tuple[jax.Array, ...]:
 
 
 @functools.partial(jax.jit, static_argnames=("model", "replicates", "side"))
-def _sketch_rows(model, view: View, roots, key, rows: Rows, *, replicates: int, side: int):
+def _sketch_rows(model, view: View, roots, signs, rows: Rows, *, replicates: int, side: int):
     factors = factorize(model, view, roots, rows)
-    return sketch_factors(key, factors, model.config, replicates, side, roots)
+    return sketch_factors(signs, factors, model.config, replicates, side, roots)
 
 
 def _sketch(model, params, rows, key, preconditioner, replicates, side, execution) -> Sketch:
@@ -241,12 +241,13 @@ def sketched(
     roots = roots_of(model, params, preconditioner)
     # A generator of our own: others draw otherwise when they draw for several rows at once.
     own = jax.random.wrap_key_data(jnp.asarray(words, jnp.uint32), impl="threefry2x32")
+    signs = draw_signs(own, view, model.config, replicates * side)
     progress = execution.get("progress", lambda done, total: None)
     batches, left = -(-count // size), -(-(count - start) // size)
     for number in range(left):
         first = start + number * size
         part = _sketch_rows(
-            model, view, roots, own, rows.take(first, size), replicates=replicates, side=side
+            model, view, roots, signs, rows.take(first, size), replicates=replicates, side=side
         )
         yield jax.tree.map(lambda x, rest=count - first: x[:rest], fetch(part))
         progress(batches - left + number + 1, batches)  # once they have been taken up
