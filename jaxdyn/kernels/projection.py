@@ -67,7 +67,9 @@ def draw_signs(key: jax.Array, view: View, config: Any, width: int) -> Signs:
         return sizes[0][0], *_square(sum(size for _, size in sizes))
 
     # A dense layer's kernel is [I, O]; a table [V, D] maps its ids' unit vectors.
-    sides = lambda path, x: (x[0], x[1], x[2]) if "embedding" in layers[path] else (x[0], x[2], x[1])
+    sides = lambda path, x: (
+        (x[0], x[1], x[2]) if "embedding" in layers[path] else (x[0], x[2], x[1])
+    )
     wanted = {path: (keys[path], sides(path, shape)) for path, shape in shapes.items()}
     outputs, inputs = view["classifier"]["weight"].shape
     head_key = keys[("embed",)] if config.tied else head_key
@@ -176,8 +178,9 @@ def sketch_factors(
 
 def unpacked(bits: jax.Array, width: int, dtype) -> jax.Array:
     """Words [..., W] as their first `width` signs, [..., width]."""
-    shifts = jnp.arange(32, dtype=jnp.uint32)
-    signs = 1 - 2 * (jnp.expand_dims(bits, -1) >> shifts & 1).astype(dtype)
+    shape = (*bits.shape, 32)
+    shifts = jax.lax.broadcasted_iota(jnp.uint32, shape, bits.ndim)
+    signs = 1 - 2 * (jnp.broadcast_to(bits[..., None], shape) >> shifts & 1).astype(dtype)
     return signs.reshape(*bits.shape[:-1], -1)[..., :width]
 
 
