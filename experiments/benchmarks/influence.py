@@ -22,6 +22,7 @@ Expected:  tables on the screen, results/influence_SUITE.json. Without --model i
 import argparse
 import json
 import math
+import os
 import statistics
 import sys
 import tempfile
@@ -148,19 +149,29 @@ def peer(arguments: argparse.Namespace) -> dict:
         rounds = []
         with interleave.started(command, Shape(), "gradients") as (worker,):
             for number in range(-1, arguments.rounds):
-                seconds = {"jaxdyn": harness.timed(lambda: ours(keys[0]).body)[0]}
-                seconds["bergson"] = worker.work()["gradients"]
+                seconds = {"jaxdyn": clocks(lambda: ours(keys[0]).body)}
+                theirs = worker.work()
+                seconds["bergson"] = {"wall": theirs["gradients"], "cores": theirs["cores"]}
                 rounds += [seconds] if number >= 0 else []
             about = worker.about
         theirs = np.load(Path(directory) / "gradients.npy").astype(np.float64)
     if theirs.shape != (count, dimension):
         raise SystemExit(f"bergson: gradients {theirs.shape}, wanted {(count, dimension)}")
-    rates = {name: count / statistics.median(one[name] for one in rounds) for name in rounds[0]}
-    ratio = statistics.median(one["bergson"] / one["jaxdyn"] for one in rounds)
-    print(f"\npeer: {count} completions, {dimension} numbers each")
-    for name, rate in rates.items():
-        print(f"{name:<10}{rate:>9.1f} completions a second")
-    print(f"bergson's seconds over ours, the rounds' median: {ratio:.2f}")
+    middle = {
+        clock: {name: statistics.median(one[name][clock] for one in rounds) for name in rounds[0]}
+        for clock in CLOCKS
+    }
+    ratio = {
+        clock: statistics.median(one["bergson"][clock] / one["jaxdyn"][clock] for one in rounds)
+        for clock in CLOCKS
+    }
+    cores = len(os.sched_getaffinity(0))
+    print(f"\npeer: {count} completions, {dimension} numbers each, {cores} cores")
+    for name, seconds in middle["wall"].items():
+        own = count / middle["cores"][name]
+        print(f"{name:<10}{count / seconds:>9.1f} completions a second, {own:.1f} a core's second")
+    print("bergson's seconds over ours, the rounds' median: ", end="")
+    print(f"{ratio['wall']:.2f}, of the cores {ratio['cores']:.2f}")
     errors = {}
     if count * 4 * sum(x.size for x in jax.tree.leaves(params)) <= LARGEST:
         every, linear = exact_products(model, params, rollout)
@@ -175,8 +186,9 @@ def peer(arguments: argparse.Namespace) -> dict:
         "dimension": dimension,
         "sketch": sizes,
         "about": about,
-        "completions_per_second": rates,
-        "ratio": ratio,
+        "cores": cores,
+        "medians": middle,
+        "ratios": ratio,
         "errors": errors,
         "rounds": rounds,
     }

@@ -50,9 +50,10 @@ def draw_signs(key: jax.Array, view: View, config: Any, width: int) -> Signs:
     """
     layers = parameters_of(view["backbone"])
     shapes = {
-        path: (names.get("kernel", names.get("embedding"))).shape
+        path: names[name].shape
         for path, names in layers.items()
-        if "kernel" in names or "embedding" in names
+        for name in ("kernel", "embedding")
+        if name in names
     }
     *matrix_keys, layers_key, rest_key, head_key = jax.random.split(key, len(shapes) + 3)
     keys = dict(zip(shapes, matrix_keys, strict=True))

@@ -58,7 +58,6 @@ from jaxdyn.kernels.result import Kernel
 from jaxdyn.kernels.rows import Rows, sequence_rows, site_rows, with_cotangents
 from jaxdyn.types import JaxdynError, Model, Params, Rollout, Sites, View
 
-
 NEAR = 400
 """Slots of a batch on a CPU, at most, or one row: more fall out of a core's caches."""
 
