@@ -7,12 +7,13 @@ Claims (two CPU cores, float32, warm; medians and ratios over interleaved rounds
   peer       gradients of the same completions of the same model, projected to the same dimension:
              at least 1.5 times bergson's completions a second, and inner products closer to the
              exact ones. Ours are of all parameters; bergson's, of the linear layers of the body,
-             are held against the exact ones of these. The speed is not reached on
-             the model of 260 thousand parameters, where the backward pass through attention is
-             most of our time; small batches (--memory-budget 60000000) help.
+             are held against the exact ones of these. The speed is not reached on a model of 260
+             thousand parameters (results/influence_peer.json): a bare forward and backward pass is
+             two thirds of our time there.
 Command:   python experiments/benchmarks/influence.py SUITE ... [--model DIRECTORY]
                [--count 64 --prompt 32 --completion 64] --bergson-python bergson/bin/python
-           For bergson's environment see peers/bergson_worker.py.
+           For bergson's environment see peers/bergson_worker.py. On a machine that others use
+           too, `OMP_NUM_THREADS=1 taskset -c 0` and a core's seconds.
 Time:      half an hour on two cores; the peer on a model of 260 thousand parameters, two minutes.
 Expected:  tables on the screen, results/influence_SUITE.json. Without --model it is a random model
            of SmolLM2-135M's shape, of which the exact inner products are left out: the gradients
