@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import re
+import threading
 
 import jax
 import jax.numpy as jnp
@@ -307,6 +308,30 @@ def test_float32():
         wanted = np.asarray(getattr(wide, path))
         atol = 1e-4 * np.abs(wanted).max()
         np.testing.assert_allclose(getattr(narrow, path), wanted, rtol=0, atol=atol)
+
+
+def test_cores_take_batches_of_their_own(x64, monkeypatch):
+    """In threads, each a row at a time: the same in the same order and in float64, told as found."""
+    model, params = tiny_model("gpt2-tied")
+    key = jax.random.key(5)
+    whole = few(model, params, all_sites(), key)
+    monkeypatch.setattr(sketch, "NEAR", 1)
+    monkeypatch.setattr(sketch.os, "sched_getaffinity", lambda _: range(3))
+    threads, told = set(), []
+    run = sketch._sketch_rows
+
+    def watched(*given, **sizes):
+        threads.add(threading.get_ident())
+        assert len(given[-1].tokens) == 1
+        return run(*given, **sizes)
+
+    monkeypatch.setattr(sketch, "_sketch_rows", watched)
+    apart = few(model, params, all_sites(), key, progress=lambda *at: told.append(at))
+    assert len(threads) > 1 and threading.get_ident() not in threads
+    assert told == [(done + 1, 8) for done in range(8)]
+    for path in ("head", "body"):
+        assert getattr(apart, path).dtype == jnp.float64
+        np.testing.assert_allclose(getattr(apart, path), getattr(whole, path), atol=1e-12)
 
 
 def test_bfloat16_accumulates_in_float32():
