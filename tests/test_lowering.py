@@ -18,6 +18,7 @@ from jaxdyn.distributed import make_mesh
 from jaxdyn.dynamics import ledger_path, measure
 from jaxdyn.dynamics.influence import own_tokens, statistics_along, statistics_at
 from jaxdyn.kernels import gram, operator, plain, sketch, trace_exact, trace_probed
+from jaxdyn.kernels.projection import draw_signs
 from jaxdyn.models import LanguageModel, fused
 from jaxdyn.models.shapes import SHAPES
 from jaxdyn.optim import trainable
@@ -120,7 +121,8 @@ def sft(s):
 
 def sketched(s):
     sizes = {"replicates": 2, "side": 2}
-    return sketch._sketch_rows.lower(s.model, s.view, s.view, s.key, s.tile(), **sizes)
+    signs = jax.eval_shape(lambda key: draw_signs(key, s.view, s.config, 4), s.key)
+    return sketch._sketch_rows.lower(s.model, s.view, s.view, signs, s.tile(), **sizes)
 
 
 def contracted(s):

@@ -7,12 +7,13 @@ Claims (two CPU cores, float32, warm; medians and ratios over interleaved rounds
   peer       gradients of the same completions of the same model, projected to the same dimension:
              at least 1.5 times bergson's completions a second, and inner products closer to the
              exact ones. Ours are of all parameters; bergson's, of the linear layers of the body,
-             are held against the exact ones of these. The speed is not reached on
-             the model of 260 thousand parameters, where the backward pass through attention is
-             most of our time; small batches (--memory-budget 60000000) help.
+             are held against the exact ones of these. The speed is not reached on a model of 260
+             thousand parameters (results/influence_peer.json): a bare forward and backward pass is
+             two thirds of our time there.
 Command:   python experiments/benchmarks/influence.py SUITE ... [--model DIRECTORY]
                [--count 64 --prompt 32 --completion 64] --bergson-python bergson/bin/python
-           For bergson's environment see peers/bergson_worker.py.
+           For bergson's environment see peers/bergson_worker.py. On a machine that others use
+           too, `OMP_NUM_THREADS=1 taskset -c 0` and a core's seconds.
 Time:      half an hour on two cores; the peer on a model of 260 thousand parameters, two minutes.
 Expected:  tables on the screen, results/influence_SUITE.json. Without --model it is a random model
            of SmolLM2-135M's shape, of which the exact inner products are left out: the gradients
@@ -22,6 +23,7 @@ Expected:  tables on the screen, results/influence_SUITE.json. Without --model i
 import argparse
 import json
 import math
+import os
 import statistics
 import sys
 import tempfile
@@ -148,19 +150,29 @@ def peer(arguments: argparse.Namespace) -> dict:
         rounds = []
         with interleave.started(command, Shape(), "gradients") as (worker,):
             for number in range(-1, arguments.rounds):
-                seconds = {"jaxdyn": harness.timed(lambda: ours(keys[0]).body)[0]}
-                seconds["bergson"] = worker.work()["gradients"]
+                seconds = {"jaxdyn": clocks(lambda: ours(keys[0]).body)}
+                theirs = worker.work()
+                seconds["bergson"] = {"wall": theirs["gradients"], "cores": theirs["cores"]}
                 rounds += [seconds] if number >= 0 else []
             about = worker.about
         theirs = np.load(Path(directory) / "gradients.npy").astype(np.float64)
     if theirs.shape != (count, dimension):
         raise SystemExit(f"bergson: gradients {theirs.shape}, wanted {(count, dimension)}")
-    rates = {name: count / statistics.median(one[name] for one in rounds) for name in rounds[0]}
-    ratio = statistics.median(one["bergson"] / one["jaxdyn"] for one in rounds)
-    print(f"\npeer: {count} completions, {dimension} numbers each")
-    for name, rate in rates.items():
-        print(f"{name:<10}{rate:>9.1f} completions a second")
-    print(f"bergson's seconds over ours, the rounds' median: {ratio:.2f}")
+    middle = {
+        clock: {name: statistics.median(one[name][clock] for one in rounds) for name in rounds[0]}
+        for clock in CLOCKS
+    }
+    ratio = {
+        clock: statistics.median(one["bergson"][clock] / one["jaxdyn"][clock] for one in rounds)
+        for clock in CLOCKS
+    }
+    cores = len(os.sched_getaffinity(0))
+    print(f"\npeer: {count} completions, {dimension} numbers each, {cores} cores")
+    for name, seconds in middle["wall"].items():
+        own = count / middle["cores"][name]
+        print(f"{name:<10}{count / seconds:>9.1f} completions a second, {own:.1f} a core's second")
+    print("bergson's seconds over ours, the rounds' median: ", end="")
+    print(f"{ratio['wall']:.2f}, of the cores {ratio['cores']:.2f}")
     errors = {}
     if count * 4 * sum(x.size for x in jax.tree.leaves(params)) <= LARGEST:
         every, linear = exact_products(model, params, rollout)
@@ -175,8 +187,9 @@ def peer(arguments: argparse.Namespace) -> dict:
         "dimension": dimension,
         "sketch": sizes,
         "about": about,
-        "completions_per_second": rates,
-        "ratio": ratio,
+        "cores": cores,
+        "medians": middle,
+        "ratios": ratio,
         "errors": errors,
         "rounds": rounds,
     }

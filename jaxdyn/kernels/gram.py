@@ -103,8 +103,10 @@ def factorize(model: Model, view: View, roots: Params | None, rows: Rows) -> Fac
     phi, inputs, pull = model.opened(view["backbone"], rows.tokens, rows.mask)
     at = (jnp.arange(len(phi))[:, None], rows.positions)
     g = jax.vmap(logit_cotangents)(rows, model.logits(view["classifier"], phi[at]))
-    back = jnp.einsum("nksv,vd->knsd", g, view["classifier"]["weight"].astype(g.dtype))
+    # One axis of rows: else XLA on a CPU transposes all of g first.
+    back = g.reshape(-1, g.shape[-1]) @ view["classifier"]["weight"].astype(g.dtype)
     start = jnp.zeros((g.shape[1], *phi.shape), g.dtype)
+    back = back.reshape(*g.shape[:-1], -1).swapaxes(0, 1)
     start = start.at[:, at[0], at[1]].add(back).astype(phi.dtype)
     cotangents = rows_first(jax.vmap(pull)(start))
     body_roots = None if roots is None else roots["backbone"]

@@ -31,10 +31,13 @@ and their variance are ours.) The mean's Gram matrix is Z Zᵀ/R with Z [N, R p�
 spectrum is cheaper from Zᵀ Z/R.
 """
 
+import collections
+import concurrent.futures
 import dataclasses
 import functools
 import math
-from collections.abc import Iterator, Sequence
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, Unpack
 
 import jax
@@ -44,16 +47,19 @@ from flax import struct
 from jaxtyping import PRNGKeyArray
 
 from jaxdyn.hosts import fetch
-from jaxdyn.kernels.execution import Execution, budget_of, require_options
+from jaxdyn.kernels.execution import Execution, budget_of, platform_of, require_options
 from jaxdyn.kernels.gram import factorize, row_bytes
 from jaxdyn.kernels.layers import product
-from jaxdyn.kernels.memory import rows_at_once
+from jaxdyn.kernels.memory import evenly, rows_at_once
 from jaxdyn.kernels.parts import require_merged
 from jaxdyn.kernels.preconditioner import roots_of
-from jaxdyn.kernels.projection import SIGN_ROWS, sketch_factors
+from jaxdyn.kernels.projection import SIGN_ROWS, draw_signs, sketch_factors
 from jaxdyn.kernels.result import Kernel
 from jaxdyn.kernels.rows import Rows, sequence_rows, site_rows, with_cotangents
 from jaxdyn.types import JaxdynError, Model, Params, Rollout, Sites, View
+
+NEAR = 400
+"""Slots of a batch on a CPU, at most, or one row: more fall out of a core's caches."""
 
 
 @struct.dataclass
@@ -205,9 +211,9 @@ def estimate(left, right, *, tied: bool) -> tuple[jax.Array, ...]:
 
 
 @functools.partial(jax.jit, static_argnames=("model", "replicates", "side"))
-def _sketch_rows(model, view: View, roots, key, rows: Rows, *, replicates: int, side: int):
+def _sketch_rows(model, view: View, roots, signs, rows: Rows, *, replicates: int, side: int):
     factors = factorize(model, view, roots, rows)
-    return sketch_factors(key, factors, model.config, replicates, side, roots)
+    return sketch_factors(signs, factors, model.config, replicates, side, roots)
 
 
 def _sketch(model, params, rows, key, preconditioner, replicates, side, execution) -> Sketch:
@@ -236,20 +242,45 @@ def sketched(
     if side < 1:
         raise JaxdynError(f"side must be at least 1, got {side}")
     require_merged(params)
-    size = _rows_at_once(model, rows, replicates, side, budget_of(execution))
     count, view = len(rows.tokens), model.view(params)
     roots = roots_of(model, params, preconditioner)
+    size, threads = _rows_at_once(model, rows, replicates, side, budget_of(execution)), 1
+    if platform_of(execution, view) == "cpu" and model.row_shards == jax.process_count() == 1:
+        near = evenly(count, min(size, max(1, NEAR // rows.tokens.shape[1])))
+        size, threads = near, min(len(os.sched_getaffinity(0)), size // near)
     # A generator of our own: others draw otherwise when they draw for several rows at once.
     own = jax.random.wrap_key_data(jnp.asarray(words, jnp.uint32), impl="threefry2x32")
+    signs = draw_signs(own, view, model.config, replicates * side)
+
+    run = functools.partial(_sketch_rows, model, view, roots, signs)
+    wide = jax.config.read("jax_enable_x64")
+
+    def batch(first):
+        with jax.enable_x64(wide):  # a thread does not know
+            return fetch(run(rows.take(first, size), replicates=replicates, side=side))
+
     progress = execution.get("progress", lambda done, total: None)
-    batches, left = -(-count // size), -(-(count - start) // size)
-    for number in range(left):
-        first = start + number * size
-        part = _sketch_rows(
-            model, view, roots, own, rows.take(first, size), replicates=replicates, side=side
-        )
-        yield jax.tree.map(lambda x, rest=count - first: x[:rest], fetch(part))
-        progress(batches - left + number + 1, batches)  # once they have been taken up
+    starts = range(start, count, size)
+    done, batches = -(-count // size) - len(starts), -(-count // size)
+    for first, part in zip(starts, _in_order(batch, starts, threads), strict=True):
+        yield jax.tree.map(lambda x, rest=count - first: x[:rest], part)
+        done += 1
+        progress(done, batches)  # once they have been taken up
+
+
+def _in_order(function: Callable, given: Iterable, threads: int) -> Iterator:
+    """The function's results in their order, found by so many threads at a time."""
+    if threads == 1:
+        yield from map(function, given)
+        return
+    with concurrent.futures.ThreadPoolExecutor(threads) as pool:
+        begun: collections.deque = collections.deque()
+        for one in given:
+            begun.append(pool.submit(function, one))
+            if len(begun) > threads:
+                yield begun.popleft().result()
+        while begun:
+            yield begun.popleft().result()
 
 
 def words_of(key: PRNGKeyArray | tuple[int, int]) -> tuple[int, int]:

@@ -34,8 +34,10 @@ def plain_attention(
     product = functools.partial(jnp.einsum, preferred_element_type=wide)
     scores = product("bhgtw,bhkw->bhgtk", grouped, key) / np.sqrt(width)
     scores = jnp.where(mask[:, :, None], scores, jnp.finfo(wide).min / 2)
-    weights = jax.nn.softmax(scores, axis=-1).astype(value.dtype)
-    mixed = product("bhgtk,bhkw->bhgtw", weights, value).astype(query.dtype)
+    # Divided after the product, whose gradient then needs no sum over T x K weights.
+    weights = jnp.exp(scores - jax.lax.stop_gradient(scores.max(-1, keepdims=True)))
+    mixed = product("bhgtk,bhkw->bhgtw", weights.astype(value.dtype), value)
+    mixed = (mixed / weights.sum(-1, keepdims=True)).astype(query.dtype)
     return mixed.transpose(0, 3, 1, 2, 4).reshape(query.shape)
 
 

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import re
+import threading
 
 import jax
 import jax.numpy as jnp
@@ -44,19 +45,20 @@ few = functools.partial(sketch_gradients, replicates=3, side=3)
 def draws(name, preconditioned):
     """Of many keys: sketches (head, body) [keys, 8, R, p²], parts [keys, 8, 8] and the error."""
     model, params = tiny_model(name)
-    config = model.config
+    config, view = model.config, model.view(params)
     roots = roots_of(model, params, metric(name) if preconditioned else None)
 
     @jax.jit
     def compute(keys, factors):
         def one(key):
-            pair = projection.sketch_factors(key, factors, config, REPLICATES, SIDE, roots)
+            signs = projection.draw_signs(key, view, config, REPLICATES * SIDE)
+            pair = projection.sketch_factors(signs, factors, config, REPLICATES, SIDE, roots)
             *parts, error = sketch.estimate(pair, pair, tied=config.tied)
             return pair, dict(zip(PARTS, parts, strict=True)), error
 
         return jax.lax.map(one, keys, batch_size=50)
 
-    factors = factorize(model, model.view(params), roots, site_rows(model, all_sites(), "sites"))
+    factors = factorize(model, view, roots, site_rows(model, all_sites(), "sites"))
     keys = jax.random.split(jax.random.key(11), KEYS)
     return jax.tree.map(np.asarray, compute(keys, factors))
 
@@ -309,6 +311,30 @@ def test_float32():
         np.testing.assert_allclose(getattr(narrow, path), wanted, rtol=0, atol=atol)
 
 
+def test_cores_take_batches_of_their_own(x64, monkeypatch):
+    """In threads, each a row at a time: the same in the same order and in float64, told as found."""
+    model, params = tiny_model("gpt2-tied")
+    key = jax.random.key(5)
+    whole = few(model, params, all_sites(), key)
+    monkeypatch.setattr(sketch, "NEAR", 1)
+    monkeypatch.setattr(sketch.os, "sched_getaffinity", lambda _: range(3))
+    threads, told = set(), []
+    run = sketch._sketch_rows
+
+    def watched(*given, **sizes):
+        threads.add(threading.get_ident())
+        assert len(given[-1].tokens) == 1
+        return run(*given, **sizes)
+
+    monkeypatch.setattr(sketch, "_sketch_rows", watched)
+    apart = few(model, params, all_sites(), key, progress=lambda *at: told.append(at))
+    assert len(threads) > 1 and threading.get_ident() not in threads
+    assert told == [(done + 1, 8) for done in range(8)]
+    for path in ("head", "body"):
+        assert getattr(apart, path).dtype == jnp.float64
+        np.testing.assert_allclose(getattr(apart, path), getattr(whole, path), atol=1e-12)
+
+
 def test_bfloat16_accumulates_in_float32():
     model, params = tiny_model("gpt2-tied", jnp.float32)
     rough = few(
@@ -323,18 +349,30 @@ def test_bfloat16_accumulates_in_float32():
         assert cosines.min() > 0.95
 
 
-def test_signs_are_drawn_by_row_and_block(x64, monkeypatch):
-    """Any rows are those of the whole matrix; blocks (the last reaches back) change no product."""
+def test_signs_are_drawn_by_row_and_unpacked_by_block(x64, monkeypatch):
+    """A row is drawn from a key of its own, of its matrix, layer and side; blocks (the last reaches
+    back) change no product."""
+    model, params = tiny_model("gpt2-tied")
     key = jax.random.key(9)
-    whole = np.asarray(projection._signs(key, jnp.arange(11), 70, jnp.float64))
-    assert whole.shape == (11, 70) and set(np.unique(whole)) == {-1, 1}
-    some_rows = jnp.array([[3, 3], [10, 0]])
-    picked = projection._signs(key, some_rows, 70, jnp.float64)
-    np.testing.assert_array_equal(picked, whole[np.asarray(some_rows)])
-    x = np.random.default_rng(0).standard_normal((2, 3, 11))
-    monkeypatch.setattr(projection, "SIGN_ROWS", 4)
-    projected = projection._project(key, jnp.asarray(x), 70)
-    np.testing.assert_allclose(projected, np.einsum("nti,iw->ntw", x, whole), rtol=0, atol=1e-13)
+    drawn = projection.draw_signs(key, model.view(params), model.config, 70)
+    paths = sorted(drawn.matrices)
+    of_matrix = jax.random.split(key, len(paths) + 3)
+    for number, path in enumerate(paths):
+        for side, bits in enumerate(drawn.matrices[path]):
+            layer, row = len(bits) - 1, bits.shape[1] - 1
+            own = jax.random.split(jax.random.fold_in(of_matrix[number], layer))[side]
+            wanted = jax.random.bits(jax.random.fold_in(own, row), (3,), jnp.uint32)
+            np.testing.assert_array_equal(bits[layer, row], wanted)
+    bits = drawn.matrices[("layers", "mlp", "up")][1][0]
+    signs = np.asarray(projection.unpacked(bits, 70, jnp.float64))
+    assert signs.shape == (len(bits), 70) and set(np.unique(signs)) == {-1, 1}
+    assert abs(signs.mean()) < 4 / np.sqrt(signs.size)
+    first = np.asarray(bits[:, 0])[:, None] >> np.arange(32) & 1
+    np.testing.assert_array_equal(signs[:, :32], 1 - 2.0 * first)
+    x = np.random.default_rng(0).standard_normal((2, 3, len(bits)))
+    monkeypatch.setattr(projection, "SIGN_ROWS", 5)
+    projected = projection._project(bits, jnp.asarray(x), 70)
+    np.testing.assert_allclose(projected, np.einsum("nti,iw->ntw", x, signs), rtol=0, atol=1e-13)
 
 
 def largest(jaxpr):
@@ -357,7 +395,8 @@ def test_no_gradient_of_a_site_is_formed():
     rows = site_rows(model, all_sites(), "sites")
     limit = len(rows.tokens) * config.width * config.mlp_width
     run = functools.partial(sketch._sketch_rows, model, replicates=4, side=4)
-    assert largest(jax.make_jaxpr(run)(view, None, jax.random.key(0), rows).jaxpr) < limit / 2
+    signs = jax.eval_shape(lambda: projection.draw_signs(jax.random.key(0), view, config, 16))
+    assert largest(jax.make_jaxpr(run)(view, None, signs, rows).jaxpr) < limit / 2
     plain = lambda view, rows: gradients(model, view, None, rows)
     assert largest(jax.make_jaxpr(plain)(view, rows).jaxpr) >= limit
 

@@ -20,6 +20,7 @@ import json
 import os
 import sys
 import tempfile
+import time
 from importlib.metadata import version
 from pathlib import Path
 
@@ -69,7 +70,9 @@ def main():
             threads=torch.get_num_threads(),
         )
         while runner.wait():
+            began = time.process_time()
             found = collect().gradients
+            runner.parts["cores"] = time.process_time() - began
             runner.answer()
             rows = [x.reshape(len(lengths), -1).float().numpy() for x in found.values()]
             np.save(directory / "gradients.npy", np.concatenate(rows, axis=1))
