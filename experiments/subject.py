@@ -1,7 +1,7 @@
 """Whom a script of claims asks: a model on its task, and what one update of it would do.
 
-The task goes by the name: "anagram" and "stories260k" are the presets of these models, all others do
-the sums of `arithmetic.py`; with `--prompts FILE.jsonl` (a `prompt` a line, a text or messages)
+The task goes by the name: "anagram" and "stories260k" are the presets of these models, all others
+do the sums of `arithmetic.py`; with `--prompts FILE.jsonl` (a `prompt` a line, a text or messages)
 they complete those, and advantages are signs drawn at random. `--model` is a directory in the
 Hugging Face layout, or one of several, base-0, base-1, …: base models of different seeds.
 """

@@ -154,9 +154,7 @@ def gradient(
     A row is a completion or, `together`, a prompt and its completions, packed where they end early.
     """
     rollout = given[name]
-    rows = Sequences(
-        rollout.tokens, rollout.mask, rollout.completion_ids, rollout.completion_mask
-    )
+    rows = Sequences(rollout.tokens, rollout.mask, rollout.completion_ids, rollout.completion_mask)
     if together:
         rows = sequences_of(rollout, int(given["generations"]))
     batch = UpdateBatch(**vars(rows), advantages=given["advantages"])

@@ -247,7 +247,7 @@ def sketched(
     size, threads = _rows_at_once(model, rows, replicates, side, budget_of(execution)), 1
     if platform_of(execution, view) == "cpu" and model.row_shards == jax.process_count() == 1:
         near = evenly(count, min(size, max(1, NEAR // rows.tokens.shape[1])))
-        size, threads = near, min(len(os.sched_getaffinity(0)), size // near)
+        size, threads = near, min(_cores(), size // near)
     # A generator of our own: others draw otherwise when they draw for several rows at once.
     own = jax.random.wrap_key_data(jnp.asarray(words, jnp.uint32), impl="threefry2x32")
     signs = draw_signs(own, view, model.config, replicates * side)
@@ -266,6 +266,12 @@ def sketched(
         yield jax.tree.map(lambda x, rest=count - first: x[:rest], part)
         done += 1
         progress(done, batches)  # once they have been taken up
+
+
+def _cores() -> int:
+    """Which this process may use, where the system tells; else all."""
+    known = hasattr(os, "sched_getaffinity")
+    return len(os.sched_getaffinity(0)) if known else os.cpu_count() or 1
 
 
 def _in_order(function: Callable, given: Iterable, threads: int) -> Iterator:

@@ -10,7 +10,6 @@ with it the bytes read and written and a little of the memory (docs/devices.md h
 """
 
 import os
-import sys
 from typing import NamedTuple
 
 TILE = 5 * 1024

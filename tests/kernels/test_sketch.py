@@ -312,7 +312,7 @@ def test_float32():
 
 
 def test_cores_take_batches_of_their_own(x64, monkeypatch):
-    """In threads, each a row at a time: the same in the same order and in float64, told as found."""
+    """In threads, each a row at a time: the same, in the same order, in float64, told as found."""
     model, params = tiny_model("gpt2-tied")
     key = jax.random.key(5)
     whole = few(model, params, all_sites(), key)

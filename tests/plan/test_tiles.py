@@ -1,4 +1,4 @@
-"""What a plan says of a program compiled with small tiles is what it says with the compiler's own."""
+"""Plans in small tiles: the same program, flop by flop and byte by byte sent; hardly other memory."""
 
 import json
 import os
