@@ -1,4 +1,4 @@
-"""Plans in small tiles: the same program, flop by flop and byte by byte sent; hardly other memory."""
+"""Plans in small tiles: the same program, flop by flop and byte by byte; hardly other memory."""
 
 import json
 import os
