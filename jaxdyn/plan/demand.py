@@ -86,7 +86,9 @@ class Demand:
         return self.cost.flops if chip is None else max(self.seconds(chip).values())
 
 
-def demand_of(program: Program, hosts: int = 1, options: dict[str, str] | None = None) -> Demand:
+def demand_of(
+    program: Program, hosts: int = 1, options: dict[str, str | bool] | None = None
+) -> Demand:
     """Compile a program for the devices of so many hosts, and account for it.
 
     Conditionals count their cheaper branch: ours are of filters that are mostly off.

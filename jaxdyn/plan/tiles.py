@@ -31,7 +31,7 @@ MEMORIES = {
 }
 
 
-def small_tiles(chip: str) -> dict[str, str] | None:
+def small_tiles(chip: str) -> dict[str, str | bool] | None:
     """The compiler's options, and libtpu's, which reads them when it is first asked for devices."""
     if chip not in MEMORIES:
         return None

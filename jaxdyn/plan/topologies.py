@@ -29,7 +29,7 @@ class Topology(NamedTuple):
     devices: list[jax.Device]
     hosts: int = 1
     """Hosts of GPUs; a TPU's slice counts as one, as its links do not end at a host."""
-    options: dict[str, str] | None = None
+    options: dict[str, str | bool] | None = None
     """What the compiler is told."""
 
     @property

@@ -74,7 +74,7 @@ def compiled(monkeypatch):
     """The names of programs, in the place of their compilation."""
     seen = []
 
-    def demand(program, hosts):
+    def demand(program, hosts, options):
         seen.append(program.name)
         return Demand(program.name, {"parameters": 2**30}, 0, 2**30, 2**30, Cost(flops=1e12))
 

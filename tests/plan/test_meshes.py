@@ -14,6 +14,7 @@ from jaxdyn.plan.meshes import candidates, largest_batch
 from jaxdyn.plan.programs import Setting
 from jaxdyn.plan.topologies import Topology
 from jaxdyn.sections import MeshConfig
+from jaxdyn.types import JaxdynError
 
 TINY = SHAPES["tiny"]  # 4 heads, width 64
 
@@ -31,6 +32,14 @@ def test_sequences_are_divided_last_and_parameters_copied_least(num_prompts, mos
     topology = Topology("here", None, jax.devices())
     meshes = candidates(MeshConfig(), [TINY], topology, num_prompts, most)
     assert [mesh.devices.shape for mesh in meshes] == shapes
+
+
+def test_a_batch_that_suits_no_mesh_is_told_why_the_first_does_not():
+    """Of 8 devices and 7 prompts: the prompts, not the heads that a last resort divides."""
+    topology = Topology("here", None, jax.devices())
+    with pytest.raises(JaxdynError, match=r"8 devices suits this batch: .*num_prompts") as caught:
+        candidates(MeshConfig(), [TINY], topology, 7, 3)
+    assert "num_heads" not in str(caught.value)
 
 
 @pytest.mark.parametrize(
