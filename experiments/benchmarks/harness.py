@@ -63,6 +63,28 @@ def timed(function: Callable[[], Any]) -> tuple[float, Any]:
     return time.perf_counter() - start, result
 
 
+CLOCKS = {"wall": time.perf_counter, "cores": time.process_time}
+
+
+def clocks(function: Callable[[], Any]) -> dict[str, float]:
+    """Seconds of the wall, and of all cores, to which others add less."""
+    import jax
+
+    began = {name: clock() for name, clock in CLOCKS.items()}
+    jax.block_until_ready(function())
+    return {name: clock() - began[name] for name, clock in CLOCKS.items()}
+
+
+def typical(found: Iterable[dict[str, float]]) -> dict[str, float]:
+    """The median by clock."""
+    found = list(found)
+    return {clock: statistics.median(one[clock] for one in found) for clock in CLOCKS}
+
+
+def ratio(over: dict[str, float], under: dict[str, float]) -> dict[str, float]:
+    return {clock: over[clock] / under[clock] for clock in CLOCKS}
+
+
 def measure(function: Callable[[], Any], repeats: int, check: Callable[[Any], Any]) -> dict:
     """Seconds (the first call compiles), this process's peak memory, and a check of the result."""
     first, result = timed(function)

@@ -27,7 +27,6 @@ import os
 import statistics
 import sys
 import tempfile
-import time
 from pathlib import Path
 from typing import Any
 
@@ -76,17 +75,13 @@ def influence(arguments: argparse.Namespace) -> dict:
     }
     for run in cases.values():  # compiles
         jax.block_until_ready(run())
-    rounds = [{name: clocks(run) for name, run in cases.items()} for _ in range(arguments.rounds)]
-    middle = {
-        name: {clock: statistics.median(one[name][clock] for one in rounds) for clock in CLOCKS}
-        for name in cases
-    }
+    rounds = [
+        {name: harness.clocks(run) for name, run in cases.items()} for _ in range(arguments.rounds)
+    ]
+    middle = {name: harness.typical(one[name] for one in rounds) for name in cases}
     floor, *accounts = cases
     ratios = {
-        name: {
-            clock: statistics.median(one[name][clock] / one[floor][clock] for one in rounds)
-            for clock in CLOCKS
-        }
+        name: harness.typical(harness.ratio(one[name], one[floor]) for one in rounds)
         for name in accounts
     }
     rows = f"{len(sites.rows)} sites × {count} completions"
@@ -96,16 +91,6 @@ def influence(arguments: argparse.Namespace) -> dict:
         beside = ratios.get(name)
         print(f"   {beside['wall']:.2f} ({beside['cores']:.2f}) × {floor}" if beside else "")
     return {"medians": middle, "ratios": ratios, "rounds": rounds}
-
-
-CLOCKS = {"wall": time.perf_counter, "cores": time.process_time}
-
-
-def clocks(run) -> dict[str, float]:
-    """Seconds of the wall, and of all cores, where others cannot add to them."""
-    began = {name: clock() for name, clock in CLOCKS.items()}
-    jax.block_until_ready(run())
-    return {name: clock() - began[name] for name, clock in CLOCKS.items()}
 
 
 def one_token_each(rollout: Rollout) -> Sites:
@@ -150,7 +135,7 @@ def peer(arguments: argparse.Namespace) -> dict:
         rounds = []
         with interleave.started(command, Shape(), "gradients") as (worker,):
             for number in range(-1, arguments.rounds):
-                seconds = {"jaxdyn": clocks(lambda: ours(keys[0]).body)}
+                seconds = {"jaxdyn": harness.clocks(lambda: ours(keys[0]).body)}
                 theirs = worker.work()
                 seconds["bergson"] = {"wall": theirs["gradients"], "cores": theirs["cores"]}
                 rounds += [seconds] if number >= 0 else []
@@ -158,19 +143,13 @@ def peer(arguments: argparse.Namespace) -> dict:
         theirs = np.load(Path(directory) / "gradients.npy").astype(np.float64)
     if theirs.shape != (count, dimension):
         raise SystemExit(f"bergson: gradients {theirs.shape}, wanted {(count, dimension)}")
-    middle = {
-        clock: {name: statistics.median(one[name][clock] for one in rounds) for name in rounds[0]}
-        for clock in CLOCKS
-    }
-    ratio = {
-        clock: statistics.median(one["bergson"][clock] / one["jaxdyn"][clock] for one in rounds)
-        for clock in CLOCKS
-    }
+    middle = {name: harness.typical(one[name] for one in rounds) for name in rounds[0]}
+    ratio = harness.typical(harness.ratio(one["bergson"], one["jaxdyn"]) for one in rounds)
     cores = len(os.sched_getaffinity(0))
     print(f"\npeer: {count} completions, {dimension} numbers each, {cores} cores")
-    for name, seconds in middle["wall"].items():
-        own = count / middle["cores"][name]
-        print(f"{name:<10}{count / seconds:>9.1f} completions a second, {own:.1f} a core's second")
+    for name, seconds in middle.items():
+        rate, own = (count / seconds[clock] for clock in ("wall", "cores"))
+        print(f"{name:<10}{rate:>9.1f} completions a second, {own:.1f} a core's second")
     print("bergson's seconds over ours, the rounds' median: ", end="")
     print(f"{ratio['wall']:.2f}, of the cores {ratio['cores']:.2f}")
     errors = {}

@@ -140,19 +140,21 @@ def nodes(arguments: argparse.Namespace) -> dict:
     for run in cases.values():  # compiles
         jax.block_until_ready(run())
     rounds = [
-        {name: harness.timed(run)[0] for name, run in cases.items()}
-        for _ in range(arguments.rounds)
+        {name: harness.clocks(run) for name, run in cases.items()} for _ in range(arguments.rounds)
     ]
     floors = {"components": "forward", "layers × kinds": "forward and backward"}
-    medians = {name: statistics.median(one[name] for one in rounds) for name in cases}
+    medians = {name: harness.typical(one[name] for one in rounds) for name in cases}
     ratios = {
-        name: statistics.median(one[name] / one[floor] for one in rounds)
+        name: harness.typical(harness.ratio(one[name], one[floor]) for one in rounds)
         for name, floor in floors.items()
     }
-    print(f"\nnodes: {len(sites.rows)} sites, {harness.thermometer():.0f} GFLOP/s")
+    print(f"\nnodes: {len(sites.rows)} sites, {harness.thermometer():.0f} GFLOP/s; ")
+    print("in brackets of all cores")
     for name, seconds in medians.items():
-        beside = f"{ratios[name]:.2f} × {floors[name]}" if name in ratios else ""
-        print(f"{name:<24}{seconds:>9.3f} s   {beside}")
+        print(f"{name:<24}{seconds['wall']:>9.3f} s ({seconds['cores']:.3f} s)", end="")
+        found = ratios.get(name)
+        line = f"   {found['wall']:.2f} ({found['cores']:.2f}) × {floors[name]}" if found else ""
+        print(line)
     return {"medians": medians, "ratios": ratios, "rounds": rounds}
 
 

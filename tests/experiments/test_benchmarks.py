@@ -153,7 +153,8 @@ def test_ledger(run, monkeypatch):
     found = run(ledger, "--toy", "--rounds", "1")
     assert found.keys() == {f"ledger_{suite}_toy" for suite in ledger.SUITES}
     nodes, whole = found["ledger_nodes_toy"], found["ledger_whole_toy"]
-    assert len(nodes["medians"]) == 4 and all(x > 0 for x in nodes["medians"].values())
+    assert len(nodes["medians"]) == 4 and nodes["ratios"]["components"]["cores"] > 0
+    assert all(x > 0 for clocks in nodes["medians"].values() for x in clocks.values())
     assert whole["nodes"] >= 3 and whole["residual"]["log_prob"] < 0.01
 
     memory, telemetry = found["ledger_memory_toy"], found["ledger_telemetry_toy"]
@@ -176,7 +177,7 @@ def test_influence_beside_its_peer(run, tmp_path):
         assert ratio["wall"] > 0
     peer = found["influence_peer_toy"]
     assert peer["dimension"] == 2 * 7 * 8**2 >= 2 * peer["sketch"]["side"] ** 2
-    assert peer["ratio"] > 0
+    assert peer["ratios"]["wall"] > 0 and peer["medians"]["bergson"]["cores"] == 1e-4
     # Of zeros everything is missing: the rms of the cosines, of which 1 in 8 is that of a row
     # with itself. And ours are estimates.
     assert 8**-0.5 < peer["errors"]["bergson"] < 1
