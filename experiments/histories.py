@@ -92,9 +92,11 @@ def reaching(run: History, measure: str, level: float) -> float:
     return float(steps[-1])
 
 
-def at_equal(one: History, other: History, measure: str, equal: str) -> tuple[float, float]:
-    """A measure of both where `equal` is the most that both come to."""
-    level = min(max(one[equal]), max(other[equal]))
+def at_equal(
+    one: History, other: History, measure: str, equal: str, level: float = float("inf")
+) -> tuple[float, float]:
+    """A measure of both where `equal` is at a level, or the most that both come to if less."""
+    level = min(level, max(one[equal]), max(other[equal]))
     first, second = (at(run, measure, reaching(run, equal, level)) for run in (one, other))
     return first, second
 
