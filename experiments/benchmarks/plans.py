@@ -10,8 +10,7 @@ Claims:
   scaling  with a fixed batch a device on 1, 2, 4 and 8 devices, an update's flops a device stay
            what they are, and what a device sends follows the curve of its collectives.
 Command:   python experiments/benchmarks/plans.py [plans] [scaling] [--cases "llama-8b v5e-64" ...]
-Time:      five to ten minutes a plan, of which there are twelve, and one for the scaling, on two
-           CPU cores.
+Time:      two to five CPU minutes a plan, of which there are twelve, and one for the scaling.
 Expected:  tables on the screen, results/plans.md, results/plans.json, results/plans_scaling.json.
 """
 
@@ -126,6 +125,9 @@ def stored_on_one(name: str) -> list[dict]:
 def markdown(found: dict) -> str:
     """The plans as tables."""
     lines = ["# Plans", "", "Per chip; times at the chips' full rates. Written by plans.py.", ""]
+    if any("took" not in one for one in found["plans"].values()):
+        lines += ["Where no CPU seconds are given, the plan is older: before prompts were shared by"]
+        lines += ["their completions, and with the compiler's own tiles.", ""]
     for one in found["plans"].values():
         mesh = " x ".join(f"{axis} {size}" for axis, size in one["mesh"].items())
         batch, step = one["batch"], one["step_seconds"]
