@@ -126,8 +126,8 @@ def markdown(found: dict) -> str:
     """The plans as tables."""
     lines = ["# Plans", "", "Per chip; times at the chips' full rates. Written by plans.py.", ""]
     if any("took" not in one for one in found["plans"].values()):
-        lines += ["Where no CPU seconds are given, the plan is older: before prompts were shared by"]
-        lines += ["their completions, and with the compiler's own tiles.", ""]
+        older = "Where no CPU seconds are given, the plan is older: the compiler's own tiles, and a"
+        lines += [older, "prompt passed again for each of its completions.", ""]
     for one in found["plans"].values():
         mesh = " x ".join(f"{axis} {size}" for axis, size in one["mesh"].items())
         batch, step = one["batch"], one["step_seconds"]
