@@ -11,9 +11,9 @@ the policy on the rollout by the same mean KL: Gaussian, or the stage's own chan
 directions turned at random (the same rows' norms and singular values). Body and rollout are those
 before the stage; g is that before it too ("fixed"), or that of each W's own policy ("own").
 
-Verdict:   supported if ρ after the stage exceeds ρ after random changes (log ratio, fixed g, mean
-           over the draws) with p < 0.05 by sign flips over seeds; not supported if the interval
-           leaves no room for a tenth more; else undecided.
+Verdict:   supported if ρ after the stage is shown to be a tenth or more above ρ after random changes
+           (log ratio, fixed g, mean over the draws; `rulings.above`, over seeds); not supported if
+           it is shown to be less; else undecided.
 Command:   python experiments/gradient_component.py --runs RUNS --name NAME
 Time:      a second a training of a small model, after half a minute of compiling.
 Expected:  a small increase, most of it by the norm of W.
@@ -30,7 +30,8 @@ import jax.numpy as jnp
 import matplotlib.pyplot as plt
 import numpy as np
 from frame import COLOURS, Verdict
-from inference import bootstrap, sign_flip
+from matplotlib.ticker import ScalarFormatter
+from rulings import above
 from subject import of_run, parser, update_batches
 
 from jaxdyn.rl import LossConfig, logit_cotangents, normalizer_of, token_statistics
@@ -39,7 +40,7 @@ from jaxdyn.train.policy import UpdateBatch
 from jaxdyn.train.sharing import completion_features
 from jaxdyn.types import Model, Params
 
-CLAIM = "A classifier stage makes the gradient component larger than a random change of equal KL"
+CLAIM = "A classifier stage makes the gradient component a tenth larger than random changes do"
 SIZES = {"toy": (1, 1, 2), "small": (4, 3, 4), "full": (12, 4, 8)}
 """Seeds, batches that make the rollout, and random draws of each kind."""
 
@@ -158,21 +159,15 @@ def verdicts(rows: list[dict[str, Any]]) -> list[Verdict]:
         ("fixed", CLAIM),
         ("own", "So does it with each policy's own cotangents"),
     ):
-        values = log_ratios(rows, which, "random")
-        low, high = bootstrap(values)
-        p = sign_flip(values)
-        ruling: frame.Ruling = "undecided"
-        if len(values) > 1 and (high < TENTH or (low > 0 and p < 0.05)):
-            ruling = "not supported" if high < TENTH else "supported"
         alone = float(np.exp(log_ratios(rows, which, None).mean()))
         norm = float(np.mean([row["norm"] for row in rows]))
         found.append(
-            Verdict(
+            above(
                 claim,
-                ruling,
-                "log ρ after the stage less log ρ after random changes, mean over draws",
-                *(float(values.mean()), low, high, f"{len(values)} trainings", len(values), p),
-                note=f"ρ after is {alone:.2f} of ρ before, ‖W‖ {norm:.3f} of ‖W‖ before.",
+                "log ρ after the stage less log ρ after random changes of equal KL, mean of draws",
+                log_ratios(rows, which, "random").tolist(),
+                TENTH,
+                f"ρ after is {alone:.2f} of ρ before, ‖W‖ {norm:.3f} of ‖W‖ before.",
             )
         )
     return found
@@ -195,9 +190,10 @@ def draw(rows: list[dict[str, Any]], name: str) -> plt.Figure:
             )
         axes.axhline(1, color="0.5", linewidth=0.7)
         axes.set_xticks(range(len(columns)), columns)
-        axes.set(
-            yscale="log", title=f"cotangents {'before the stage' if which == 'fixed' else which}"
-        )
+        axes.set_yscale("log")
+        for of in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
+            of(ScalarFormatter())
+        axes.set(title=f"cotangents {'before the stage' if which == 'fixed' else which}")
     both[0].set_ylabel("ρ(W) / ρ(W before the stage)")
     draws = len(next(iter(rows[0]["random"].values())))
     figure.suptitle(
