@@ -11,9 +11,9 @@ the policy on the rollout by the same mean KL: Gaussian, or the stage's own chan
 directions turned at random (the same rows' norms and singular values). Body and rollout are those
 before the stage; g is that before it too ("fixed"), or that of each W's own policy ("own").
 
-Verdict:   supported if ρ after the stage is shown to be a tenth or more above ρ after random changes
-           (log ratio, fixed g, mean over the draws; `rulings.above`, over seeds); not supported if
-           it is shown to be less; else undecided.
+Verdict:   supported if ρ after the stage is shown to be a tenth or more above ρ after random
+           changes (log ratio, fixed g, mean over the draws; `rulings.above`, over seeds); not
+           supported if it is shown to be less; else undecided.
 Command:   python experiments/gradient_component.py --runs RUNS --name NAME
 Time:      a second a training of a small model, after half a minute of compiling.
 Expected:  a small increase, most of it by the norm of W.
