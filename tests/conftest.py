@@ -53,11 +53,6 @@ LONGEST += ("ledger", "influence_command", "neural_tangents", "operator", "soak"
 LONGEST += ("resume", "quickstart", "plan", "experiments", "worker")
 
 
-def pytest_xdist_auto_num_workers(config):
-    """One more than cores (-n auto): a worker waits for disks and other processes now and then."""
-    return len(os.sched_getaffinity(0)) + 1 if hasattr(os, "sched_getaffinity") else None
-
-
 def pytest_collection_modifyitems(items):
     place = {f"test_{name}": number for number, name in enumerate(LONGEST)}
     items.sort(key=lambda item: place.get(item.path.stem, len(place)))
