@@ -263,7 +263,7 @@ def test_rl_step_alone(run, untyped, monkeypatch):
     assert 0 < narrow["temporary_bytes"] < wide["temporary_bytes"]
     apart, together = (found["rl_step_sharing_toy"]["costs"][way] for way in ("apart", "together"))
     # 4 rows of 4 + 6 slots, and 2 of 4 + 12: 1.25 of what goes by slots; of attention's pairs 1.47.
-    assert 1.1 < apart["product_flops"] / together["product_flops"] < 1.47
+    assert 1.2 < apart["product_flops"] / together["product_flops"] < 1.3
     rate = found["rl_step_rate_toy"]
     assert rate["model_flops"] == pytest.approx(wide["product_flops"]) and rate["share"] > 0
 

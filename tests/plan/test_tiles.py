@@ -12,7 +12,7 @@ from jaxdyn.plan.tiles import MEMORIES, TILE, small_tiles
 
 
 @pytest.mark.slow
-def test_small_tiles_change_no_count_and_take_less_time():
+def test_small_tiles_change_no_count():
     pytest.importorskip("libtpu")
     worker = Path(__file__).parent / "tiles_worker.py"
     ours = {k: v for k, v in os.environ.items() if k not in ("XLA_FLAGS", "JAX_PLATFORMS")}
@@ -24,7 +24,6 @@ def test_small_tiles_change_no_count_and_take_less_time():
     # Which arrays stay in a core's memory comes out otherwise, and so do these two.
     assert small["own"] == pytest.approx(whole["own"], rel=0.1)
     assert small["bytes"] == pytest.approx(whole["bytes"], rel=0.2)
-    assert small["cpu_seconds"] < whole["cpu_seconds"]
 
 
 def test_what_small_tiles_set_free_is_taken_from_the_whole(monkeypatch):
