@@ -6,7 +6,12 @@ takes about twice as long.
 """
 
 import dataclasses
+import functools
+import itertools
 import json
+import os
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +25,10 @@ from jaxdyn.models import ModelConfig, SequenceHead
 from jaxdyn.models.shapes import SHAPES
 from jaxdyn.plan.demand import Demand, Program, demand_of
 from jaxdyn.plan.figures import figures
-from jaxdyn.plan.meshes import Way, candidates, largest_batch
+from jaxdyn.plan.meshes import Way, candidates, largest_batch, other_batches
 from jaxdyn.plan.programs import Setting
 from jaxdyn.plan.tables import show
-from jaxdyn.plan.topologies import open_topology
+from jaxdyn.plan.topologies import Topology, open_topology
 from jaxdyn.presets import preset
 from jaxdyn.rewards import LearnedReward, RewardConfig
 from jaxdyn.rl import LossConfig
@@ -56,30 +61,51 @@ def run(options: PlanOptions) -> dict[str, Any]:
     scores = scorer is not None
     total = (3 + scores) * len(meshes) + 6 - shape.tied + 4 * (room is not None)
     with (progress := Progress()).start(f"compiling for {topology.name}", total):
-
-        def compile_(program: Program) -> Demand:
-            demand = demand_of(program, topology.hosts, topology.options)
-            progress.advance()
-            return demand
-
-        ways = []
-        for setting in (Setting(shape, config, mesh, scorer) for mesh in meshes):
-            programs = [setting.prefill(), setting.decode(), setting.update("joint")]
-            programs += [setting.reward()] if scores else []
-            ways.append(Way(setting, {program.name: compile_(program) for program in programs}))
+        compile_ = functools.partial(compile_all, topology=topology, progress=progress)
+        settings = [Setting(shape, config, mesh, scorer) for mesh in meshes]
+        stepped = compile_([setting.step() for setting in settings])
+        ways = [Way(*way) for way in zip(settings, map(by_name, stepped), strict=True)]
         ways.sort(key=lambda way: (not way.fits(chip), way.step_seconds(chip)))
         best = ways[0]
-        demands = {
-            program.name: best.demands.get(program.name) or compile_(program)
-            for program in best.setting.programs()
-        }
-        most = None if room is None else largest_batch(best.setting, demands, room, compile_)
+        programs = best.setting.programs()
+        left = [program for program in programs if program.name not in best.demands]
+        larger = [] if room is None else other_batches(best.setting)
+        own, others = compile_([left, [program for _, program in larger]])
+        known = best.demands | by_name(own)
+        demands = {program.name: known[program.name] for program in programs}
+        counted = [(count, demand) for (count, _), demand in zip(larger, others, strict=True)]
+        most = None if room is None else largest_batch(best.setting, demands, room, counted)
 
     found = figures(options.preset, topology, ways, demands, most)
     show(found)
     if options.json:
         write_file(Path(options.json), json.dumps(found, indent=1) + "\n")
     return found
+
+
+AT_A_TIME = 4
+"""Compilations: each takes a few GiB of this machine's memory at 8B parameters, and no compiler
+keeps more than about one and a half cores busy."""
+
+
+def compile_all(
+    groups: Iterable[Sequence[Program]], topology: Topology, progress: Progress
+) -> list[list[Demand]]:
+    """What each program asks of a device, by group; several are compiled at a time."""
+
+    def compile_(program: Program) -> Demand:
+        demand = demand_of(program, topology.hosts, topology.options)
+        progress.advance()
+        return demand
+
+    groups = list(groups)
+    with ThreadPoolExecutor(min(AT_A_TIME, os.cpu_count() or 1)) as pool:
+        found = pool.map(compile_, itertools.chain(*groups))
+        return [list(itertools.islice(found, len(group))) for group in groups]
+
+
+def by_name(demands: Iterable[Demand]) -> dict[str, Demand]:
+    return {demand.name: demand for demand in demands}
 
 
 OWN = {"preset", "topology", "programs"}

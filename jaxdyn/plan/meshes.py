@@ -3,7 +3,7 @@
 import dataclasses
 import itertools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 from jax.sharding import Mesh
 
@@ -93,25 +93,39 @@ def candidates(
     return found[:most]
 
 
+def other_batches(setting: Setting) -> list[tuple[int, Program]]:
+    """Rollout and joint update at one and at two prompts for every part of the batch, by prompts.
+
+    Those of the setting's own number of prompts are left out.
+    """
+    parts, found = setting.mesh.shape["data"] * setting.mesh.shape["fsdp"], []
+    for count in (parts, 2 * parts):
+        if count != setting.run.train.num_prompts:
+            train = dataclasses.replace(setting.run.train, num_prompts=count)
+            other = dataclasses.replace(setting, run=dataclasses.replace(setting.run, train=train))
+            found += [(count, other.rollout()), (count, other.update("joint"))]
+    return found
+
+
 def largest_batch(
-    setting: Setting, demands: dict[str, Demand], room: int, compile_: Callable[[Program], Demand]
+    setting: Setting,
+    demands: dict[str, Demand],
+    room: Number,
+    others: Sequence[tuple[int, Demand]],
 ) -> dict[str, int]:
     """The most prompts a step whose rollout and joint update fit `room` bytes, if peaks are linear.
 
-    Each is compiled at one and at two prompts for every part of the batch.
+    Args:
+      demands: of the setting's own programs, by name.
+      others: of `other_batches`, by prompts.
     """
     parts = setting.mesh.shape["data"] * setting.mesh.shape["fsdp"]
-    most = math.inf
+    own, most = setting.run.train.num_prompts, math.inf
     for name in ("rollout", "stage 2"):
-        peaks = []
-        for count in (parts, 2 * parts):
-            train = dataclasses.replace(setting.run.train, num_prompts=count)
-            run = dataclasses.replace(setting.run, train=train)
-            other = dataclasses.replace(setting, run=run)
-            same = count == setting.run.train.num_prompts
-            program = other.rollout() if name == "rollout" else other.update("joint")
-            peaks.append((demands[name] if same else compile_(program)).peak)
-        slope = max(peaks[1] - peaks[0], 1)
-        most = min(most, 1 + (room - peaks[0]) / slope)
-    prompts = max(0, math.floor(most)) * parts
+        peaks = {own: demands[name].peak} | {
+            count: other.peak for count, other in others if other.name == name
+        }
+        slope = max(peaks[2 * parts] - peaks[parts], 1) / parts
+        most = min(most, parts + (room - peaks[parts]) / slope)
+    prompts = max(0, math.floor(most / parts)) * parts
     return {"num_prompts": prompts, "sequences": prompts * setting.run.train.num_generations}

@@ -204,16 +204,20 @@ class Setting(Inputs):
         lower = lambda: contract.lower(self.view, None, held, held, **model, workspace=WORKSPACE)
         return Program("kernel", lower, {"parameters": self.view, "factors": (held, held)})
 
+    def step(self) -> list[Program]:
+        """Those of which a joint step's time is made (`jaxdyn.plan.meshes`)."""
+        reward = [self.reward()] if self.scorer else []
+        return [self.prefill(), self.decode(), *reward, self.update("joint")]
+
     def programs(self) -> list[Program]:
         """All of them."""
+        *rollout, update = self.step()
         return [
             self.rollout(),
-            self.prefill(),
-            self.decode(),
-            *([self.reward()] if self.scorer else []),
+            *rollout,
             *([self.reference()] if self.run.loss.beta else []),
             *([] if self.config.tied else [self.update("classifier")]),
-            self.update("joint"),
+            update,
             self.propagation(),
             self.factors(),
             self.kernel(),

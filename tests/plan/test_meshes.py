@@ -10,7 +10,7 @@ from jaxdyn.commands.plan_options import PlanOptions
 from jaxdyn.distributed import make_mesh
 from jaxdyn.models.shapes import SHAPES
 from jaxdyn.plan.demand import Demand
-from jaxdyn.plan.meshes import candidates, largest_batch
+from jaxdyn.plan.meshes import candidates, largest_batch, other_batches
 from jaxdyn.plan.programs import Setting
 from jaxdyn.plan.topologies import Topology
 from jaxdyn.sections import MeshConfig
@@ -54,20 +54,17 @@ def test_a_batch_that_suits_no_mesh_is_told_why_the_first_does_not():
 def test_the_largest_batch_of_two_lines(room, prompts):
     mesh = make_mesh(MeshConfig(2, 2, 1), jax.devices()[:4])
     setting = Setting(TINY, planned_run(PlanOptions("tiny", num_prompts=8)), mesh)
-    compiled = []
-
-    def compile_(program):
-        compiled.append(program.name)
-        return demand(program.name, 4)
 
     def demand(name, prompts):
         slope, start = (50, 0) if name == "rollout" else (100, 1000)
         return Demand(name, {}, 0, 0, start + slope * prompts)
 
+    # at four prompts: those at eight are there
+    others = [(count, program.name) for count, program in other_batches(setting)]
+    assert others == [(4, "rollout"), (4, "stage 2")]
     given = {name: demand(name, 8) for name in ("rollout", "stage 2")}
-    found = largest_batch(setting, given, room, compile_)
+    found = largest_batch(setting, given, room, [(n, demand(name, n)) for n, name in others])
     assert found == {"num_prompts": prompts, "sequences": 8 * prompts}
-    assert compiled == ["rollout", "stage 2"]  # at four prompts: those at eight are there
 
 
 def test_the_options_have_a_runs_defaults():
