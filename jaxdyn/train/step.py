@@ -110,9 +110,14 @@ def rate_of(task: Task, stage: Stage, step: int) -> float:
 
 
 def progress_of(task: Task, stage: Stage, step: int, rate: float) -> dict[str, Any]:
-    """Where in the run a step lies."""
+    """Where in the run a step lies, and the learning rate of what it moves; the classifier's own
+    beside the body's, where they differ."""
+    own = rate * task.config.optim.classifier_multiplier
+    rates = {"learning_rate": own if stage.name == "classifier" else rate}
+    if stage.name != "classifier" and own != rate:
+        rates["learning_rate/classifier"] = own
     return {
-        "learning_rate": rate,
+        **rates,
         "epoch": (step + 1) * task.config.train.num_prompts / len(task.train),
         "cfrl/stage": stage.number,
     }

@@ -1,11 +1,13 @@
 """Whole tiny runs: every kind of loss and schedule, and what their logs say."""
 
+import dataclasses
 import json
 
 import numpy as np
 import pytest
 import tiny_runs
 
+from jaxdyn.optim import OptimConfig, stages
 from jaxdyn.train import analyze, export, open_run, policy, run_rl, step
 from jaxdyn.train.checkpoint import Checkpoints
 from jaxdyn.types import JaxdynError
@@ -28,6 +30,29 @@ def test_a_run_writes_a_line_a_step_and_its_stages(joint_run, first_run):
     decay = lambda n: [3e-3 * (1 - i / n) for i in range(n)]
     rates = [1.5e-3, *decay(2), 1.5e-3, *decay(5)]
     np.testing.assert_allclose([line["learning_rate"] for line in first[1:]], rates, rtol=1e-6)
+
+
+def test_the_learning_rate_that_is_logged_is_that_of_what_moves(first_run):
+    """The classifier's own, and in joint training beside the body's, where they differ."""
+    optim = OptimConfig(
+        schedule="classifier_first",
+        classifier_steps=2,
+        learning_rate=1e-3,
+        classifier_learning_rate=6e-3,
+        classifier_multiplier=4.0,
+    )
+    with open_run(first_run) as run:
+        config = dataclasses.replace(run.config, optim=optim)
+        task = dataclasses.replace(run.task, config=config)
+
+    def logged(stage):
+        rate = step.rate_of(task, stage, stage.start)
+        found = step.progress_of(task, stage, stage.start, rate)
+        return {name: value for name, value in found.items() if "learning_rate" in name}
+
+    first, joint = stages("classifier_first", 3, 2)
+    assert logged(first) == {"learning_rate": pytest.approx(6e-3)}
+    assert logged(joint) == {"learning_rate": 1e-3, "learning_rate/classifier": 4e-3}
 
 
 def test_the_classifier_stage_leaves_the_features_where_they_were(first_run):
