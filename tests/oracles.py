@@ -79,6 +79,19 @@ def adapted_model(name, dtype=jnp.float64, **where):
     return model, jax.tree_util.tree_map_with_path(draw, params)
 
 
+def branching_sites() -> Sites:
+    """Six sites of three sequences of one prompt and two of another, of which one has none."""
+    rng = np.random.default_rng(8)
+    prompts = rng.integers(0, VOCAB, (2, 6))[[0, 0, 1, 0, 1]]
+    tokens = np.concatenate([prompts, rng.integers(0, VOCAB, (5, 3))], axis=1)
+    mask = np.ones((5, 9), bool)
+    mask[[2, 4], :2], mask[3, 8] = False, False
+    rows, positions = np.array([0, 0, 1, 2, 3, 3]), np.array([5, 7, 6, 5, 5, 6])
+    ids = lambda x: jnp.asarray(x, jnp.int32)
+    places = ids(rows), ids(positions), ids(rng.integers(0, VOCAB, 6))
+    return Sites(ids(tokens), jnp.asarray(mask), *places, jnp.asarray(positions == 5))
+
+
 def tiny_sites():
     """Five sites in three sequences, padded on the left and on the right."""
     rng = np.random.default_rng(1)

@@ -96,7 +96,7 @@ def every_token(rollout: Rollout) -> Sites:
 
 
 def batches(model: LanguageModel, sites: Sites, budget: int) -> list[Batch]:
-    return batches_of_texts(model, sites, np.zeros((len(sites.rows), 0), np.int32), budget)
+    return batches_of_texts(model, sites, np.zeros((len(sites.rows), 0), np.int32), budget, False)
 
 
 def scorer(model: LanguageModel, batch: Batch) -> Callable[[View], jax.Array]:

@@ -10,7 +10,7 @@ from jaxtyping import Int
 from jaxdyn.dynamics.ledger_path import batches_of_texts
 from jaxdyn.hosts import fetch
 from jaxdyn.kernels.execution import DEFAULT_BUDGET
-from jaxdyn.kernels.operator import site_features
+from jaxdyn.kernels.operator import site_features, sites_of
 from jaxdyn.types import Model, Params, Sites
 
 
@@ -38,7 +38,7 @@ def most_changed_tokens(
     views = model.view(before), model.view(after)
     ids = np.zeros((len(sites.rows), count), np.int32)
     nothing = np.zeros((len(sites.rows), 0), np.int32)
-    for batch in batches_of_texts(model, sites, nothing, memory_budget):
+    for batch in batches_of_texts(model, sites, nothing, memory_budget, share=True):
         found = fetch(_changed(model, *views, batch.sites, count // 2))
         ids[batch.numbers] = found  # a site that comes again gets the same
     return ids
@@ -47,7 +47,7 @@ def most_changed_tokens(
 @functools.partial(jax.jit, static_argnums=(0, 4))
 def _changed(model, before, after, sites, half):
     def probabilities(view):
-        phi = site_features(model, view["backbone"], Sites(**sites))
+        phi = site_features(model, view["backbone"], sites_of(sites))
         return jax.nn.softmax(model.logits(view["classifier"], phi))
 
     change = probabilities(after) - probabilities(before)

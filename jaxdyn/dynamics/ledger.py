@@ -92,7 +92,7 @@ def ledger(
     """The account of every change from one checkpoint to the next, at the sites.
 
     Beside the model's pass it takes three copies of the parameters, if `checkpoints` gives them
-    one by one and keeps none.
+    one by one and keeps none. Without layers, completions of one prompt share the prompt's pass.
 
     Args:
       model: a `LanguageModel`; its dtype is that of the passes. Differences of a bfloat16 pass are
@@ -128,7 +128,7 @@ def ledger(
     at_once = max(1, budget // 8 // nbytes(start))
     request = Request(through, tuple(by_layer), tuple(by_token), at_once)
     ids = np.zeros((len(sites.rows), 0), np.int32) if token_ids is None else np.asarray(token_ids)
-    batches = batches_of_texts(model, sites, ids, budget)
+    batches = batches_of_texts(model, sites, ids, budget, share=not (by_layer or by_token))
     head = start["classifier"]
     seen = [[look(model, start, head, batch) for batch in batches]]
     batches = [b._replace(start=phi) for b, (phi, _) in zip(batches, seen[0], strict=True)]
@@ -206,10 +206,10 @@ def _assemble(
     places = np.zeros(0)
     if request.by_token:
         places = np.stack([by_site([x["places"] for x in of_one], 2) for of_one in accounts])
-    nodes = np.zeros((len(accounts), texts), np.int32)
+    nodes, rows = np.zeros((len(accounts), texts), np.int32), np.asarray(sites.rows)
     for of_segment, of_one in zip(nodes, accounts, strict=True):
         for batch, x in zip(batches, of_one, strict=True):
-            of_segment[batch.texts[batch.texts >= 0]] = x["nodes"]
+            of_segment[rows[batch.numbers]] = x["nodes"]
     return Ledger(
         values={name: values[:, q] for q, name in enumerate(QUANTITIES)},
         parts={

@@ -27,7 +27,7 @@ from jaxdyn.dynamics.precision import exact_products
 from jaxdyn.hosts import fetch
 from jaxdyn.kernels.execution import Execution
 from jaxdyn.kernels.memory import opened_bytes
-from jaxdyn.kernels.operator import batches_of, site_features
+from jaxdyn.kernels.operator import batches_of, site_features, sites_of
 from jaxdyn.kernels.store import Store, digest
 from jaxdyn.types import COMPONENTS, Model, Params, Sites, View
 
@@ -58,7 +58,8 @@ class Batch(NamedTuple):
     """S sites of some of the texts, with φ⁰ [S, D] once it is known; `sites` by field.
 
     token_ids [S, A]; `real` [S] is 1 where a site is there for the first time, else 0; `numbers`
-    [S] says which of all sites they are, `texts` [B'] which of all texts these are (-1: again).
+    [S] says which of all sites they are, `texts` [B'] which of all texts the rows are (-1: again;
+    of rows that branch, one of each).
     """
 
     sites: dict[str, Any]
@@ -76,8 +77,13 @@ class Seen(NamedTuple):
     observed: Observed
 
 
-def batches_of_texts(model: Model, sites: Sites, token_ids: np.ndarray, budget: int) -> list[Batch]:
+def batches_of_texts(
+    model: Model, sites: Sites, token_ids: np.ndarray, budget: int, share: bool
+) -> list[Batch]:
     """The sites by batches of their texts, of one shape, under a budget of bytes a batch.
+
+    To `share`, texts of one prompt become one row that branches, where that saves enough; what is
+    summed over a text by layers cannot, as it is in the prompt's slots too.
 
     Raises:
       JaxdynError: if the budget is too small for one text, and as `site_rows`.
@@ -88,10 +94,8 @@ def batches_of_texts(model: Model, sites: Sites, token_ids: np.ndarray, budget: 
         """Of the opened pass, and of a dozen arrays of the logits' size."""
         return sum(opened_bytes(model, slots)) + 12 * most * model.config.vocab_size * wide
 
-    # Layers are opened and texts summed row by row: no two share one.
-    found = batches_of(
-        model, sites, "sites", Execution(memory_budget=budget), text_bytes, share=False
-    )
+    execution = Execution(memory_budget=budget)
+    found = batches_of(model, sites, "sites", execution, text_bytes, share=share)
     rows = np.asarray(sites.rows)
     batches = []
     for i, (numbers, real) in enumerate(zip(found.numbers, found.real, strict=True)):
@@ -117,7 +121,7 @@ def look(model: Model, view: View, head: Params, batch: Batch) -> Seen:
 @functools.partial(jax.jit, static_argnums=0)
 @exact_products
 def _look(model, view, head, sites, token_ids, start):
-    phi = site_features(model, view["backbone"], Sites(**sites))
+    phi = site_features(model, view["backbone"], sites_of(sites))
     at = _at(model, head, sites, token_ids, phi if start is None else start)
     return Seen(phi, observe(at, model.logits(view["classifier"], phi)))
 
@@ -126,7 +130,7 @@ def _look(model, view, head, sites, token_ids, start):
 @exact_products
 def node(model, request: Request, view, change, head, sites, token_ids, start, real):
     """ḣ at a point of the straight line in parameters, along its change; arrays by name."""
-    at, sites = _at(model, head, sites, token_ids, start), Sites(**sites)
+    at, sites = _at(model, head, sites, token_ids, start), sites_of(sites)
     body = lambda psi: site_features(model.unfused, psi, sites)
     phi, d_phi = jax.jvp(body, (view["backbone"],), (change["backbone"],))
     parts = observed_parts(model, at, view["classifier"], change["classifier"], phi, d_phi)

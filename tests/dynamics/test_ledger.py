@@ -15,6 +15,7 @@ from flax.traverse_util import flatten_dict
 from scipy.integrate import quad_vec
 
 from jaxdyn.dynamics import ledger
+from jaxdyn.dynamics.ledger_path import batches_of_texts
 from jaxdyn.models import LanguageModel
 from jaxdyn.types import JaxdynError
 
@@ -240,6 +241,26 @@ def test_batches_and_finished_blocks_change_nothing(x64, tmp_path):
         np.testing.assert_allclose(flat(ledger_again)[field], x, atol=1e-12, err_msg=field)
     with pytest.raises(JaxdynError, match="another kernel"):
         ledger(model, [before, changed(before, 4)], SITES, **small)
+
+
+def test_texts_of_a_prompt_share_its_pass_where_no_layers_are_asked_for(x64):
+    """With layers each text has a row of its own, and the components are the same."""
+    model, before = oracles.tiny_model("llama-tied")
+    trees, sites = [before, changed(before, 3)], oracles.branching_sites()
+    ids = np.arange(12).reshape(6, 2)
+    texts = lambda share: batches_of_texts(model, sites, ids, 2**30, share)
+    assert [x.sites["tokens"].shape for x in texts(True)] == [(2, 6 + 3 * 3)]
+    assert [x.sites["tokens"].shape for x in texts(False)] == [(4, 9)]
+    shared = ledger(model, trees, sites, token_ids=ids)
+    apart = ledger(model, trees, sites, token_ids=ids, by_layer=("entropy",))
+    for name in SMOOTH:
+        assert np.abs(apart.change(name)).min() > 0
+        for part, wanted in apart.parts[name].items():
+            np.testing.assert_allclose(shared.parts[name][part], wanted, rtol=1e-10, atol=1e-14)
+    for part, wanted in apart.token_parts.items():
+        np.testing.assert_allclose(shared.token_parts[part], wanted, rtol=1e-10, atol=1e-14)
+    np.testing.assert_array_equal(shared.nodes, apart.nodes)
+    assert shared.nodes[0, 4] == 0 < shared.nodes[0, :4].min()
 
 
 def test_a_segment_in_which_nothing_happened_has_nothing(x64):

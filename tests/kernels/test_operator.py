@@ -106,21 +106,11 @@ def test_batches_change_nothing(sequences, x64):
 def test_a_prompt_is_passed_once_for_its_sequences(name, x64, monkeypatch):
     """Three sequences of one prompt and two of another, of which one has no site."""
     model, params = oracles.tiny_model(name)
-    rng = np.random.default_rng(8)
-    prompts = rng.integers(0, V, (2, 6))[[0, 0, 1, 0, 1]]
-    tokens = np.concatenate([prompts, rng.integers(0, V, (5, 3))], axis=1)
-    mask = np.ones((5, 9), bool)
-    mask[[2, 4], :2], mask[3, 8] = False, False
-    rows, positions = np.array([0, 0, 1, 2, 3, 3]), np.array([5, 7, 6, 5, 5, 6])
-    ids = lambda x: jnp.asarray(x, jnp.int32)
-    sites = Sites(
-        ids(tokens), jnp.asarray(mask), ids(rows), ids(positions),
-        ids(rng.integers(0, V, 6)), jnp.asarray(positions == 5),
-    )  # fmt: skip
+    sites = oracles.branching_sites()
     joined = branches.branched(sites)
     assert joined.tokens.shape == (2, 6 + 3 * 3)
-    assert joined.mask.completions.sum() == mask[:4, 6:].sum()
-    field = rng.standard_normal((6, V))
+    assert joined.mask.completions.sum() == sites.mask[:4, 6:].sum()
+    field = np.random.default_rng(8).standard_normal((6, V))
     found = apply_kernel(model, params, sites, field)
     monkeypatch.setattr(branches, "LEAST_GAIN", np.inf)
     assert branches.branched(sites) is sites
