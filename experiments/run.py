@@ -1,7 +1,7 @@
 """All of it on one model: the trainings, every claim's script, and the page of findings.
 
 Command:   python experiments/run.py anagram [--seeds 12] [--size full]
-           python experiments/run.py stories --model DIRECTORY --seeds 3
+           python experiments/run.py stories --model DIRECTORY
 Time:      of the anagram model two hours on two CPU cores; most of it the trainings.
 Expected:  runs in runs/findings/PRESET, answers in experiments/results/findings/NAME, the page in
            docs/findings.md. What is there is left as it is, so that what was stopped goes on. A

@@ -50,7 +50,7 @@ gc.set_threshold(200_000, 20, 20)
 # given out last should be short.
 LONGEST = ("processes", "quantities", "sharded", "benchmarks", "kill", "sketch", "public_doors")
 LONGEST += ("ledger", "influence_command", "neural_tangents", "operator", "soak", "docs", "rl")
-LONGEST += ("resume", "quickstart", "plan", "experiments", "worker")
+LONGEST += ("resume", "quickstart", "plan", "worker")
 
 
 def pytest_collection_modifyitems(items):

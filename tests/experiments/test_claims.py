@@ -73,6 +73,18 @@ def test_every_arm_is_a_configuration(arm, runs):
     assert config.kind == ("sft" if arm in trainings.SUPERVISED else "rl")
 
 
+@pytest.mark.parametrize("preset", ["stories", "chat"])
+def test_a_model_of_others_is_trained_in_as_many_steps_by_every_arm(preset, tmp_path):
+    """But for the classifier stage's, which come on top."""
+    of = lambda arm: trainings.config_of(preset, arm, tmp_path, tmp_path / "model", 3)
+    plain = of("joint")
+    for arm in trainings.OF_PRESET[preset]:
+        config = of(arm)
+        assert (config.seed, config.train, config.data) == (3, plain.train, plain.data), arm
+        assert config.model.path == str(tmp_path / "model"), arm
+        assert config.optim.classifier_steps == plain.optim.classifier_steps > 0, arm
+
+
 def test_shuffled_rewards_stay_in_their_group():
     prompts = ["a="] * 4 + ["b="] * 4
     texts, scores = [f"t{i}" for i in range(8)], [0.0, 1.0, 2.0, 3.0, 10.0, 11.0, 12.0, 13.0]
