@@ -82,7 +82,7 @@ def write(account: Account, options: InfluenceOptions, output: Path) -> Path:
     page = output / "influence.html"
     shown: dict[Path, str] = {}
     if account.ledger is not None:
-        shown = pages_of(saved, account.ledger, account.tokenizer, account.sites, page)
+        shown = pages_of(saved, account.ledger, account.tokenizer, page)
     # The first says whose the files beside it are.
     described = json.dumps(told | summary, indent=1) + "\n"
     write_files({path: saved.packed(), output / "influence.json": described, **shown})

@@ -9,7 +9,7 @@ import numpy as np
 
 from jaxdyn.commands.influence_momentum import Momentum, stacked
 from jaxdyn.commands.influence_options import InfluenceOptions
-from jaxdyn.commands.influence_page import step_ledger
+from jaxdyn.commands.influence_page import StepLedger, step_ledger
 from jaxdyn.commands.influence_places import (
     Related,
     batch_sites,
@@ -22,7 +22,6 @@ from jaxdyn.commands.kernel_places import require_context
 from jaxdyn.commands.text_options import bytes_of
 from jaxdyn.data import encode_prompts, encode_supervised, read_scored
 from jaxdyn.dynamics import (
-    Ledger,
     contributions,
     influence,
     own_tokens,
@@ -52,7 +51,7 @@ class Account(NamedTuple):
     texts: dict[str, Any]
     about: dict[str, Any]
     tokenizer: Any
-    ledger: Ledger | None = None  # at every token of the sites' completions, of a step
+    ledger: StepLedger | None = None
 
 
 def step_of(options: InfluenceOptions, saved: SavedRun) -> int:

@@ -2,14 +2,15 @@
 
 import dataclasses
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
 
 import jaxdyn
+from jaxdyn.commands.ledger_texts import token_pieces
 from jaxdyn.data import Tokenizer
-from jaxdyn.dynamics import Ledger, ledger
+from jaxdyn.dynamics import Ledger, ledger, most_changed_tokens
 from jaxdyn.report.influence_file import FUNCTIONS, SavedInfluence
 from jaxdyn.report.ledger_file import SavedLedger
 from jaxdyn.report.microscope import Influence, microscope_pages
@@ -36,17 +37,42 @@ def every_token(sites: Sites) -> Sites:
     )
 
 
-def step_ledger(model: Model, before: Params, after: Params, sites: Sites, budget: int) -> Ledger:
-    """What the step did at every token of the sites' completions, by component."""
-    given = iter([before, after])
-    return ledger(model, given, every_token(sites), through="features", memory_budget=budget)
+ALTERNATIVES = 8
+"""Other tokens that are followed at each place, half of them raised, half lowered."""
+
+
+class StepLedger(NamedTuple):
+    """What a step did at N `sites`, those of every token of some completions, by component; and of
+    A other tokens there, `alternatives` [N, A]."""
+
+    sites: Sites
+    account: Ledger
+    alternatives: np.ndarray
+
+
+def step_ledger(
+    model: Model, before: Params, after: Params, sites: Sites, budget: int
+) -> StepLedger:
+    """At every token of the completions that hold the sites."""
+    whole = every_token(sites)
+    count = min(ALTERNATIVES, model.config.vocab_size // 2 * 2)
+    ids = most_changed_tokens(model, before, after, whole, count, budget)
+    found = ledger(
+        model,
+        iter([before, after]),
+        whole,
+        token_ids=ids,
+        through="features",
+        memory_budget=budget,
+    )
+    return StepLedger(whole, found, ids)
 
 
 def pages_of(
-    saved: SavedInfluence, found: Ledger, tokenizer: Tokenizer, sites: Sites, path: Path
+    saved: SavedInfluence, step: StepLedger, tokenizer: Tokenizer, path: Path
 ) -> dict[Path, str]:
     """The page at `path`, and those it is continued on."""
-    whole = every_token(sites)
+    whole, found, ids = step
     fields = [field.name for field in dataclasses.fields(Sites)]
     arrays: dict[str, Any] = {name: np.asarray(getattr(whole, name)) for name in fields}
     rows, positions, targets = (arrays[name] for name in ("rows", "positions", "targets"))
@@ -55,7 +81,6 @@ def pages_of(
     prompt = lambda row: tokenizer.decode(
         arrays["tokens"][row, : starts[row] + 1][arrays["mask"][row, : starts[row] + 1]].tolist()
     )
-    nothing = np.zeros((len(rows), 0))
     seen = SavedLedger(
         **arrays,
         prompts=np.array(
@@ -66,8 +91,8 @@ def pages_of(
         ),
         names=np.array([f"before {saved.about['model']}", "after it"], np.str_),
         nodes=found.nodes,
-        alternatives=nothing.astype(np.int32),
-        alternative_pieces=nothing.astype(np.str_),
+        alternatives=ids,
+        alternative_pieces=token_pieces(tokenizer, ids),
         alternative_values=found.token_values,
         alternative_parts=found.token_parts,
         values=found.values,

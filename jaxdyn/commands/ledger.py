@@ -18,7 +18,7 @@ from rich.table import Table
 import jaxdyn
 from jaxdyn.commands.checkpoints import Checkpoints, open_checkpoints
 from jaxdyn.commands.ledger_options import LedgerOptions
-from jaxdyn.commands.ledger_texts import LedgerTexts, texts_of
+from jaxdyn.commands.ledger_texts import LedgerTexts, texts_of, token_pieces
 from jaxdyn.commands.output import BLOCKS, finish, is_finished, refuse_finished, tidy
 from jaxdyn.commands.text_options import bytes_of
 from jaxdyn.dynamics import Ledger, ledger, most_changed_tokens
@@ -105,9 +105,6 @@ def to_save(
 ) -> SavedLedger:
     """Everything needed to read the ledger again, as host arrays."""
     sites = {f.name: np.asarray(getattr(texts.sites, f.name)) for f in dataclasses.fields(Sites)}
-    tokenizer = checkpoints.tokenizer
-    reads_as = {int(i): "".join(tokenizer.pieces([int(i)])) for i in np.unique(ids)}
-    pieces = np.array([[reads_as[int(i)] for i in row] for row in ids], np.str_)
     return SavedLedger(
         **sites,
         prompts=np.array(texts.prompts, np.str_),
@@ -115,7 +112,7 @@ def to_save(
         names=np.array(checkpoints.names, np.str_),
         nodes=found.nodes,
         alternatives=ids,
-        alternative_pieces=pieces.reshape(ids.shape),
+        alternative_pieces=token_pieces(checkpoints.tokenizer, ids),
         alternative_values=found.token_values,
         alternative_parts=found.token_parts,
         values=found.values,

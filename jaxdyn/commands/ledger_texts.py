@@ -6,6 +6,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Int
 
 from jaxdyn.commands.checkpoints import Checkpoints
 from jaxdyn.commands.kernel_places import require_context
@@ -91,3 +92,10 @@ def pieces_of(tokenizer: Tokenizer, sites: Sites, count: int) -> list[str]:
     """What every site's token adds to its text."""
     rows, targets = np.asarray(sites.rows), np.asarray(sites.targets)
     return [x for b in range(count) for x in tokenizer.pieces(targets[rows == b].tolist())]
+
+
+def token_pieces(tokenizer: Tokenizer, ids: Int[np.ndarray, "N A"]) -> np.ndarray:
+    """What each token reads as by itself, [N, A]."""
+    found, places = np.unique(ids, return_inverse=True)
+    texts = np.array(["".join(tokenizer.pieces([int(i)])) for i in found], np.str_)
+    return texts[places].reshape(ids.shape)

@@ -42,6 +42,7 @@ function byComponent(ledger, i) {
 function alternatives(ledger, i) {
   const { alternatives, alternative_parts, alternative_pieces, alternative_values } = ledger;
   const wide = alternatives.shape[1], stride = ledger.size * wide;
+  if (!wide) return [];
   const all = Array.from({ length: wide }, (_, a) => {
     const j = i * wide + a;
     const logs = [ledger.from, ledger.to].map((k) => alternative_values[k * stride + j]);
