@@ -12,6 +12,7 @@ from pathlib import Path
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # its threads wait for work by spinning
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)  # processes that tests start write theirs down
 # Programs that run once on a few numbers: what takes time is to compile them, so plainly, here and
 # in processes that tests start. The memory and flops that XLA counts hardly change (below 0.1 %).
 os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
@@ -48,14 +49,19 @@ gc.set_threshold(200_000, 20, 20)
 
 # The files that take longest, which are given out first, in their order (--dist loadfile): what is
 # given out last should be short.
-LONGEST = ("processes", "quantities", "sharded", "benchmarks", "kill", "sketch", "public_doors")
-LONGEST += ("ledger", "influence_command", "neural_tangents", "operator", "soak", "docs", "rl")
-LONGEST += ("resume", "quickstart", "plan", "worker")
+LONGEST = ("processes", "benchmarks", "quantities", "sharded", "kill", "sketch", "public_doors")
+LONGEST += ("ledger", "quickstart", "claims", "influence_command", "retake", "neural_tangents")
+LONGEST += ("losses", "rl", "operator", "docs", "killed_writers", "lora_runs", "resume", "plan")
+LONGEST += ("device", "soak", "worker")
 
 
 def pytest_collection_modifyitems(items):
     place = {f"test_{name}": number for number, name in enumerate(LONGEST)}
     items.sort(key=lambda item: place.get(item.path.stem, len(place)))
+
+
+def pytest_collection_finish():
+    gc.freeze()  # modules stay: nobody looks through them again
 
 
 def pytest_sessionfinish():
@@ -91,6 +97,6 @@ def memory_maps() -> int:
 def _release_compiled_programs():
     """Free programs now and then: each holds memory maps, of which a process may have 65,530."""
     yield
-    if memory_maps() > 20_000:
+    if memory_maps() > 45_000:
         jax.clear_caches()
         gc.collect()
