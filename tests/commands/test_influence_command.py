@@ -104,6 +104,20 @@ def test_the_page_has_every_token_and_at_the_sites_who_moved_them(own_step):
     for q, function in enumerate(("log_prob", "entropy")):
         parts = sum(moved.contributions[function].values())
         np.testing.assert_array_equal(parts, saved.total[q])
+    # Of the other tokens, half gained most and half lost most; the parts say how.
+    logs = np.float64(found.alternative_values)
+    gained = np.diff(np.exp(logs), axis=0)[0]
+    half = gained.shape[1] // 2
+    assert gained.shape == found.alternatives.shape == (len(found.rows), 8)
+    assert (gained[:, 0] > 0).all() and (gained[:, half] < 0).all()
+    assert (np.diff(gained[:, :half]) <= 0).all() and (np.diff(gained[:, half:]) >= 0).all()
+    by_part = sum(found.alternative_parts.values())
+    np.testing.assert_allclose(by_part, np.diff(logs, axis=0), rtol=0, atol=1e-5)
+    own = found.alternatives == found.targets[:, None]
+    assert own.any()
+    ids, pieces = (x[own] for x in (found.alternatives, found.alternative_pieces))
+    reads = dict(zip(found.targets.tolist(), found.pieces.tolist(), strict=True))
+    assert [reads[i] for i in ids.tolist()] == pieces.tolist()
 
 
 def test_a_step_at_its_own_completions(tied_run, own_step):
