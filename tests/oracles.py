@@ -57,14 +57,19 @@ def shapes_of(config):
 
 def tiny_model(name, dtype=jnp.float64):
     """A model and random parameters far from their small initial values."""
-    model = LanguageModel({**CONFIGS, **NORMED}[name], dtype)
-    shapes = shapes_of(model.config)
+    config = {**CONFIGS, **NORMED}[name]
+    return LanguageModel(config, dtype), jax.tree.map(lambda x: x, drawn(config, dtype))
+
+
+@functools.cache
+def drawn(config, dtype):
+    shapes = shapes_of(config)
     rng = np.random.default_rng(0)
-    gain = 0.0 if model.config.norm == "zero_centered_rms" else 1.0
+    gain = 0.0 if config.norm == "zero_centered_rms" else 1.0
     draw = lambda path, x: jnp.asarray(
         (gain if "scale" in str(path) else 0.0) + 0.3 * rng.standard_normal(x.shape), dtype
     )
-    return model, jax.tree_util.tree_map_with_path(draw, shapes)
+    return jax.tree_util.tree_map_with_path(draw, shapes)
 
 
 def adapted_model(name, dtype=jnp.float64, **where):
