@@ -35,20 +35,11 @@ def meet(directory: str) -> None:
         Path(directory, f"met{number}").touch()
 
 
-def kernel(output: str) -> None:
-    """Save kernels between sites of random sequences, and the number of tiles this process made.
-
-    The parameters are every process's own, then divided among all of them.
-    """
-    from jaxdyn import kernels
-    from jaxdyn.distributed import Layout, make_mesh, shard_model
-    from jaxdyn.distributed.processes import start_processes
+def problem():
+    """A model, its parameters, and sites of random sequences."""
     from jaxdyn.models import LanguageModel, gpt_neox
-    from jaxdyn.sections import MeshConfig
     from jaxdyn.types import Sites
 
-    number = start_processes()
-    jax.config.update("jax_enable_x64", True)
     model = LanguageModel(
         gpt_neox(20, width=8, num_layers=1, num_heads=2, rotary_fraction=1.0), jnp.float64
     )
@@ -56,7 +47,22 @@ def kernel(output: str) -> None:
     tokens = np.random.default_rng(0).integers(0, 20, (5, 6)).astype(np.int32)
     n = jnp.arange(5, dtype=jnp.int32)
     nowhere = jnp.zeros(5, bool)
-    sites = Sites(jnp.asarray(tokens), jnp.ones((5, 6), bool), n, n, 2 * n, nowhere)
+    return model, params, Sites(jnp.asarray(tokens), jnp.ones((5, 6), bool), n, n, 2 * n, nowhere)
+
+
+def kernel(output: str) -> None:
+    """Save kernels between sites, and the number of tiles this process made.
+
+    The parameters are every process's own, then divided among all of them.
+    """
+    from jaxdyn import kernels
+    from jaxdyn.distributed import Layout, make_mesh, shard_model
+    from jaxdyn.distributed.processes import start_processes
+    from jaxdyn.sections import MeshConfig
+
+    number = start_processes()
+    jax.config.update("jax_enable_x64", True)
+    model, params, sites = problem()
     count = jax.process_count()
     layout = Layout(make_mesh(MeshConfig(tensor=count, fsdp=1, devices=count)))
     options = {"method": "gram", "blocks": Path(output, "blocks")}

@@ -10,16 +10,21 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import jax
 import numpy as np
+import process_worker
 import pytest
 import tiny_runs
 
+from jaxdyn import kernels
+from jaxdyn.cli import main
 from jaxdyn.distributed import processes
 from jaxdyn.distributed.processes import Cluster, NotJoined, find_cluster, take_roll_call
 from jaxdyn.grammar import save_config
+from jaxdyn.train import task
 from jaxdyn.types import JaxdynError
 
-WORKER = Path(__file__).parent / "process_worker.py"
+WORKER = process_worker.__file__
 
 
 def free_port() -> int:
@@ -186,7 +191,7 @@ class Started:
         for index, log in enumerate(self.logs):
             mine = {"JAXDYN_DISTRIBUTED": f"{address},{count},{index}"}
             with open(log, "wb") as file:
-                command = [sys.executable, str(WORKER), *arguments]
+                command = [sys.executable, WORKER, *arguments]
                 environment = common | mine | variables
                 self.processes.append(
                     subprocess.Popen(command, env=environment, stdout=file, stderr=file)
@@ -246,16 +251,22 @@ def place(tmp_path_factory):
     return root
 
 
-def rl(place: Path, name: str, count: int, each: int = 1, **mesh: int) -> tuple:
-    """The arguments of `Started` for the run."""
+def rl(place: Path, name: str, **mesh: int) -> list[str]:
+    """The words of the run's command."""
     sizes = [f"--mesh.{axis}={size}" for axis, size in mesh.items()]
-    where = ["--config", str(place / "config.json"), "--output", str(place / name)]
-    return (place, count, each, "rl", *where, *sizes)
+    return ["rl", "--config", str(place / "config.json"), "--output", str(place / name), *sizes]
+
+
+def run_here(*command) -> None:
+    """The run by this process alone, on one device."""
+    with jax.enable_x64(True), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(task, "open_model", process_worker.wide(task.open_model))
+        main(rl(*command))
 
 
 @pytest.fixture(scope="module")
 def alone(place):
-    run_to_the_end(*rl(place, "alone", 1))
+    run_here(place, "alone")
     return place / "alone"
 
 
@@ -283,7 +294,7 @@ GLOO = re.compile(
 @pytest.mark.slow
 def test_processes_do_what_one_does(place, alone):
     """Two, with matrices across them; below, with rows."""
-    first, other = run_to_the_end(*rl(place, "both", 2, fsdp=1, tensor=2, devices=2))
+    first, other = run_to_the_end(place, 2, 1, *rl(place, "both", fsdp=1, tensor=2, devices=2))
     assert_same_numbers(place / "both", alone)
     assert f"run: {place / 'both'}" in first and "3/3  reward" in first
     assert GLOO.sub("", other) == ""
@@ -296,32 +307,32 @@ def test_two_processes_are_preempted_and_one_goes_on(place, alone):
     Each holds half of every parameter, on two devices; one then reads it together.
     """
     metrics = place / "two" / "metrics.jsonl"
-    with Started(*rl(place, "two", 2, 2, fsdp=2, tensor=2, devices=4)) as started:
+    with Started(place, 2, 2, *rl(place, "two", fsdp=2, tensor=2, devices=4)) as started:
         started.wait_until(lambda: metrics.exists() and '"step": 0' in metrics.read_text())
         started.processes[1].send_signal(signal.SIGTERM)
         assert started.codes() == [75, 75], started.said()
         assert "preempted; " in started.said()[0]
     assert 0 <= tiny_runs.lines(place / "two", "metrics.jsonl")[-1]["step"] < 2
-    run_to_the_end(*rl(place, "two", 1))
+    run_here(place, "two")
     assert_same_numbers(place / "two", alone)
 
 
 @pytest.mark.slow
 def test_kernels_of_many_processes(tmp_path):
     """Tiles of every process's own, tiles found on disk, tiles of a model that is divided."""
-    for count in (1, 2):
-        (tmp_path / str(count)).mkdir()
-        with Started(tmp_path, count, 1, "kernel", str(tmp_path / str(count))) as started:
-            assert set(started.codes()) == {0}, "\n".join(started.said())
-    assert len(list((tmp_path / "2" / "blocks").glob("tile_*.npz"))) == 3  # of a symmetric 2 x 2
+    run_to_the_end(tmp_path, 2, 1, "kernel", str(tmp_path))
+    assert len(list((tmp_path / "blocks").glob("tile_*.npz"))) == 3  # of a symmetric 2 x 2
+    with jax.enable_x64(True):
+        model, params, sites = process_worker.problem()
+        wanted = kernels.log_prob_kernel(model, params, sites, method="gram")
     for name in ("apart", "again", "together"):
-        wanted = np.load(tmp_path / "1" / f"{name}-0.npz", allow_pickle=False)
         for number in range(2):
-            got = np.load(tmp_path / "2" / f"{name}-{number}.npz", allow_pickle=False)
+            got = np.load(tmp_path / f"{name}-{number}.npz", allow_pickle=False)
             assert set(got) == {"representation", "gradient", "cross"}
             for part in got:
-                scale = np.abs(wanted[part]).max()
-                np.testing.assert_allclose(got[part], wanted[part], rtol=0, atol=1e-12 * scale)
+                whole = np.asarray(getattr(wanted, part))
+                limit = 1e-12 * np.abs(whole).max()
+                np.testing.assert_allclose(got[part], whole, rtol=0, atol=limit)
 
 
 def test_a_process_that_dies_ends_the_others(tmp_path):
