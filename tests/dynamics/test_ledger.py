@@ -24,7 +24,6 @@ SMOOTH = ("log_prob", "entropy", "kl")
 ALL = ("log_prob", "entropy", "confidence", "margin", "kl")
 NAMES = [
     "llama-tied",
-    "gpt_neox-untied",
     *(pytest.param(n, marks=pytest.mark.slow) for n in ("gpt2-tied", *oracles.NORMED)),
     "biased",
     "adapted",

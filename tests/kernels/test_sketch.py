@@ -269,7 +269,7 @@ def test_separate_calls_compare(x64, monkeypatch):
         np.testing.assert_allclose(getattr(picked, part), wanted, rtol=0, atol=1e-12)
 
 
-@pytest.mark.parametrize("name", ["gpt2-tied", "gpt_neox-untied"])
+@pytest.mark.parametrize("name", ["gpt2-tied", BIASED])
 def test_the_standard_error_is_that_of_a_mean(name, x64):
     model, params = tiny_model(name)
     s = few(model, params, all_sites(), jax.random.key(5))
@@ -287,7 +287,7 @@ def test_the_standard_error_is_that_of_a_mean(name, x64):
 
 
 def test_a_key_decides(x64):
-    model, params = tiny_model("gpt_neox-untied")
+    model, params = tiny_model("gpt2-tied")
     first, again, other = (
         few(model, params, all_sites(), jax.random.key(seed)) for seed in (6, 6, 7)
     )

@@ -168,10 +168,14 @@ def test_a_cache_grows_in_up_to_four_steps(length, sizes):
 def test_how_the_cache_grows_changes_no_draw(monkeypatch):
     """Nine tokens from caches of 3, 6 and 9 slots, as from one of 9."""
     whole = sample(LLAMA, jax.random.key(6), harvest=True)
-    # The module's name is also the function's.
-    monkeypatch.setattr(sys.modules[generate.__module__], "SMALLEST_CACHE", 3)
-    jax.clear_caches()
+    module = sys.modules[generate.__module__]  # whose name is also the function's
+    monkeypatch.setattr(module, "SMALLEST_CACHE", 3)
+    made = []
+    monkeypatch.setattr(module, "cache_sizes", lambda n: made.append(cache_sizes(n)) or made[-1])
+    module._generate.clear_cache()
     grown = sample(LLAMA, jax.random.key(6), harvest=True)
+    module._generate.clear_cache()  # so that nobody meets it again
+    assert made == [[3, 6, 9]]
     np.testing.assert_array_equal(grown.completion_ids, whole.completion_ids)
     np.testing.assert_array_equal(grown.completion_mask, whole.completion_mask)
     # Float32 features of unit size, whose sums over slots are taken in another order.
