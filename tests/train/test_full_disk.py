@@ -47,7 +47,10 @@ def run(root):
 @pytest.fixture(scope="module")
 def whole(run, tmp_path_factory):
     directory = tmp_path_factory.mktemp("whole")
-    return {kind: run(kind, directory / kind) for kind in CONFIG}
+    runs = {kind: run(kind, directory / kind) for kind in CONFIG}
+    gc.freeze()  # what is left so far is not looked through time and again
+    yield runs
+    gc.unfreeze()
 
 
 # What Orbax had under way when a write failed calls back when its loop is closed, unheard.

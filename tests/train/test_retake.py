@@ -27,21 +27,22 @@ KL = {"loss__beta": 0.3, "loss__entropy_coefficient": 0.2}
 ADAM = {"optim__eps": 1e-3, "optim__weight_decay": 0.1, "optim__max_grad_norm": 0.05}
 MOMENTUM = {"optim__optimizer": "sgd", "optim__momentum": 0.8, "optim__learning_rate": 0.05}
 CASES = {
-    "joint": ("joint", {**KL, **ADAM}),
-    "tied": ("joint", {**KL, **ADAM, "tied": True}),
     "classifier": ("classifier", {**KL, **ADAM}),
     "adapters": ("joint", {**KL, **ADAM, "optim__backbone": "lora", "optim__classifier": "lora"}),
     "momentum": ("joint", {**MOMENTUM, "optim__max_grad_norm": 0.3, "tied": True}),
+    "sequences": ("joint", {**KL, "loss__loss_type": "rloo", "loss__kl_placement": "loss"}),
     "critic": ("joint", {**KL, **ADAM, "loss__loss_type": "ppo", "loss__kl_placement": "reward"}),
     "importance, microbatches": (
         "joint",
         {**KL, **ADAM, "loss__importance": ImportanceConfig(1.02), "train__microbatches": 2},
     ),
-    "covariance, epochs": (
+    "tied, covariance, epochs": (
         "joint",
-        {**KL, **ADAM, "train__num_iterations": 2, "loss__covariance": CovarianceConfig("kl")},
+        {
+            **{**KL, **ADAM, "tied": True},
+            **{"train__num_iterations": 2, "loss__covariance": CovarianceConfig("kl")},
+        },
     ),
-    "sequences": ("joint", {**KL, "loss__loss_type": "rloo", "loss__kl_placement": "loss"}),
 }
 
 
@@ -96,7 +97,10 @@ def taken(root, stage, tied=False, **changes):
 
 @pytest.mark.parametrize(("stage", "changes"), CASES.values(), ids=CASES.keys())
 def test_the_columns_are_the_update(stage, changes, root, x64):
-    """Their sum is the product along the applied update, component by component."""
+    """Their sum is the product along the applied update, component by component.
+
+    Tied and untied, of every optimizer and stage, with and without what losses add to a step.
+    """
     task, rollout, updates = taken(root, stage, **changes)
     model, sites = task.model, sites_from_rollout(rollout, 1, 0)
     many = task.config.train.num_iterations
@@ -119,11 +123,8 @@ def test_the_columns_are_the_update(stage, changes, root, x64):
         delta = jax.tree.map(jnp.subtract, update.after, update.before)
         if model.config.tied:
             share, before = update.state.head_share, share
-        phi, parts = delta_logits(
-            model, update.before, delta, sites, share - before if model.config.tied else None
-        )
-        logits = model.logits(model.view(update.before)["classifier"], phi)
-        _, gradients = statistics_of(logits, sites.targets)
+        share_of = share - before if model.config.tied else None
+        parts, gradients = along(model, update.before, delta, sites, share_of)
         rows = functools.partial(jnp.einsum, "tnv,nv->tn", gradients)
         scale = float(np.abs(rows(parts.total)).max())
         assert scale > 1e-5
@@ -155,6 +156,15 @@ def test_the_columns_are_the_update(stage, changes, root, x64):
         assert ("critic" in sizes) == ("ppo" in changes.values())
 
 
+@functools.partial(jax.jit, static_argnums=0)
+def along(model, params, delta, sites, share):
+    """The logits' change along a step, and the statistics' gradients by logits."""
+    phi, parts = delta_logits(model, params, delta, sites, share)
+    logits = model.logits(model.view(params)["classifier"], phi)
+    return parts, statistics_of(logits, sites.targets)[1]
+
+
+@functools.partial(jax.jit, static_argnums=0)
 def statistics(model, params, sites):
     """log π and H at the sites, straight from the model's two functions."""
     view = model.view(params)

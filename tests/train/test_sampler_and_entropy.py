@@ -35,7 +35,7 @@ def test_micro_batches_change_nothing(loss, x64):
         batch = batch.replace(held_back=held_back(loss.covariance, *given))
         assert 1 < batch.held_back.sum() < batch.completion_mask.sum()
     found = []
-    for microbatches in (1, 2, 4):
+    for microbatches in (1, 2 if loss.covariance.control else 4):
         static = {"model": model, "loss": loss, "optim": ADAM, "microbatches": microbatches}
         numbers = jnp.float64(RATE), jnp.float64(TEMPERATURE)
         state, metrics = update(fresh(model, params, ADAM), {}, batch, None, *numbers, **static)
@@ -44,7 +44,7 @@ def test_micro_batches_change_nothing(loss, x64):
         close = lambda x, y: np.testing.assert_allclose(x, y, rtol=0, atol=1e-10)
         jax.tree.map(close, other, found[0])
     apart = np.abs(old - batch.sampler_per_token_logps)[np.asarray(batch.completion_mask)]
-    largest = found[2][1]["sampling/logp_difference/max"]
+    largest = found[1][1]["sampling/logp_difference/max"]
     np.testing.assert_allclose(largest, apart.max(), rtol=1e-12)
 
 
@@ -81,8 +81,8 @@ def root(tmp_path_factory):
 @pytest.mark.parametrize(
     ("kind", "schedule"),
     [
-        *((kind, "joint") for kind in KINDS),
-        *((k, "classifier_first") for k in ("weighed", "kl-cov")),
+        *((kind, "joint") for kind in ("compared", "on-support", "clip-cov")),
+        *((kind, "classifier_first") for kind in ("weighed", "kl-cov")),
     ],
 )
 def test_runs_say_how_far_the_sampler_was(root, kind, schedule):
