@@ -1,6 +1,8 @@
 """`jaxdyn influence`: its file against the run's own probe, what it says, what it refuses."""
 
+import contextlib
 import dataclasses
+import io
 import json
 
 import jax
@@ -74,14 +76,24 @@ def test_a_step_at_the_runs_own_probe(tied_run, tmp_path):
     assert names == ["influence.html", "influence.json", "influence.npz"]
 
 
-def test_the_page_has_every_token_and_at_the_sites_who_moved_them(tied_run, tmp_path, monkeypatch):
-    pages = []
+@pytest.fixture(scope="module")
+def own_step(tied_run, tmp_path_factory):
+    """A step at its own completions, by the command: its directory, and what its page was given."""
+    output, pages = tmp_path_factory.mktemp("own") / "out", []
     real = influence_page.microscope_pages
     keep = lambda *given: pages.append(given) or real(*given)
-    monkeypatch.setattr(influence_page, "microscope_pages", keep)
-    options = InfluenceOptions(str(tied_run), step=3, sites="batch", output=str(tmp_path / "out"))
-    saved = load_influence(run(options))
-    (seen, moved, found), texts = (pages[0][0], pages[0][2], pages[0][0]), saved.completions
+    words = ["--sites", "batch", "--site-completions", "3", "--sites-per-completion", "2"]
+    words += ["--by-token", "1", "--output", str(output)]
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(io.StringIO()) as said:
+        patch.setattr(influence_page, "microscope_pages", keep)
+        main(["influence", str(tied_run), *words])
+    return output, pages[0], said.getvalue()
+
+
+def test_the_page_has_every_token_and_at_the_sites_who_moved_them(own_step):
+    output, (found, _, moved, *_), _ = own_step
+    saved = load_influence(output / "influence.npz")
+    seen, texts = found, saved.completions
     shown = set(saved.site_completion.tolist())
     for number in shown:
         pieces = [x for x in found.pieces[found.rows == number] if x not in SPECIAL]
@@ -94,11 +106,8 @@ def test_the_page_has_every_token_and_at_the_sites_who_moved_them(tied_run, tmp_
         np.testing.assert_array_equal(parts, saved.total[q])
 
 
-def test_a_step_at_its_own_completions(tied_run, tmp_path, capsys):
-    output = tmp_path / "out"
-    words = ["--sites", "batch", "--site-completions", "3", "--sites-per-completion", "2"]
-    main(["influence", str(tied_run), *words, "--by-token", "1", "--output", str(output)])
-    said = capsys.readouterr().out
+def test_a_step_at_its_own_completions(tied_run, own_step):
+    output, _, said = own_step
     assert f"influence: {output / 'influence.npz'}" in said and "second order" in said
     saved = load_influence(output / "influence.npz")
     closes(saved, 1e-3)
@@ -187,12 +196,15 @@ def test_from_outside(root, completions, tmp_path):
 
 
 def test_parquet_is_read_as_json_lines_are(root, completions, tmp_path):
+    """Of a file with more rows as many as are asked for."""
     tiny_runs.parts(root)
     table = tmp_path / "completions.parquet"
-    pa.parquet.write_table(pa.Table.from_pylist([row | {"step": 1} for row in ROWS]), table)
-    one = load_influence(run(outside(root, completions, tmp_path / "one", limit=4)))
-    two = load_influence(run(outside(root, table, tmp_path / "two", limit=4)))
-    assert np.array_equal(one.total, two.total) and len(one.group) == 4
+    rows = [row | {"step": 1} for row in (*ROWS, ROWS[0])]
+    pa.parquet.write_table(pa.Table.from_pylist(rows), table)
+    given = {"site_completions": 0, "limit": len(ROWS)}
+    one = load_influence(run(outside(root, completions, tmp_path / "one", **given)))
+    two = load_influence(run(outside(root, table, tmp_path / "two", **given)))
+    assert np.array_equal(one.total, two.total) and len(two.group) == len(ROWS)
 
 
 @pytest.mark.parametrize(

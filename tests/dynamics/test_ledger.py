@@ -22,6 +22,7 @@ from jaxdyn.types import JaxdynError
 SITES = oracles.tiny_sites()
 SMOOTH = ("log_prob", "entropy", "kl")
 ALL = ("log_prob", "entropy", "confidence", "margin", "kl")
+APART = {"by_layer": ("log_prob", "entropy"), "by_token": ("log_prob", "kl"), "tolerance": 1e-11}
 NAMES = [
     "llama-tied",
     *(pytest.param(n, marks=pytest.mark.slow) for n in ("gpt2-tied", *oracles.NORMED)),
@@ -122,14 +123,7 @@ def test_every_part_is_the_integral_of_its_leaves(name, x64):
     model, before, after = subject(name)
     layers = model.config.num_layers
     leaves, end = integrated(model, before, after)
-    found = ledger(
-        model,
-        [before, after],
-        SITES,
-        by_layer=("log_prob", "entropy"),
-        by_token=("log_prob", "kl"),
-        tolerance=1e-11,
-    )
+    found = ledger(model, [before, after], SITES, **APART)
     rows = np.asarray(SITES.rows)
     for q, quantity in enumerate(ALL):
         np.testing.assert_allclose(found.values[quantity][1], end[q], rtol=0, atol=1e-12)
@@ -159,7 +153,7 @@ def test_every_part_is_the_integral_of_its_leaves(name, x64):
 
 
 def test_where_the_largest_tokens_stay_confidence_and_margin_close_too(x64):
-    model, before = oracles.tiny_model("llama-untied")
+    model, before = oracles.tiny_model("llama-tied")
     after = changed(before, 3, 1e-3)
     found = ledger(model, [before, after], SITES, tolerance=1e-11)
     for quantity in ALL:
@@ -168,7 +162,7 @@ def test_where_the_largest_tokens_stay_confidence_and_margin_close_too(x64):
 
 
 def test_segments_follow_the_trajectory(x64):
-    model, first = oracles.tiny_model("gpt_neox-untied")
+    model, first = oracles.tiny_model("llama-tied")
     steps = [first, changed(first, 1), changed(first, 2)]
     found = ledger(model, iter(steps), SITES, tolerance=1e-11)
     leaves, _ = integrated(model, *steps[1:], first=first)
@@ -183,10 +177,9 @@ def test_segments_follow_the_trajectory(x64):
     np.testing.assert_array_equal(found.values["kl"][0], 0)
 
 
-@pytest.mark.parametrize("name", ["llama-tied", "gpt_neox-untied"])
-def test_the_path_through_features_has_the_closed_form_of_logits(name, x64):
+def test_the_path_through_features_has_the_closed_form_of_logits(x64):
     """Differences of two tokens' log-probs are differences of logits: ΔW φ̄ + W̄ Δφ."""
-    model, before, after = subject(name)
+    model, before, after = subject("llama-tied")
     every = np.tile(np.arange(oracles.VOCAB), (len(SITES.rows), 1))
     found = ledger(
         model, [before, after], SITES, token_ids=every, through="features", tolerance=1e-12
@@ -219,10 +212,9 @@ def test_float32_closes_to_the_default_tolerance():
 
 def test_batches_and_finished_blocks_change_nothing(x64, tmp_path):
     model, before, after = subject("llama-tied")
-    options = {"by_layer": ("log_prob",), "by_token": ("log_prob",), "tolerance": 1e-11}
-    whole = ledger(model, [before, after], SITES, **options)
+    whole = ledger(model, [before, after], SITES, **APART)
     seen = []
-    small = {"memory_budget": 100_000, "blocks": tmp_path, **options}
+    small = {"memory_budget": 100_000, "blocks": tmp_path, **APART}
 
     def stop(done, total):
         seen.append((done, total))

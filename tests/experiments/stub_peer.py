@@ -8,8 +8,6 @@ import sys
 import time
 from pathlib import Path
 
-import numpy as np
-
 sys.path.insert(0, str(Path(__file__).parents[2] / "experiments/benchmarks/peers"))
 script = sys.argv.pop(1)
 
@@ -25,6 +23,8 @@ for turn in runner.turns():
     if "hangs" in script and turn == 1:
         time.sleep(600)
     if runner.task == "gradients":  # of nothing, by bergson's layout for two layers
+        import numpy as np
+
         rows = len(json.loads((directory / "completions.json").read_text())["input_ids"])
         np.save(directory / "gradients.npy", np.zeros((rows, 2 * 7 * side**2), np.float32))
         runner.parts["cores"] = 1e-4
