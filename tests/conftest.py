@@ -62,6 +62,10 @@ def pytest_collection_modifyitems(items):
     items.sort(key=lambda item: place.get(item.path.stem, len(place)))
 
 
+def pytest_collection_finish():
+    gc.freeze()  # modules stay: nobody looks through them again
+
+
 def pytest_sessionfinish():
     # pytest looks five times through all that is left, for what should have been closed.
     gc.collect()

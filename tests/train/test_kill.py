@@ -11,26 +11,21 @@ import pytest
 import tiny_runs
 from tiny_runs import assert_same_run
 
+from jaxdyn.train import run_rl
 from jaxdyn.train.checkpoint import Checkpoints
 
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(["jaxdyn.train"])  # imported once, not at each restart
 
 
-def attempt(config, cache):
+def attempt(config):
     """The run, or the rest of it, in a process of its own with the others' compiled programs."""
-    import jax
-
-    from jaxdyn.train import run_rl
-
     gc.disable()  # for so short a life
-    jax.config.update("jax_compilation_cache_dir", cache)
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
     run_rl(config)
 
 
-def start(config, tmp_path):
-    process = CONTEXT.Process(target=attempt, args=(config, str(tmp_path / "cache")))
+def start(config):
+    process = CONTEXT.Process(target=attempt, args=(config,))
     process.start()
     return process
 
@@ -82,7 +77,7 @@ def test_a_run_killed_ten_times_ends_like_one_never_killed(root, tmp_path):
         root, str(tmp_path / name), **changes, train__checkpoint_every=every
     )
     for name, every in (("whole", 32), ("saved as often", 2)):
-        start(config_of(name, every), tmp_path).join()
+        run_rl(config_of(name, every))
     config = config_of("run", 2)
     run, draw = tmp_path / "run", random.Random(5)
     moments = ["save"] * 4 + ["step"] * 4 + ["start"] * 2
@@ -90,9 +85,9 @@ def test_a_run_killed_ten_times_ends_like_one_never_killed(root, tmp_path):
     inside = 0
     for moment in moments:
         before, begun = logged(run), unfinished(run)
-        kill_at(moment, start(config, tmp_path), run, draw, before, begun)
+        kill_at(moment, start(config), run, draw, before, begun)
         inside += bool(unfinished(run) - begun)
-    process = start(config, tmp_path)
+    process = start(config)
     process.join()
     assert process.exitcode == 0
     assert inside >= 2
