@@ -7,15 +7,12 @@ import gc
 import importlib.metadata
 import os
 import shutil
-import sys
 import typing
 from pathlib import Path
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # its threads wait for work by spinning
-# Modules are compiled by the first process that imports them.
-os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
-sys.dont_write_bytecode = False
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)  # processes that tests start write theirs down
 # Programs that run once on a few numbers: what takes time is to compile them, so plainly, here and
 # in processes that tests start. The memory and flops that XLA counts hardly change (below 0.1 %).
 os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
