@@ -49,9 +49,10 @@ gc.set_threshold(200_000, 20, 20)
 
 # The files that take longest, which are given out first, in their order (--dist loadfile): what is
 # given out last should be short.
-LONGEST = ("processes", "quantities", "sharded", "benchmarks", "kill", "sketch", "public_doors")
-LONGEST += ("ledger", "influence_command", "neural_tangents", "operator", "soak", "docs", "rl")
-LONGEST += ("resume", "quickstart", "plan", "worker")
+LONGEST = ("processes", "benchmarks", "quantities", "sharded", "kill", "sketch", "public_doors")
+LONGEST += ("ledger", "quickstart", "claims", "influence_command", "retake", "neural_tangents")
+LONGEST += ("losses", "rl", "operator", "docs", "killed_writers", "lora_runs", "resume", "plan")
+LONGEST += ("device", "soak", "worker")
 
 
 def pytest_collection_modifyitems(items):
