@@ -70,7 +70,8 @@ def run(options: PlanOptions) -> dict[str, Any]:
         programs = best.setting.programs()
         left = [program for program in programs if program.name not in best.demands]
         larger = [] if room is None else other_batches(best.setting)
-        own, others = compile_([left, [program for _, program in larger]])
+        # The longest compilation first: no core waits for it at the end.
+        others, own = compile_([[program for _, program in larger], left])
         known = best.demands | by_name(own)
         demands = {program.name: known[program.name] for program in programs}
         counted = [(count, demand) for (count, _), demand in zip(larger, others, strict=True)]

@@ -94,7 +94,7 @@ def candidates(
 
 
 def other_batches(setting: Setting) -> list[tuple[int, Program]]:
-    """Rollout and joint update at one and at two prompts for every part of the batch, by prompts.
+    """Joint update and rollout at one and at two prompts for every part of the batch, by prompts.
 
     Those of the setting's own number of prompts are left out.
     """
@@ -103,7 +103,7 @@ def other_batches(setting: Setting) -> list[tuple[int, Program]]:
         if count != setting.run.train.num_prompts:
             train = dataclasses.replace(setting.run.train, num_prompts=count)
             other = dataclasses.replace(setting, run=dataclasses.replace(setting.run, train=train))
-            found += [(count, other.rollout()), (count, other.update("joint"))]
+            found += [(count, other.update("joint")), (count, other.rollout())]
     return found
 
 

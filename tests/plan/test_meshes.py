@@ -61,7 +61,7 @@ def test_the_largest_batch_of_two_lines(room, prompts):
 
     # at four prompts: those at eight are there
     others = [(count, program.name) for count, program in other_batches(setting)]
-    assert others == [(4, "rollout"), (4, "stage 2")]
+    assert others == [(4, "stage 2"), (4, "rollout")]
     given = {name: demand(name, 8) for name in ("rollout", "stage 2")}
     found = largest_batch(setting, given, room, [(n, demand(name, n)) for n, name in others])
     assert found == {"num_prompts": prompts, "sequences": 8 * prompts}
