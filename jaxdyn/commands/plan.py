@@ -84,11 +84,6 @@ def run(options: PlanOptions) -> dict[str, Any]:
     return found
 
 
-AT_A_TIME = 4
-"""Compilations: each takes a few GiB of this machine's memory at 8B parameters, and no compiler
-keeps more than about one and a half cores busy."""
-
-
 def compile_all(
     groups: Iterable[Sequence[Program]], topology: Topology, progress: Progress
 ) -> list[list[Demand]]:
@@ -100,7 +95,7 @@ def compile_all(
         return demand
 
     groups = list(groups)
-    with ThreadPoolExecutor(min(AT_A_TIME, os.cpu_count() or 1)) as pool:
+    with ThreadPoolExecutor(min(topology.at_once, os.cpu_count() or 1)) as pool:
         found = pool.map(compile_, itertools.chain(*groups))
         return [list(itertools.islice(found, len(group))) for group in groups]
 

@@ -31,6 +31,9 @@ class Topology(NamedTuple):
     """Hosts of GPUs; a TPU's slice counts as one, as its links do not end at a host."""
     options: dict[str, str | bool] | None = None
     """What the compiler is told."""
+    at_once: int = 4
+    """Compilations at a time, at most: each takes a few GiB of this machine's memory at 8B
+    parameters, and keeps about one and a half cores busy."""
 
     @property
     def platform(self) -> str:
@@ -71,4 +74,6 @@ def open_topology(name: str) -> Topology:
         options["chip_config_name"] = "megacore"  # two cores are one device
     of_libtpu = whole.replace("v7x", "tpu7x")
     slice_ = topologies.get_topology_desc(of_libtpu, platform="tpu", **options)
-    return Topology(whole, chip, slice_.devices, options=tiles)
+    # Two at a time end the process for v7x, with a stack that overflows in libtpu 0.0.42.
+    at_once = 4 if tiles else 1
+    return Topology(whole, chip, slice_.devices, options=tiles, at_once=at_once)
