@@ -10,7 +10,7 @@ import functools
 import itertools
 import json
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -89,14 +89,15 @@ def compile_all(
 ) -> list[list[Demand]]:
     """What each program asks of a device, by group; several are compiled at a time."""
 
-    def compile_(program: Program) -> Demand:
-        demand = demand_of(program, topology.hosts, topology.options)
-        progress.advance()
-        return demand
+    def finished(demands: Iterable[Demand]) -> Iterator[Demand]:
+        for demand in demands:
+            progress.advance()
+            yield demand
 
+    compile_ = functools.partial(demand_of, hosts=topology.hosts, options=topology.options)
     groups = list(groups)
     with ThreadPoolExecutor(min(topology.at_once, os.cpu_count() or 1)) as pool:
-        found = pool.map(compile_, itertools.chain(*groups))
+        found = finished(pool.map(compile_, itertools.chain(*groups)))
         return [list(itertools.islice(found, len(group))) for group in groups]
 
 
