@@ -84,6 +84,11 @@ def run(options: PlanOptions) -> dict[str, Any]:
     return found
 
 
+AT_ONCE = 4
+"""Compilations at a time, at most: each takes a few GiB of this machine's memory at 8B parameters,
+and keeps about one and a half cores busy."""
+
+
 def compile_all(
     groups: Iterable[Sequence[Program]], topology: Topology, progress: Progress
 ) -> list[list[Demand]]:
@@ -96,7 +101,7 @@ def compile_all(
 
     compile_ = functools.partial(demand_of, hosts=topology.hosts, options=topology.options)
     groups = list(groups)
-    with ThreadPoolExecutor(min(topology.at_once, os.cpu_count() or 1)) as pool:
+    with ThreadPoolExecutor(min(AT_ONCE, os.cpu_count() or 1)) as pool:
         found = finished(pool.map(compile_, itertools.chain(*groups)))
         return [list(itertools.islice(found, len(group))) for group in groups]
 

@@ -41,6 +41,7 @@ from jaxdyn.plan.traffic import traffic
 LABELS = {
     *("AllocateBuffer", "AsyncCollectiveDone", "AsyncCollectiveStart", "ConcatBitcast", "Sharding"),
     *("AssumeGatherIndicesInBound", "GatherScatterIndicesBitpacked"),
+    *("PrepareAsyncCallDone", "PrepareAsyncCallStart"),
 }
 
 

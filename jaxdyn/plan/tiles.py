@@ -9,7 +9,6 @@ longer, so as much is taken from the whole. The choice of these still comes out 
 with it the bytes read and written and a little of the memory (docs/devices.md has how much).
 """
 
-import os
 from typing import NamedTuple
 
 TILE = 5 * 1024
@@ -28,16 +27,14 @@ MEMORIES = {
     "v5e": Memory(128 * 1024, 16 * 1024),
     "v5p": Memory(64 * 1024, 16 * 1024),
     "v6e": Memory(128 * 1024, 32 * 1024),
+    "v7x": Memory(64 * 1024, 32 * 1024),
 }
 
 
-def small_tiles(chip: str) -> dict[str, str | bool] | None:
-    """The compiler's options, and libtpu's, which reads them when it is first asked for devices."""
+def small_tiles(chip: str) -> tuple[dict[str, str | bool] | None, list[str]]:
+    """The compiler's options, and the flags of libtpu that go with them."""
     if chip not in MEMORIES:
-        return None
+        return None, []
     whole, tile = MEMORIES[chip]
     kept = f"--xla_tpu_override_vmem_size_kib={whole - tile + TILE}"
-    given = os.environ.get("LIBTPU_INIT_ARGS", "")
-    if "xla_tpu_override_vmem_size_kib" not in given:
-        os.environ["LIBTPU_INIT_ARGS"] = f"{given} {kept}".strip()
-    return {"xla_tpu_scoped_vmem_limit_kib": str(TILE)}
+    return {"xla_tpu_scoped_vmem_limit_kib": str(TILE)}, [kept]

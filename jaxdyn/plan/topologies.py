@@ -19,6 +19,9 @@ from jaxdyn.types import JaxdynError
 
 # Where libtpu is, it asks no server, and as no TPU can be taken from another process, no lock.
 OFFLINE = {**NO_TPU, "TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
+# What libtpu 0.0.42 compiles for the SparseCores of a v7x recurses deeper than its threads' stacks:
+# without more, a plan now and then ends in a stack overflow.
+STACKS = f"--fibers_default_thread_stack_size={8 * 2**20}"
 
 
 class Topology(NamedTuple):
@@ -31,9 +34,6 @@ class Topology(NamedTuple):
     """Hosts of GPUs; a TPU's slice counts as one, as its links do not end at a host."""
     options: dict[str, str | bool] | None = None
     """What the compiler is told."""
-    at_once: int = 4
-    """Compilations at a time, at most: each takes a few GiB of this machine's memory at 8B
-    parameters, and keeps about one and a half cores busy."""
 
     @property
     def platform(self) -> str:
@@ -66,7 +66,8 @@ def open_topology(name: str) -> Topology:
         ) from None
     for variable, value in OFFLINE.items():
         os.environ.setdefault(variable, value)
-    tiles = small_tiles(chip.name)
+    tiles, flags = small_tiles(chip.name)
+    tell_libtpu(STACKS, *flags)
     options: dict[str, Any] = {}
     if math.prod(shape) == 1:
         options["chips_per_host_bounds"] = (1, 1, 1)
@@ -74,6 +75,11 @@ def open_topology(name: str) -> Topology:
         options["chip_config_name"] = "megacore"  # two cores are one device
     of_libtpu = whole.replace("v7x", "tpu7x")
     slice_ = topologies.get_topology_desc(of_libtpu, platform="tpu", **options)
-    # Two at a time end the process for v7x, with a stack that overflows in libtpu 0.0.42.
-    at_once = 4 if tiles else 1
-    return Topology(whole, chip, slice_.devices, options=tiles, at_once=at_once)
+    return Topology(whole, chip, slice_.devices, options=tiles)
+
+
+def tell_libtpu(*flags: str) -> None:
+    """Flags that libtpu reads when it is first asked for devices; one given by hand stays."""
+    given = os.environ.get("LIBTPU_INIT_ARGS", "")
+    new = [flag for flag in flags if flag.split("=")[0] not in given]
+    os.environ["LIBTPU_INIT_ARGS"] = " ".join([given, *new]).strip()

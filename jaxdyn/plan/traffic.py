@@ -9,6 +9,8 @@ FREE = {
     *("after-all", "add-dependency", "opt-barrier", "partition-id", "replica-id"),
 }
 SLICES = {"dynamic-slice", "slice", "gather"}
+# Within a fusion another view of the same array: it is computed where it is asked for.
+VIEWS = {"bitcast", "copy"}
 
 
 Computations = dict[str, Computation]
@@ -45,21 +47,34 @@ def traffic(computations: Computations, computation: Computation, one: Instructi
 def used(computations: Computations, computation: Computation, name: str) -> Number:
     """Bytes that a fusion reads of what it calls `name`: of slices only their own."""
     whole = sum(x.nbytes for x in computation.instructions[name].arrays)
+    if name == computation.root:
+        return whole
     total: Number = 0
     for user in computation.instructions.values():
         if name not in user.operands:
             continue
         if user.opcode in SLICES and name == user.operands[0]:
             total += sum(x.nbytes for x in user.arrays)
-        elif user.opcode == "bitcast":
+        elif user.opcode in VIEWS:
             total += used(computations, computation, user.name)
         elif user.opcode == "fusion":
             inner = computations[called_by(user, "calls")[0]]
             at = parameters_of(inner)[user.operands.index(name)]
-            total += used(computations, inner, at)
+            if seen_through(inner) == at:
+                total += used(computations, computation, user.name)
+            else:
+                total += used(computations, inner, at)
         elif not (user.opcode == "dynamic-update-slice" and name == user.operands[0]):
             return whole
     return min(total, whole)
+
+
+def seen_through(computation: Computation) -> str:
+    """What the result is a view of."""
+    one = computation.instructions[computation.root]
+    while one.opcode in VIEWS:
+        one = computation.instructions[one.operands[0]]
+    return one.name
 
 
 def made(computations: Computations, computation: Computation, name: str) -> list[Number]:
@@ -67,7 +82,7 @@ def made(computations: Computations, computation: Computation, name: str) -> lis
     one = computation.instructions[name]
     if one.opcode == "tuple":
         return [x for operand in one.operands for x in made(computations, computation, operand)]
-    if one.opcode == "bitcast":
+    if one.opcode in VIEWS:
         return made(computations, computation, one.operands[0])
     if one.opcode == "dynamic-update-slice":
         return [computation.instructions[one.operands[1]].arrays[0].nbytes]

@@ -136,7 +136,8 @@ def test_a_permutation_sends_all_of_it(mesh):
 
 
 # What the compiler for TPUs writes: matrix products as convolutions, loops without their counts,
-# arrays in the chip's own memory, groups as axes of a mesh, a collective over several fusions.
+# arrays in the chip's own memory, groups as axes of a mesh, a collective over several fusions, a
+# weight in tiles of another size (for v7x) within the fusion that takes a layer of it.
 # ruff: noqa: E501
 TPU = """HloModule step, is_scheduled=true, num_partitions=8
 
@@ -146,11 +147,17 @@ TPU = """HloModule step, is_scheduled=true, num_partitions=8
   ROOT %c = bf16[16,64]{1,0:T(8,128)(2,1)} convolution(%a, %b), dim_labels=bf_io->bf
 }
 
+%retiled (all.1: bf16[4,8,64]) -> bf16[4,8,64] {
+  %all.1 = bf16[4,8,64]{2,1,0:T(16,128)(2,1)} parameter(0)
+  ROOT %copied = bf16[4,8,64]{2,1,0:T(8,128)(2,1)} copy(%all.1)
+}
+
 %layer_of (all: bf16[4,8,64], i: s32[]) -> bf16[8,64] {
   %i = s32[]{:T(128)S(6)} parameter(1)
-  %all = bf16[4,8,64]{2,1,0} parameter(0)
+  %all = bf16[4,8,64]{2,1,0:T(16,128)(2,1)} parameter(0)
+  %tiled = bf16[4,8,64]{2,1,0:T(8,128)(2,1)} fusion(%all), kind=kLoop, output_to_operand_aliasing={{}: (0, {})}, calls=%retiled
   %zero = s32[] constant(0)
-  %slice = bf16[1,8,64]{2,1,0} dynamic-slice(%all, %i, %zero, %zero), dynamic_slice_sizes={1,8,64}
+  %slice = bf16[1,8,64]{2,1,0} dynamic-slice(%tiled, %i, %zero, %zero), dynamic_slice_sizes={1,8,64}
   ROOT %flat = bf16[8,64]{1,0} bitcast(%slice)
 }
 

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from jaxdyn.plan.tiles import MEMORIES, TILE, small_tiles
+from jaxdyn.plan.topologies import tell_libtpu
 
 
 @pytest.mark.slow
@@ -19,7 +20,6 @@ def test_small_tiles_change_no_count():
     done = subprocess.run([sys.executable, worker], capture_output=True, text=True, env=ours)
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
-    assert found["at_once"] == [4, 1]  # of v6e; of v7x two end the process
     whole, small = found["whole"], found["small"]
     for same in ("flops", "collectives", "uncounted", "bytes_by_role"):
         assert small[same] == whole[same]
@@ -28,12 +28,17 @@ def test_small_tiles_change_no_count():
     assert small["bytes"] == pytest.approx(whole["bytes"], rel=0.2)
 
 
-def test_what_small_tiles_set_free_is_taken_from_the_whole(monkeypatch):
-    monkeypatch.setenv("LIBTPU_INIT_ARGS", "--other=1")
-    assert small_tiles("v6e") == {"xla_tpu_scoped_vmem_limit_kib": str(TILE)}
-    left = 128 * 1024 - (32 * 1024 - TILE)
-    given = f"--other=1 --xla_tpu_override_vmem_size_kib={left}"
-    assert os.environ["LIBTPU_INIT_ARGS"] == given
-    small_tiles("v5e")  # libtpu has read them
-    assert os.environ["LIBTPU_INIT_ARGS"] == given
-    assert small_tiles("v4") is None and "v4" not in MEMORIES
+def test_what_small_tiles_set_free_is_taken_from_the_whole():
+    options, flags = small_tiles("v6e")
+    assert options == {"xla_tpu_scoped_vmem_limit_kib": str(TILE)}
+    assert flags == [f"--xla_tpu_override_vmem_size_kib={128 * 1024 - (32 * 1024 - TILE)}"]
+    assert small_tiles("v4") == (None, []) and "v4" not in MEMORIES
+
+
+def test_flags_given_by_hand_stay(monkeypatch):
+    monkeypatch.setenv("LIBTPU_INIT_ARGS", "--one=1")
+    tell_libtpu("--one=2", "--two=2")
+    assert os.environ["LIBTPU_INIT_ARGS"] == "--one=1 --two=2"
+    monkeypatch.delenv("LIBTPU_INIT_ARGS")
+    tell_libtpu("--two=2")
+    assert os.environ["LIBTPU_INIT_ARGS"] == "--two=2"

@@ -23,5 +23,4 @@ program = Setting(model, run, make_mesh(MeshConfig(), topology.devices)).prefill
 found = {}
 for name, options in (("whole", None), ("small", topology.options)):
     found[name] = of_program(demand_of(program, options=options), topology.chip)
-found["at_once"] = [topology.at_once, open_topology("v7x-8").at_once]
 print(json.dumps(found))
