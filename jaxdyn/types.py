@@ -118,6 +118,9 @@ class Model(Protocol):
     def view(self, params: Params) -> View:
         """The parameters with the classifier's weight in place, tied or not."""
 
+    def rounded(self, view: View) -> View:
+        """The view with the matrices of products in the compute dtype: the same numbers."""
+
     def fold(self, gradient: View) -> Params:
         """The stored parameters' gradient from a view's: a shared matrix gets both roles' sum."""
 

@@ -29,9 +29,9 @@ from flax.traverse_util import flatten_dict
 from jaxdyn import kernels
 from jaxdyn.dynamics import measure_update, propagate, sites_from_rollout
 from jaxdyn.models import LanguageModel, llama, load_pretrained
+from jaxdyn.models.held import held
 from jaxdyn.rl import token_statistics
 from jaxdyn.rollout import generate
-from jaxdyn.train.frozen import held
 from jaxdyn.train.policy import completion_statistics
 from jaxdyn.train.sharing import completion_features
 from jaxdyn.types import Params, PromptBatch, Rollout, Sites, View

@@ -14,6 +14,7 @@ from jaxdyn.models.config import ModelConfig
 from jaxdyn.models.decoder import Backbone, Remat
 from jaxdyn.models.fused import FUSED, AttentionKind
 from jaxdyn.models.heads import init_gating
+from jaxdyn.models.held import MATRICES, TABLE, held
 from jaxdyn.models.visibility import by_kind, positions_of, visible
 from jaxdyn.types import KVCache, Mask, Params, View
 
@@ -134,6 +135,15 @@ class LanguageModel:
             return View(params)
         weight = params["backbone"]["embed"]["embedding"]
         return View({**params, "classifier": {**params["classifier"], "weight": weight}})
+
+    def rounded(self, view: View) -> View:
+        """The view with the matrices of products in the compute dtype, as every pass rounds them.
+
+        For a loop that takes them again and again: float32 weights that a decoding step in bfloat16
+        rounds by itself cost it four times the bytes, where the compiler leaves that in the loop
+        (XLA's for GPUs). Of the embedding's table a step reads a few rows.
+        """
+        return View(held(view, self.dtype, [name for name in MATRICES if name != TABLE]))
 
     def fold(self, gradient: View) -> Params:
         """The stored parameters' gradient from a view's: a shared matrix gets both paths' sum."""

@@ -14,8 +14,8 @@ from jaxdyn.distributed import Layout, shard_model
 from jaxdyn.distributed.mesh import ROWS
 from jaxdyn.distributed.rules import fitting
 from jaxdyn.models import LanguageModel, ModelConfig
+from jaxdyn.models.held import held
 from jaxdyn.optim import make_optimizer, trainable
-from jaxdyn.train.frozen import held
 from jaxdyn.train.policy import UpdateBatch
 from jaxdyn.train.sharing import completions_together
 from jaxdyn.types import Branches

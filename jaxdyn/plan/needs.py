@@ -20,9 +20,9 @@ import jax.numpy as jnp
 
 from jaxdyn.config import Config, RewardModelConfig, RunConfig
 from jaxdyn.models import LanguageModel, ModelConfig
+from jaxdyn.models.held import held
 from jaxdyn.optim import StageName, make_optimizer, trainable
 from jaxdyn.plan.chips import CHIPS, Chip
-from jaxdyn.train.frozen import held
 
 ROOM = 0.9
 """The share of a chip's memory that a program may fill."""

@@ -68,11 +68,13 @@ class Setting(Inputs):
         return Program("prefill", lower, {"parameters": backbone}, held)
 
     def decode(self) -> Program:
-        """As in a rollout in a loop, before which the compiler converts weights once."""
+        """As in a rollout in a loop, before which the weights are rounded once."""
         steps = self.slots[1]
 
         @functools.partial(jax.jit, donate_argnums=2)
         def loop(view, prompt, cache, token, mask, key):
+            view = self.model.rounded(view)
+
             def step(slot, state):
                 token, logps, cache = state
                 features, cache = self.model.decode(

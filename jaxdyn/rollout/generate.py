@@ -95,7 +95,8 @@ def generate(
 @functools.partial(jax.jit, static_argnums=(0, 1, 2, 3, 4))
 @jax.named_scope("rollout")
 def _generate(model, generations, length, harvest, support, params, prompts, key, filters, ends):
-    view, (stop_ids, pad_id) = model.view(params), ends
+    # Rounded once, not at every token.
+    view, (stop_ids, pad_id) = model.rounded(model.view(params)), ends
     per_generation = lambda x: jnp.repeat(x, generations, axis=0)
     prompt_ids, prompt_mask = map(per_generation, (prompts.prompt_ids, prompts.prompt_mask))
     prompt_length = prompt_mask.sum(axis=1, dtype=jnp.int32)

@@ -6,28 +6,10 @@ matrices are rounded; scales and biases, a thousandth of the bytes, stay. A pass
 its matrices anyway, so that held in bfloat16 they give the same numbers, bit for bit.
 """
 
-import jax.numpy as jnp
-from flax.traverse_util import flatten_dict, unflatten_dict
-
 from jaxdyn.config import Config
+from jaxdyn.models.held import held
 from jaxdyn.optim import StageName, merge, stages, trainable
 from jaxdyn.types import Params
-
-MATRICES = ("kernel", "embedding", "weight", "lora_a", "lora_b")
-
-
-def held(params: Params, dtype: str) -> Params:
-    """The parameters with their matrices in `dtype`; those that are in it already are not copied.
-
-    Leaves may also be shapes.
-    """
-    leaves = flatten_dict(params, keep_empty_nodes=True)
-    wanted = jnp.dtype(dtype)
-    if wanted == jnp.float32:
-        return params
-    return unflatten_dict(
-        {p: x.astype(wanted) if p[-1] in MATRICES else x for p, x in leaves.items()}
-    )
 
 
 def with_frozen(params: Params, config: Config) -> Params:

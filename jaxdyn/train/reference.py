@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxdyn.config import Config, RunConfig
-from jaxdyn.train.frozen import held
+from jaxdyn.models.held import held
 from jaxdyn.train.probe import policy_of
 from jaxdyn.train.state import FollowedState, TrainState
 from jaxdyn.types import Params

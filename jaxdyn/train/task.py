@@ -28,11 +28,12 @@ from jaxdyn.models import (
     local_directory,
     pretrained_config,
 )
+from jaxdyn.models.held import held
 from jaxdyn.models.peft import add_peft, load_adapters, peft_directory
 from jaxdyn.rewards import LEARNED, LearnedReward, RewardOutput, make_reward
 from jaxdyn.rollout import step_key
 from jaxdyn.sections import ModelSource
-from jaxdyn.train.frozen import held, with_frozen
+from jaxdyn.train.frozen import with_frozen
 from jaxdyn.train.pmap import require_copies
 from jaxdyn.train.scorer import Scorer, own_layout
 from jaxdyn.types import JaxdynError, Params

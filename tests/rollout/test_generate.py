@@ -296,6 +296,9 @@ class Chain(Model):
     def view(self, params):
         return params
 
+    def rounded(self, view):
+        return view
+
     def prefill(self, backbone, tokens, mask):
         cache = jnp.zeros((1, tokens.shape[0], 1, tokens.shape[1], 1))
         return jax.nn.one_hot(tokens, self.vocab), KVCache(cache, cache)

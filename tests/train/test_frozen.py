@@ -14,11 +14,12 @@ import tiny_runs
 from flax.traverse_util import flatten_dict
 
 from jaxdyn.config import RunConfig, SFTConfig
+from jaxdyn.models.held import held
 from jaxdyn.optim import OptimConfig
 from jaxdyn.rl import LossConfig
 from jaxdyn.sections import ModelSource, TrainConfig
 from jaxdyn.train import loop, open_run, run_rl
-from jaxdyn.train.frozen import held, with_frozen
+from jaxdyn.train.frozen import with_frozen
 from jaxdyn.train.policy import UpdateBatch, policy_logps
 from jaxdyn.train.reference import reference_of
 
