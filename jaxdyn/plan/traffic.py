@@ -1,5 +1,7 @@
 """Bytes that an instruction of a compiled program reads and writes in the main memory."""
 
+import re
+
 from jaxdyn.plan.text import Computation, Instruction, Number, called_by, parameters_of, results_of
 
 # What moves no data, or leaves that to the computation it calls.
@@ -11,6 +13,8 @@ FREE = {
 SLICES = {"dynamic-slice", "slice", "gather"}
 # Within a fusion another view of the same array: it is computed where it is asked for.
 VIEWS = {"bitcast", "copy"}
+# Calls of libraries whose last result is their workspace, of which little is touched.
+LIBRARIES = re.compile(r"__cu(blas|dnn)\$")
 
 
 Computations = dict[str, Computation]
@@ -23,6 +27,8 @@ def traffic(computations: Computations, computation: Computation, one: Instructi
     operands = [computation.instructions[name] for name in one.operands]
     sizes = [sum(x.nbytes for x in operand.arrays if x.main) for operand in operands]
     results = results_of(one)
+    if one.opcode == "custom-call" and LIBRARIES.search(one.attributes):
+        results = results[: max(1, len(results) - 1)]
     written = sum(x.nbytes for x in results if x.main)
     if one.opcode == "fusion":
         inner = computations[called_by(one, "calls")[0]]

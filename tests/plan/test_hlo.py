@@ -252,6 +252,8 @@ ENTRY %main (a: bf16[4,16,32], b: bf16[4,32,8]) -> bf16[4,16,8] {
     cost = cost_of(text)
     assert cost.flops == 2 * 4 * 16 * 8 * 32
     assert cost.uncounted == {"__cudnn$norm": 1}
+    a, b, c = 2 * 4 * 16 * 32, 2 * 4 * 32 * 8, 2 * 4 * 16 * 8
+    assert cost.bytes == a + b + c + 2 * c  # and nothing of the workspace
 
 
 def test_attention_of_cudnn():

@@ -274,6 +274,46 @@ def test_only_shapes_compile():
         jax.monitoring.unregister_event_duration_listener(listen)
 
 
+def rounded_inside_loops(jaxpr, inside=False):
+    """Shapes of what the loops of a program turn from float32 to bfloat16."""
+    found = set()
+    for one in jaxpr.eqns:
+        arrays = [x.aval for x in (*one.invars[:1], *one.outvars[:1])]
+        rounds = [getattr(x, "dtype", None) for x in arrays] == [jnp.float32, jnp.bfloat16]
+        if inside and rounds and one.primitive.name == "convert_element_type":
+            found.add(arrays[0].shape)
+        for part in jax.tree.leaves(list(one.params.values()), is_leaf=is_program):
+            if is_program(part):
+                inner = getattr(part, "jaxpr", part)
+                found |= rounded_inside_loops(inner, inside or one.primitive.name == "while")
+    return found
+
+
+def is_program(x):
+    return hasattr(x, "eqns") or hasattr(x, "jaxpr")
+
+
+@pytest.mark.parametrize("name", ["gpt2-tied", "gpt_neox-untied"])
+def test_weights_are_rounded_before_the_loop_and_not_at_every_token(name):
+    """The same bits; XLA's compiler for GPUs leaves in the loop what it finds there."""
+    model, params = oracles.adapted_model(name, jnp.float32)
+    model = dataclasses.replace(model, dtype=jnp.bfloat16)
+    view = model.view(params)
+    rounded = model.rounded(view)
+    shapes = {x.shape for x in jax.tree.leaves(rounded) if x.dtype == jnp.bfloat16}
+    assert (oracles.VOCAB, model.config.width) in shapes  # W, tied or not, beside the layers'
+    weights = {shape for whole in shapes for shape in (whole, whole[1:])}
+    prompts = PromptBatch(jnp.ones((2, 3), jnp.int32), jnp.ones((2, 3), bool))
+    draw = functools.partial(generate, num_generations=1, max_completion_length=3)
+    program = jax.make_jaxpr(lambda p: draw(model, p, prompts, jax.random.key(0)))(params)
+    met = rounded_inside_loops(program.jaxpr)
+    assert met and not met & weights
+
+    features = lambda p: model.features(p["backbone"], prompts.prompt_ids, prompts.prompt_mask)
+    logits = lambda p: model.logits(p["classifier"], features(p))
+    np.testing.assert_array_equal(jax.jit(logits)(rounded), jax.jit(logits)(view))
+
+
 # -- a scripted model: a Markov chain, decoded greedily, that counts its decode steps -------------
 
 
