@@ -88,7 +88,7 @@ def made(computations: Computations, computation: Computation, name: str) -> lis
     one = computation.instructions[name]
     if one.opcode == "tuple":
         return [x for operand in one.operands for x in made(computations, computation, operand)]
-    if one.opcode in VIEWS:
+    if one.opcode == "bitcast":
         return made(computations, computation, one.operands[0])
     if one.opcode == "dynamic-update-slice":
         return [computation.instructions[one.operands[1]].arrays[0].nbytes]
