@@ -2,7 +2,7 @@
 
 Claims:
   plans    the paper's model (Pythia-2.8B, 512 tokens) and one of 8B parameters compile for v5e-64,
-           v5p-8 and v6e-16, eight H100, eight H200 and two hosts of eight H100:
+           v5p-8, v6e-16 and v7x-8, eight H100, eight H200 and two hosts of eight H100:
            memory, time and limit of every program there.
   memory   what a run of the paper's model keeps on a chip of a v5e-64, a v5p-8 and an H200, and
            stage 1's share of each. For the H200 that is what is stored, exactly; what its compiler
@@ -10,7 +10,7 @@ Claims:
   scaling  with a fixed batch a device on 1, 2, 4 and 8 devices, an update's flops a device stay
            what they are, and what a device sends follows the curve of its collectives.
 Command:   python experiments/benchmarks/plans.py [plans] [scaling] [--cases "llama-8b v5e-64" ...]
-Time:      two to five CPU minutes a plan, of which there are twelve, and one for the scaling.
+Time:      two to five CPU minutes a plan, of which there are fourteen, and one for the scaling.
 Expected:  tables on the screen, results/plans.md, results/plans.json, results/plans_scaling.json.
 """
 
@@ -30,7 +30,7 @@ GIB = 2**30
 CASES = [
     f"{preset} {topology}"
     for preset in ("pythia-2.8b", "llama-8b")
-    for topology in ("v5e-64", "v5p-8", "v6e-16", "h100:8", "h200:8", "h100:2x8")
+    for topology in ("v5e-64", "v5p-8", "v6e-16", "v7x-8", "h100:8", "h200:8", "h100:2x8")
 ]
 DEVICES = (1, 2, 4, 8)
 MODEL = {"vocab_size": 2048, "width": 256, "num_layers": 4, "num_heads": 8}
