@@ -256,6 +256,31 @@ ENTRY %main (a: bf16[4,16,32], b: bf16[4,32,8]) -> bf16[4,16,8] {
     assert cost.bytes == a + b + c + 2 * c  # and nothing of the workspace
 
 
+def test_a_weight_that_a_fusion_looks_at_through_another_is_read():
+    """As the compiler for TPUs writes the logits' product: W through a fusion that moves nothing."""
+    text = """HloModule logits
+
+%view (w: bf16[128,32]) -> bf16[128,32] {
+  %w = bf16[128,32]{1,0} parameter(0)
+  ROOT %same = bf16[128,32]{1,0} bitcast(%w)
+}
+
+%product (x: bf16[16,32], w.1: bf16[128,32]) -> f32[16,128] {
+  %x = bf16[16,32]{1,0} parameter(0)
+  %w.1 = bf16[128,32]{1,0} parameter(1)
+  %seen = bf16[128,32]{1,0} fusion(%w.1), kind=kLoop, calls=%view
+  ROOT %f = f32[16,128]{1,0} convolution(%x, %seen), dim_labels=bf_oi->bf
+}
+
+ENTRY %main (phi: bf16[16,32], weight: bf16[128,32]) -> f32[16,128] {
+  %phi = bf16[16,32]{1,0} parameter(0)
+  %weight = bf16[128,32]{1,0} parameter(1)
+  ROOT %logits = f32[16,128]{1,0} fusion(%phi, %weight), kind=kOutput, calls=%product
+}
+"""
+    assert cost_of(text).bytes == 2 * 16 * 32 + 2 * 128 * 32 + 4 * 16 * 128
+
+
 def test_attention_of_cudnn():
     """Of 3 rows, 4 heads of 16 and 32 slots: two products of the weights' size, and back five."""
     text = """HloModule gpu
