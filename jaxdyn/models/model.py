@@ -143,7 +143,7 @@ class LanguageModel:
         rounds by itself cost it four times the bytes, where the compiler leaves that in the loop
         (XLA's for GPUs). Of the embedding's table a step reads a few rows.
         """
-        return View(held(view, self.dtype, [name for name in MATRICES if name != TABLE]))
+        return View(held(view, self.dtype, set(MATRICES) - {TABLE}))
 
     def fold(self, gradient: View) -> Params:
         """The stored parameters' gradient from a view's: a shared matrix gets both paths' sum."""

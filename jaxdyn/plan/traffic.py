@@ -28,7 +28,7 @@ def traffic(computations: Computations, computation: Computation, one: Instructi
     sizes = [sum(x.nbytes for x in operand.arrays if x.main) for operand in operands]
     results = results_of(one)
     if one.opcode == "custom-call" and LIBRARIES.search(one.attributes):
-        results = results[: max(1, len(results) - 1)]
+        results = results[:-1] or results
     written = sum(x.nbytes for x in results if x.main)
     if one.opcode == "fusion":
         inner = computations[called_by(one, "calls")[0]]
