@@ -17,7 +17,8 @@ import numpy as np
 
 @dataclasses.dataclass(frozen=True)
 class Shape:
-    """The problem's sizes, and the rows of a tile of `nt.batch`: 8 GB hold two Jacobians of 32."""
+    """The problem's sizes, our memory budget in GiB, and the rows of a tile of `nt.batch`: 8 GB hold
+    two Jacobians of 32."""
 
     layers: int = 6
     width: int = 512
@@ -25,9 +26,11 @@ class Shape:
     sites: int = 32
     slots: int = 32
     batch: int = 32
+    budget: int = 8
 
-
-BUDGET = 8 * 2**30
+    @property
+    def bytes(self) -> int:
+        return self.budget * 2**30
 
 
 def problem(shape: Shape):
@@ -58,7 +61,7 @@ def log_prob(method: str, by_part: bool = False):
         from jaxdyn.kernels import log_prob_kernel
 
         model, params, sites = problem(shape)
-        options = {"method": method, "memory_budget": BUDGET, "by_part": by_part}
+        options = {"method": method, "memory_budget": shape.bytes, "by_part": by_part}
         return lambda: log_prob_kernel(model, params, sites, **options).total
 
     return prepare
@@ -71,7 +74,7 @@ def trace(num_probes: int | None = None):
         from jaxdyn.kernels import trace_kernel
 
         model, params, sites = problem(shape)
-        options = {"memory_budget": BUDGET, "mean": True}
+        options = {"memory_budget": shape.bytes, "mean": True}
         if num_probes:
             options |= {"num_probes": num_probes, "key": jax.random.key(0)}
         return lambda: trace_kernel(model, params, sites, **options).total

@@ -220,7 +220,7 @@ SUITES = {
     "trace": (trace_suite, Shape(layers=2, width=64, vocab=2048, sites=4, slots=16)),
     "scaling": (scaling, Shape(layers=2, width=256, vocab=2048)),
     "large": (large, Shape(sites=512)),
-    "chat": (chat, Shape(layers=30, width=576, vocab=49152, slots=64)),
+    "chat": (chat, Shape(layers=30, width=576, vocab=49152, slots=64, budget=4)),
     "pythia": (pythia, Shape(vocab=50304, slots=64)),
 }
 

@@ -91,8 +91,8 @@ def batches_of_texts(
     wide = jnp.promote_types(model.dtype, jnp.float32).itemsize
 
     def text_bytes(model, slots, most):
-        """Of the opened pass, and of a dozen arrays of the logits' size."""
-        return sum(opened_bytes(model, slots)) + 12 * most * model.config.vocab_size * wide
+        """Of the opened pass with tangents beside, and of a dozen arrays of the logits' size."""
+        return sum(opened_bytes(model, slots)) * 3 // 2 + 12 * most * model.config.vocab_size * wide
 
     execution = Execution(memory_budget=budget)
     found = batches_of(model, sites, "sites", execution, text_bytes, share=share)

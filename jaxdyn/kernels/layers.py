@@ -126,18 +126,28 @@ def _by_slots(rows, columns, workspace, likeness) -> jax.Array:
 
 
 def _by_blocks(rows, columns, workspace, root=None) -> jax.Array:
-    """Inner products of Σ_t δ_t a_tᵀ, formed for a block of outputs at a time."""
+    """Inner products of Σ_t δ_t a_tᵀ, formed for a block of the longer side at a time."""
+    inputs, outputs = rows[0].shape[2], rows[1].shape[3]
+    turned = inputs > outputs
     if root is not None:
-        root = jnp.tile(root, (1, rows[1].shape[3] // root.shape[1]))
+        root = jnp.tile(root, (1, outputs // root.shape[1]))
+        root = root if turned else root.T
 
     def gradient(x, y, start, width):
-        block = jax.lax.dynamic_slice_in_dim(y, start, width, axis=3)
-        matrix = product("nkto,nti->nkoi", block, x)
+        block = lambda z, axis: jax.lax.dynamic_slice_in_dim(z, start, width, axis)
+        x, y = (block(x, 2), y) if turned else (x, block(y, 3))
+        if y.shape[1] == 1:  # a product of a row's two matrices, without an axis in between
+            y = y[:, 0]
+            matrix = product("nti,nto->nio", x, y) if turned else product("nto,nti->noi", y, x)
+            matrix = matrix[:, None]
+        else:
+            matrix = product("nkto,nti->nkio" if turned else "nkto,nti->nkoi", y, x)
         if root is not None:
-            matrix *= jax.lax.dynamic_slice_in_dim(root, start, width, axis=1).T[None, None]
+            matrix *= block(root, 0)[None, None]
         return matrix.astype(x.dtype)
 
-    return _over_blocks(rows[1].shape[3], rows[0].shape[2], rows, columns, gradient, workspace)
+    longer, each = max(inputs, outputs), min(inputs, outputs)
+    return _over_blocks(longer, each, rows, columns, gradient, workspace)
 
 
 def _by_ids(rows, columns, size, workspace) -> jax.Array:
@@ -153,19 +163,21 @@ def _by_ids(rows, columns, size, workspace) -> jax.Array:
     return _over_blocks(size, rows[1].shape[3], rows, columns, gradient, workspace)
 
 
-def _over_blocks(outputs, each, rows, columns, gradient, workspace) -> jax.Array:
-    """⟨G, G'⟩ of matrices [outputs, each], of which `gradient` forms some rows at a time."""
+def _over_blocks(length, each, rows, columns, gradient, workspace) -> jax.Array:
+    """⟨G, G'⟩ of matrices [length, each], of which `gradient` forms some rows at a time."""
     d, e = rows[1], (columns or rows)[1]
     count = d.shape[0] * d.shape[1] + (0 if columns is None else e.shape[0] * e.shape[1])
     in_one = workspace / (count * each * wide_dtype(d).itemsize)
-    width = min(outputs, max(1, int(in_one), min(SPARE, int(SPARE * in_one))))
+    most = min(length, max(1, int(in_one), min(SPARE, int(SPARE * in_one))))
+    # Blocks without a rest, where one is not much smaller.
+    width = next((w for w in range(most, most // 2, -1) if length % w == 0), most)
     flat = lambda x: x.reshape(*x.shape[:2], -1)
 
     def kernel(start, width):
         left = flat(gradient(*rows, start, width))
         return pairwise(left, None if columns is None else flat(gradient(*columns, start, width)))
 
-    blocks, rest = divmod(outputs, width)
+    blocks, rest = divmod(length, width)
     step = lambda total, start: (total + kernel(start, width), None)
     nothing = jnp.zeros((*d.shape[:2], *e.shape[:2]), wide_dtype(d))
     total = jax.lax.scan(step, nothing, width * jnp.arange(blocks))[0]

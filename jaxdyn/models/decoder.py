@@ -1,8 +1,8 @@
 """The body of the language model: one Flax decoder, scanned over its layers.
 
 Every layer that has parameters can be opened: it sows its input as "intermediates" and adds a
-"perturbation" to its output, so that one backward pass hands back each layer's input and its
-output's cotangent (`LanguageModel.opened`). Without these collections nothing is recorded or added.
+"perturbation" of zero to its output, so that one backward pass hands back each layer's input and
+its output's cotangent (`LanguageModel.opened`). Without these collections nothing is recorded.
 """
 
 from typing import Any, Literal, NamedTuple
@@ -40,6 +40,25 @@ def _sow_input(layer: nn.Module, x: Any) -> None:
     layer.sow("intermediates", "input", x, reduce_fn=lambda _, new: new, init_fn=lambda: None)
 
 
+@jax.custom_jvp
+def _shifted(x, shift):
+    """x + shift of a shift that is zero: it has a cotangent, and is never read."""
+    del shift
+    return x
+
+
+@_shifted.defjvp
+def _(primals, tangents):
+    return primals[0], tangents[0] + tangents[1]
+
+
+def _open_output(layer: nn.Module, x: Any) -> Any:
+    if layer.is_mutable_collection("perturbations"):
+        return layer.perturb("output", x)
+    shift: Any = layer.get_variable("perturbations", "output")
+    return x if shift is None else _shifted(x, shift)
+
+
 def _wide(x: Any) -> Any:
     return x.astype(jnp.promote_types(x.dtype, jnp.float32))
 
@@ -66,7 +85,7 @@ class Dense(nn.Dense):
             # As `matrix_product`: a gradient over two axes of bfloat16 may be summed in bfloat16.
             rows = x.reshape(-1, x.shape[-1])
             output += self.lora_scale * ((rows @ a) @ b).reshape(output.shape)
-        return self.perturb("output", output)
+        return _open_output(self, output)
 
 
 class Embed(nn.Embed):
@@ -77,7 +96,7 @@ class Embed(nn.Embed):
 
     def __call__(self, inputs):
         _sow_input(self, inputs)
-        return self.perturb("output", self.look_up(inputs))
+        return _open_output(self, self.look_up(inputs))
 
     def look_up(self, ids):
         return jnp.take(_wide(self.embedding), ids, axis=0).astype(self.dtype)
@@ -90,7 +109,7 @@ class LayerNorm(nn.LayerNorm):
         if self.is_mutable_collection("intermediates"):
             unit = self.clone(parent=None, name=None, use_scale=False, use_bias=False)
             _sow_input(self, unit.apply({}, x, **options))
-        return self.perturb("output", super().__call__(x, **options))
+        return _open_output(self, super().__call__(x, **options))
 
 
 class RMSNorm(nn.RMSNorm):
@@ -100,7 +119,7 @@ class RMSNorm(nn.RMSNorm):
         if self.is_mutable_collection("intermediates"):
             unit = self.clone(parent=None, name=None, use_scale=False)
             _sow_input(self, unit.apply({}, x, **options))
-        return self.perturb("output", super().__call__(x, **options))
+        return _open_output(self, super().__call__(x, **options))
 
 
 class ZeroCenteredRMSNorm(RMSNorm):

@@ -23,9 +23,11 @@ def inner(x, y):
     return np.reshape(flat, (*x.shape[:2], *y.shape[:2]))
 
 
-@pytest.fixture
-def pairs(x64):
-    return (draw(N, T, IN), draw(N, K, T, OUT)), (draw(M, U, IN), draw(M, J, U, OUT))
+# Inputs I and functions K, J: more inputs than outputs and fewer, several functions and one.
+@pytest.fixture(params=[(IN, K, J), (IN, 1, J), (5, K, J), (5, 1, 1)], ids=str)
+def pairs(request, x64):
+    i, k, j = request.param
+    return (draw(N, T, i), draw(N, k, T, OUT)), (draw(M, U, i), draw(M, j, U, OUT))
 
 
 def matrices(a, d):
@@ -101,7 +103,7 @@ def test_slots_meet_one_by_one_where_the_table_is_large(monkeypatch):
 def test_dense_with_roots(copies, pairs):
     """Every gradient times √P; two functions' outputs side by side have the same P."""
     rows, columns = pairs
-    root = jnp.abs(draw(IN, OUT // copies)).at[2].set(0.0)
+    root = jnp.abs(draw(rows[0].shape[2], OUT // copies)).at[2].set(0.0)
     whole = np.tile(root, (1, copies))
     left, right = matrices(*rows) * whole, matrices(*columns) * whole
     for workspace in (1, 3000, 10**9):
