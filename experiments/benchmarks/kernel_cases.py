@@ -17,8 +17,8 @@ import numpy as np
 
 @dataclasses.dataclass(frozen=True)
 class Shape:
-    """The problem's sizes, our memory budget in GiB, and the rows of a tile of `nt.batch`: 8 GB hold
-    two Jacobians of 32."""
+    """The problem's sizes, our memory budget in GiB, and the rows of a tile of `nt.batch`, of which
+    8 GB hold two Jacobians of 32."""
 
     layers: int = 6
     width: int = 512

@@ -9,7 +9,7 @@ Claims (two CPU cores, float32, warm; medians; memory beyond a process that make
   pythia   6 layers, d 512, V 50304, N 32, T 64: log-prob and trace kernels within 8 GB, which
            neural-tangents cannot do at all for the trace.
   chat     30 layers, d 576, V 49152, N 32, T 64, as a chat model of 135 M parameters has: the
-           log-prob kernel within 8 GB in less than twice the floor, by part at 1.25 times that.
+           log-prob kernel within 4 GB in 1.5 times the floor, and by part as well.
   scaling  seconds against N, T, V and depth: fitted exponents beside those of the operations count.
 The floor of a log-prob kernel is one forward and backward pass of the batch, and the products of
 its Gram matrices at the machine's matrix rate, as measured beside; the table says how many times
