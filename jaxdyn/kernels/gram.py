@@ -12,6 +12,7 @@ In a preconditioner's metric P gradients are taken in the coordinates θ/√P, t
 """
 
 import functools
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -56,11 +57,13 @@ def stacked(tree: Params) -> dict[Path, jax.Array]:
     return {path: x if path[0] == "layers" else x[None] for path, x in flatten_dict(tree).items()}
 
 
-def rows_first(tree: Params) -> dict[Path, jax.Array]:
-    """Cotangents {layer: [L, N, K, T, O]} of a pullback mapped over K in front."""
+def pulled(pull: Callable, starts: jax.Array) -> dict[Path, jax.Array]:
+    """Cotangents {layer: [L, N, K, T, O]} of K functions, from theirs of φ, [K, N, T, D]."""
+    if len(starts) == 1:  # no axis is mapped over: XLA on a CPU moves one by copying
+        return {path: x[:, :, None] for path, x in stacked(pull(starts[0])).items()}
     return {
         path: jnp.moveaxis(x, 0, 2) if path[0] == "layers" else jnp.moveaxis(x, 0, 1)[None]
-        for path, x in flatten_dict(tree).items()
+        for path, x in flatten_dict(jax.vmap(pull)(starts)).items()
     }
 
 
@@ -108,7 +111,7 @@ def factorize(model: Model, view: View, roots: Params | None, rows: Rows) -> Fac
     start = jnp.zeros((g.shape[1], *phi.shape), g.dtype)
     back = back.reshape(*g.shape[:-1], -1).swapaxes(0, 1)
     start = start.at[:, at[0], at[1]].add(back).astype(phi.dtype)
-    cotangents = rows_first(jax.vmap(pull)(start))
+    cotangents = pulled(pull, start)
     body_roots = None if roots is None else roots["backbone"]
     body = factors_of(view["backbone"], stacked(inputs), cotangents, body_roots)
     return body._replace(features=phi[at], logit_cotangents=g)

@@ -79,7 +79,8 @@ def embedding(rows, columns, size: int, workspace: int) -> jax.Array:
 
 def scale_gradient(a: jax.Array, d: jax.Array) -> jax.Array:
     """Σ_t a_t ⊙ δ_t, [..., N, K, O], of a vector that multiplies its input elementwise."""
-    return product("...nti,...nkti->...nki", a, d)
+    wide = wide_dtype(d)  # summed as it is multiplied: a product of matrices would transpose both
+    return jnp.sum(a.astype(wide)[..., None, :, :] * d.astype(wide), axis=-2)
 
 
 def bias_gradient(d: jax.Array) -> jax.Array:

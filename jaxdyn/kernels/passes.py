@@ -15,7 +15,7 @@ import numpy as np
 from jaxdyn.kernels.blocks import assemble, tiling
 from jaxdyn.kernels.contractions import gradient_of
 from jaxdyn.kernels.execution import Execution, budget_of, platform_of
-from jaxdyn.kernels.gram import Factors, body_kernels, factors_of, rows_first, stacked
+from jaxdyn.kernels.gram import Factors, body_kernels, factors_of, pulled, stacked
 from jaxdyn.kernels.memory import opened_bytes
 from jaxdyn.kernels.rows import Rows
 from jaxdyn.types import Model, Params, View
@@ -48,7 +48,7 @@ class Opened:
     def factors(self, block: jax.Array) -> Factors:
         """Factors of K functions r_kᵀφ, laid side by side so that products sum over k too."""
         start = lambda r: self.still.at[self.at].set(r[None].astype(self.still.dtype))
-        cotangents = rows_first(jax.vmap(self.pull)(jax.vmap(start)(block)))
+        cotangents = pulled(self.pull, jax.vmap(start)(block))
         found = factors_of(self.backbone, self.inputs, cotangents, self.roots)
         # [L, N, K, (T,) O] -> [L, N, 1, (T,) K O]
         side = lambda x: jnp.moveaxis(x, 2, -2).reshape(*x.shape[:2], 1, *x.shape[3:-1], -1)

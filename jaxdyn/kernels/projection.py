@@ -152,7 +152,8 @@ def sketch_factors(
     def group(total, within, of_vectors):
         """The total, with what lies within the scanned layers or outside them added."""
         belongs = lambda path: (path[0] == "layers") == within
-        pairs = {p: (x, factors.cotangents[p]) for p, x in factors.inputs.items() if belongs(p)}
+        inputs = {p: x for p, x in factors.inputs.items() if belongs(p)}
+        pairs = {p: (x, factors.cotangents[p][:, :, 0]) for p, x in inputs.items()}
         own_roots = {p: scales[p]["kernel"] for p in pairs if "kernel" in scales.get(p, ())}
         own_signs = {p: signs.matrices[p] for p in pairs}
         vectors = [x for path, x in factors.vectors.items() if belongs(path)]
@@ -160,10 +161,10 @@ def sketch_factors(
         def step(total, layer):
             own_signs, of_vectors, pairs, own_roots, gradient = layer
             for path, (inputs, cotangents) in pairs.items():
-                total += matrix(own_signs[path], inputs, cotangents[:, 0], own_roots.get(path))
-            return total + vector(of_vectors, gradient[:, 0]), None
+                total += matrix(own_signs[path], inputs, cotangents, own_roots.get(path))
+            return total + vector(of_vectors, gradient), None
 
-        beside = jnp.concatenate(vectors, axis=-1)
+        beside = jnp.concatenate(vectors, axis=-1)[:, :, 0]
         return jax.lax.scan(step, total, (own_signs, of_vectors, pairs, own_roots, beside))[0]
 
     phi, g = factors.features, factors.logit_cotangents[:, 0]
