@@ -15,7 +15,7 @@ from peers.protocol import BEGIN, END, PAD, WORDS, Shape, even_words, random_pro
 
 from jaxdyn.config import RunConfig
 from jaxdyn.data import Tokenizer
-from jaxdyn.models import LanguageModel, gpt_neox, llama
+from jaxdyn.models import LanguageModel, gpt_neox, llama, load_pretrained
 from jaxdyn.models.decoder import Remat
 from jaxdyn.optim import OptimConfig, Stage, StageName, make_optimizer
 from jaxdyn.rewards import RewardConfig, make_reward
@@ -51,18 +51,36 @@ def tokenizer_of(shape: Shape) -> Tokenizer:
 
 
 def task_of(shape: Shape, architecture: str, remat: Remat = "dots", **train: Any) -> Task:
-    """Random parameters, prompts of random words, and the peers' reward."""
-    model = model_of(shape, architecture, remat)
+    """Random parameters or the shape's model, prompts of random words, and the peers' reward."""
+    if shape.model:
+        model, params = load_pretrained(shape.model, dtype=jnp.dtype(shape.dtype).type)
+        model = dataclasses.replace(model, remat=remat)
+        require_sizes(shape, model)
+    else:
+        model = model_of(shape, architecture, remat)
+        params = jax.jit(model.init)(jax.random.key(0))
     examples = [{"prompt": prompt} for prompt in random_prompts(shape, 2048)]
     return Task(
         model=model,
-        params=jax.jit(model.init)(jax.random.key(0)),
+        params=params,
         tokenizer=tokenizer_of(shape),
         config=config_of(shape, **train),
         train=examples,
         test=examples[:32],
         reward=make_reward(REWARD),
     )
+
+
+def require_sizes(shape: Shape, model: LanguageModel) -> None:
+    """SystemExit where the shape is not that of its model, by which it would be reported."""
+    c = model.config
+    found = (c.num_layers, c.width, c.mlp_width, c.num_heads, c.vocab_size)
+    wanted = (shape.layers, shape.width, shape.mlp, shape.heads, shape.vocab)
+    if found != wanted:
+        raise SystemExit(
+            f"layers, width, mlp, heads and vocab of {shape.model} are {found}; the shape says "
+            f"{wanted}: give --shape, or --layers and so on"
+        )
 
 
 def config_of(shape: Shape, **train: Any) -> RunConfig:

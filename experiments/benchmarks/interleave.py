@@ -33,6 +33,8 @@ def add_peer_arguments(parser: argparse.ArgumentParser) -> None:
     for peer in PEERS:
         words = f"the Python that has {peer} (see peers/{peer}_worker.py)"
         parser.add_argument(f"--{peer}-python", help=words)
+    words = "pieces of TRL's batch, where its whole batch needs too much memory (1)"
+    parser.add_argument("--trl-microbatches", type=int, default=1, help=words)
     words = "peers to leave out, which the result then says"
     parser.add_argument("--without", nargs="+", choices=PEERS, default=[], help=words)
     parser.add_argument("--rounds", type=int, default=15, help="measured ones (15)")
@@ -47,16 +49,21 @@ def frameworks(chosen: argparse.Namespace) -> dict[str, list[str]]:
                 f"{peer}: no Python that has it; give --{peer}-python PATH (peers/{peer}_worker.py "
                 f"says what it needs), or leave it out by --without {peer}"
             )
+    if chosen.model and "tunix" not in chosen.without:
+        raise SystemExit("tunix trains a random model here; with --model say --without tunix")
     script = lambda name: str(HERE / "peers" / f"{name}.py")
+    architectures = ARCHITECTURES[:1] if chosen.model else ARCHITECTURES
     found = {
-        f"jaxdyn {a}": [sys.executable, str(HERE / "jaxdyn_worker.py"), a] for a in ARCHITECTURES
+        f"jaxdyn {a}": [sys.executable, str(HERE / "jaxdyn_worker.py"), a] for a in architectures
     }
-    found["floor"] = [sys.executable, script("floor")]
+    if not chosen.model:
+        found["floor"] = [sys.executable, script("floor")]
     if "tunix" not in chosen.without:
         found["tunix llama"] = [chosen.tunix_python, script("tunix_worker")]
     if "trl" not in chosen.without:
-        for a in ARCHITECTURES:
-            found[f"trl {a}"] = [chosen.trl_python, script("trl_worker"), a]
+        trl = chosen.trl_python, script("trl_worker")
+        for a in architectures:
+            found[f"trl {a}"] = [*trl, a, str(chosen.trl_microbatches)]
     return found
 
 
@@ -81,6 +88,14 @@ class Worker:
         self._process.stdin.write("again\n")
         self._process.stdin.flush()
         return self._read()
+
+    def peak_mebibytes(self) -> int:
+        """The most memory that its process has had; SystemExit where the system does not tell."""
+        status = Path(f"/proc/{self._process.pid}/status")
+        if not status.exists():
+            raise SystemExit(f"no {status}: peak memory is read where Linux tells it")
+        (line,) = (x for x in status.read_text().splitlines() if x.startswith("VmHWM:"))
+        return int(line.split()[1]) // 1024
 
     def close(self) -> None:
         self._process.stdin.close()
@@ -129,11 +144,14 @@ def interleaved(shape: Shape, task: str, chosen: argparse.Namespace) -> dict:
             if number > 0:
                 measured.append(answers)
                 gflops.append(heat)
+        peaks = {worker.name: worker.peak_mebibytes() for worker in workers}
     return {
-        "shape": dataclasses.asdict(shape),
+        "shape": {**dataclasses.asdict(shape), "model": Path(shape.model).name},
         "without": chosen.without,
+        "trl_microbatches": chosen.trl_microbatches,
         "about": about,
         "first_seconds": first,
+        "peak_mebibytes": peaks,
         "gflops": gflops,
         "rounds": measured,
         "medians": medians(measured),
@@ -175,11 +193,12 @@ def report(found: dict, parts: list[str]) -> None:
     heat = statistics.median(found["gflops"])
     print(f"\nmedian seconds of {len(found['rounds'])} rounds, at {heat:.0f} GFLOP/s;")
     print("in brackets theirs / ours: of the medians, and the rounds' median")
-    print(f"{'':<18}" + "".join(f"{part:>24}" for part in parts))
+    print(f"{'':<18}" + "".join(f"{part:>24}" for part in parts) + f"{'peak MiB':>10}")
     for name, seconds in found["medians"].items():
         cells = []
         for part in parts:
             ratio = found["ratios"].get(name, {}).get(part)
             bracket = f" ({ratio['of_medians']:.2f}, {ratio['by_round']:.2f})" if ratio else ""
             cells.append(f"{seconds[part]:.4f}{bracket}")
-        print(f"{name:<18}" + "".join(f"{cell:>24}" for cell in cells))
+        cells = "".join(f"{cell:>24}" for cell in cells)
+        print(f"{name:<18}{cells}{found['peak_mebibytes'][name]:>10}")

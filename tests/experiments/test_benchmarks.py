@@ -1,6 +1,7 @@
 """Every suite of every benchmark at a toy shape, so that none can rot; and how they fail."""
 
 import argparse
+import dataclasses
 import functools
 import itertools
 import json
@@ -10,7 +11,9 @@ import sys
 import warnings
 from pathlib import Path
 
+import chex
 import compilation
+import engine
 import harness
 import influence
 import interleave
@@ -32,6 +35,7 @@ import tiny_runs
 from peers.protocol import SHAPES
 
 from jaxdyn.kernels import log_prob_kernel
+from jaxdyn.models import save_pretrained
 from jaxdyn.train import run_rl, sharing
 
 STUB = Path(__file__).with_name("stub_peer.py")
@@ -302,6 +306,30 @@ def test_rl_step_beside_its_peers(run, monkeypatch, tmp_path):
     for seconds in found["medians"].values():
         assert seconds.keys() == {"step", "generate", "reference", "update"}
     assert found["ratios"].keys() == {"floor", "tunix llama", "trl llama"}
+
+
+def test_rl_step_of_a_checkpoint(run, monkeypatch, tmp_path):
+    """Ours really, of its weights; TRL as a stub. Results do not say where the model lies."""
+    python, directory = stub(tmp_path), tmp_path / "tiny"
+    model = engine.model_of(TOY, "llama")
+    params = model.init(jax.random.key(7))
+    save_pretrained(directory, model, params)
+    task = engine.task_of(dataclasses.replace(TOY, model=str(directory)), "llama")
+    chex.assert_trees_all_equal(task.params, params)
+
+    given = "--model", str(directory), "--trl-python", python
+    monkeypatch.setattr(rl_step, "SUITES", {"peers": rl_step.peers})
+    found = run(rl_step, "peers", *settings(*given, "--without", "tunix"))["rl_step_peers_toy"]
+    assert found["about"].keys() == found["peak_mebibytes"].keys() == {"jaxdyn llama", "trl llama"}
+    assert found["shape"]["model"] == "tiny" and str(tmp_path) not in json.dumps(found)
+    # A process that has imported JAX, and one that has not.
+    assert found["peak_mebibytes"]["jaxdyn llama"] > 3 * found["peak_mebibytes"]["trl llama"] > 0
+
+    with pytest.raises(SystemExit, match=r"^tunix trains a random model here; .*--without tunix$"):
+        run(rl_step, "peers", *settings(*given, "--tunix-python", python))
+    words = r"are \(1, 16, 32, 2, 32\); the shape says \(1, 16, 32, 2, 9\)"
+    with pytest.raises(SystemExit, match=words):
+        engine.task_of(dataclasses.replace(TOY, vocab=9, model=str(directory)), "llama")
 
 
 @pytest.mark.slow

@@ -33,6 +33,8 @@ class Shape:
     prompt_length: int = 16
     completion_length: int = 64
     dtype: str = "float32"
+    model: str = ""
+    """A directory in the Hugging Face layout, whose weights are trained; the sizes are then its."""
 
     @property
     def rows(self) -> int:
@@ -48,6 +50,8 @@ SHAPES = {
     "toy": Shape(1, 16, 32, 2, 32, 2, 2, 4, 6),  # to see in seconds that everything runs
     "prompt-256": Shape(prompt_length=256),
     "prompt-512": Shape(prompts=1, prompt_length=512, completion_length=128),
+    # With --model DIRECTORY, of which jaxdyn and TRL both train a copy.
+    "smollm2-135m": Shape(30, 576, 1536, 9, 49152, 4, 8, 192, 64),
     "pythia-410m": Shape(24, 1024, 4096, 16, 50304, 8, 8, 128, 384, "bfloat16"),
     "pythia-2.8b": Shape(32, 2560, 10240, 32, 50304, 8, 8, 128, 384, "bfloat16"),
 }
@@ -70,7 +74,8 @@ def shape_from(chosen: argparse.Namespace) -> Shape:
 def name_of(shape: Shape) -> str:
     """What a result file of the shape is called after its suite: nothing for the default."""
     names = {known: f"_{name}".replace("-", "_") for name, known in SHAPES.items()}
-    return "" if shape == Shape() else names.get(shape, "_custom")
+    sizes = dataclasses.replace(shape, model="")  # where a model lies says nothing
+    return "" if sizes == Shape() else names.get(sizes, "_custom")
 
 
 def random_prompts(shape: Shape, count: int, seed: int = 0) -> list[str]:

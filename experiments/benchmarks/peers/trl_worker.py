@@ -1,9 +1,10 @@
 """TRL: GRPOTrainer's steps, or transformers' generate alone, on a random model of any shape.
 
-    python trl_worker.py SHAPE step|generate llama|gpt_neox
+    python trl_worker.py SHAPE step|generate llama|gpt_neox [MICROBATCHES]
 
-A step begins and ends where the trainer says `on_step_begin`. float32, or everything in bfloat16
-(parameters and Adam's moments too: half the memory traffic of float32 master weights).
+With a `model` in the shape it is that checkpoint, whose tokens are given the words' names. A step
+begins and ends where the trainer says `on_step_begin`. float32, or everything in bfloat16 (parameters
+and Adam's moments too: half the memory traffic of float32 master weights).
 Gradient checkpointing, TRL's default, is off: it would cost it a forward pass. Environment:
 
     python3.11 -m venv trl && trl/bin/pip install torch==2.13.0 trl==1.16.0
@@ -25,10 +26,11 @@ import trl  # noqa: E402
 from datasets import Dataset  # noqa: E402
 
 shape = runner.shape
+MICROBATCHES = int(sys.argv[4]) if len(sys.argv) > 4 else 1
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
-def random_model():
+def model_of_shape():
     """A Llama or GPT-NeoX, untied, and a tokenizer of the words w0, w1, ..."""
     sizes = {
         "vocab_size": shape.vocab,
@@ -48,7 +50,12 @@ def random_model():
         "gpt_neox": (transformers.GPTNeoXConfig, transformers.GPTNeoXForCausalLM),
     }
     config, kind = kinds[sys.argv[3]]
-    model = kind(config(**sizes)).to(getattr(torch, shape.dtype))
+    if shape.model:
+        model = kind.from_pretrained(shape.model)
+        model.generation_config = transformers.GenerationConfig()
+    else:
+        model = kind(config(**sizes))
+    model = model.to(getattr(torch, shape.dtype))
     # Special tokens are matched inside words, so that none may begin one: "w1" would split "w17".
     special = ("<pad>", "<s>", "</s>")
     vocabulary = {special[i] if i < WORDS else f"w{i}": i for i in range(shape.vocab)}
@@ -112,8 +119,9 @@ def learn(model, tokenizer):
             bf16=shape.dtype == "bfloat16",
             fp16=False,
             gradient_checkpointing=False,
-            per_device_train_batch_size=shape.rows,
-            gradient_accumulation_steps=1,
+            # What is generated at once is learned from in so many pieces.
+            per_device_train_batch_size=shape.rows // MICROBATCHES,
+            gradient_accumulation_steps=MICROBATCHES,
             num_generations=shape.generations,
             max_completion_length=shape.completion_length,
             temperature=1.0,
@@ -169,7 +177,7 @@ def time_parts(trainer):
 
 
 def main():
-    model, tokenizer = random_model()
+    model, tokenizer = model_of_shape()
     runner.ready(
         versions={m.__name__: m.__version__ for m in (trl, torch, transformers)},
         device=torch.cuda.get_device_name() if DEVICE == "cuda" else "cpu",
