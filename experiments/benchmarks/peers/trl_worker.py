@@ -3,8 +3,8 @@
     python trl_worker.py SHAPE step|generate llama|gpt_neox [MICROBATCHES]
 
 With a `model` in the shape it is that checkpoint, whose tokens are given the words' names. A step
-begins and ends where the trainer says `on_step_begin`. float32, or everything in bfloat16 (parameters
-and Adam's moments too: half the memory traffic of float32 master weights).
+begins and ends where the trainer says `on_step_begin`. float32, or everything in bfloat16: the
+parameters and Adam's moments too, half the memory traffic of float32 master weights.
 Gradient checkpointing, TRL's default, is off: it would cost it a forward pass. Environment:
 
     python3.11 -m venv trl && trl/bin/pip install torch==2.13.0 trl==1.16.0
