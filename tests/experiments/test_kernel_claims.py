@@ -285,7 +285,10 @@ def test_size_of_the_gradient_component(toy):
     measure = lambda w: {k: float(v) for k, v in size({**head, "weight": jnp.float32(w)}).items()}
     change = gradient_component.random_change("gaussian", 0.1 * np.ones_like(start), 0)
     equal = gradient_component.of_equal_kl(measure, start, change, 0.01)
-    assert equal["kl"] == pytest.approx(0.01, rel=2e-3)
+    assert equal["kl"] == pytest.approx(0.01, rel=1e-3)
+    assert measure(start + equal["scale"] * change)["kl"] == equal["kl"]
+    with pytest.raises(SystemExit, match=r"^no size of a random change has the stage's KL of 99"):
+        gradient_component.of_equal_kl(lambda w: {"kl": 1.0}, start, change, 99.0)
 
 
 def every_token(rollout):
