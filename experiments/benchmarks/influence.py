@@ -8,8 +8,9 @@ Claims (two CPU cores, float32, warm; medians and ratios over interleaved rounds
              at least 1.5 times bergson's completions a second, and inner products closer to the
              exact ones. Ours are of all parameters; bergson's, of the linear layers of the body,
              are held against the exact ones of these. The speed is not reached: 1.3 times on a
-             model of 260 thousand parameters (results/influence_peer.json), the same on
-             SmolLM2-135M (--count 16), where the passes through the model are most of both.
+             model of 260 thousand parameters (results/influence_peer.json); on
+             SmolLM2-135M it is bergson's (influence_peer_smollm2_135m.json, --count 16 --rounds 3):
+             the passes through the model are most of both there.
 Command:   python experiments/benchmarks/influence.py SUITE ... [--model DIRECTORY]
                [--count 64 --prompt 32 --completion 64] --bergson-python bergson/bin/python
            For bergson's environment see peers/bergson_worker.py. On a machine that others use

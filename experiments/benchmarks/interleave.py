@@ -51,12 +51,12 @@ def frameworks(chosen: argparse.Namespace) -> dict[str, list[str]]:
             )
     if chosen.model and "tunix" not in chosen.without:
         raise SystemExit("tunix trains a random model here; with --model say --without tunix")
+    architectures = (kind_of(Path(chosen.model)),) if chosen.model else ARCHITECTURES
     script = lambda name: str(HERE / "peers" / f"{name}.py")
-    architectures = ARCHITECTURES[:1] if chosen.model else ARCHITECTURES
     found = {
         f"jaxdyn {a}": [sys.executable, str(HERE / "jaxdyn_worker.py"), a] for a in architectures
     }
-    if not chosen.model:
+    if not chosen.model:  # it is a program of its own, without a checkpoint
         found["floor"] = [sys.executable, script("floor")]
     if "tunix" not in chosen.without:
         found["tunix llama"] = [chosen.tunix_python, script("tunix_worker")]
@@ -65,6 +65,18 @@ def frameworks(chosen: argparse.Namespace) -> dict[str, list[str]]:
         for a in architectures:
             found[f"trl {a}"] = [*trl, a, str(chosen.trl_microbatches)]
     return found
+
+
+def kind_of(directory: Path) -> str:
+    """The architecture of a model's directory; SystemExit where the peers do not train it."""
+    config = directory / "config.json"
+    if not config.is_file():
+        raise SystemExit(f"{directory}: no config.json there; --model wants a model's directory")
+    kind = json.loads(config.read_text()).get("model_type")
+    if kind not in ARCHITECTURES:
+        wanted = " or ".join(ARCHITECTURES)
+        raise SystemExit(f"{config}: model_type is {kind!r}; the peers train {wanted}")
+    return kind
 
 
 class Worker:
@@ -89,11 +101,11 @@ class Worker:
         self._process.stdin.flush()
         return self._read()
 
-    def peak_mebibytes(self) -> int:
-        """The most memory that its process has had; SystemExit where the system does not tell."""
+    def peak_mebibytes(self) -> int | None:
+        """The most memory that its process has had, where the system tells, as Linux does."""
         status = Path(f"/proc/{self._process.pid}/status")
         if not status.exists():
-            raise SystemExit(f"no {status}: peak memory is read where Linux tells it")
+            return None
         (line,) = (x for x in status.read_text().splitlines() if x.startswith("VmHWM:"))
         return int(line.split()[1]) // 1024
 
@@ -201,4 +213,4 @@ def report(found: dict, parts: list[str]) -> None:
             bracket = f" ({ratio['of_medians']:.2f}, {ratio['by_round']:.2f})" if ratio else ""
             cells.append(f"{seconds[part]:.4f}{bracket}")
         cells = "".join(f"{cell:>24}" for cell in cells)
-        print(f"{name:<18}{cells}{found['peak_mebibytes'][name]:>10}")
+        print(f"{name:<18}{cells}{found['peak_mebibytes'][name] or '–':>10}")

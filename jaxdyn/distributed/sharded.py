@@ -25,7 +25,8 @@ from jax.sharding import PartitionSpec as P
 from jaxdyn.distributed.mesh import ROWS
 from jaxdyn.distributed.rules import fitting
 from jaxdyn.models import LanguageModel
-from jaxdyn.models.decoder import Attention, Dense, Embed, LayerNorm, RMSNorm
+from jaxdyn.models.decoder import Attention
+from jaxdyn.models.opened import Dense, Embed, LayerNorm, RMSNorm
 
 SLOTS = P(ROWS)
 LAYERS = (Dense, Embed, LayerNorm, RMSNorm)

@@ -1,8 +1,6 @@
 """The body of the language model: one Flax decoder, scanned over its layers.
 
-Every layer that has parameters can be opened: it sows its input as "intermediates" and adds a
-"perturbation" of zero to its output, so that one backward pass hands back each layer's input and
-its output's cotangent (`LanguageModel.opened`). Without these collections nothing is recorded.
+Every layer that has parameters can be opened (`jaxdyn.models.opened`).
 """
 
 from typing import Any, Literal, NamedTuple
@@ -16,6 +14,14 @@ from jaxtyping import Array, Bool, Float, Int
 from jaxdyn.models.attention import attention, cached_attention
 from jaxdyn.models.config import ModelConfig
 from jaxdyn.models.fused import AttentionKind
+from jaxdyn.models.opened import (
+    Dense,
+    Embed,
+    LayerNorm,
+    RMSNorm,
+    ZeroCenteredRMSNorm,
+    matrix_product,
+)
 from jaxdyn.models.rotary import rotary_kinds, rotary_tables, rotate
 from jaxdyn.models.visibility import Seen
 from jaxdyn.types import KVCache
@@ -34,111 +40,6 @@ _REMAT_POLICIES = {
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
     "full": jax.checkpoint_policies.nothing_saveable,
 }
-
-
-def _sow_input(layer: nn.Module, x: Any) -> None:
-    layer.sow("intermediates", "input", x, reduce_fn=lambda _, new: new, init_fn=lambda: None)
-
-
-@jax.custom_jvp
-def _shifted(x, shift):
-    """x + shift of a shift that is zero: it has a cotangent, and is never read."""
-    del shift
-    return x
-
-
-@_shifted.defjvp
-def _(primals, tangents):
-    return primals[0], tangents[0] + tangents[1]
-
-
-def _open_output(layer: nn.Module, x: Any) -> Any:
-    if layer.is_mutable_collection("perturbations"):
-        return layer.perturb("output", x)
-    shift: Any = layer.get_variable("perturbations", "output")
-    return x if shift is None else _shifted(x, shift)
-
-
-def _wide(x: Any) -> Any:
-    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
-
-
-class Dense(nn.Dense):
-    """y = x K, + b if `biased`, with an adapter + s (x A) B, open at x and y."""
-
-    biased: bool = False
-    lora_scale: float = 1.0
-
-    @nn.compact
-    def __call__(self, inputs):
-        _sow_input(self, inputs)
-        output = super().__call__(inputs)
-        if self.biased:
-            bias: Any = self.param("bias", self.bias_init, (self.features,), self.param_dtype)
-            # Cast where it is already at every slot: its gradient, their sum, is then in float32.
-            output += jnp.broadcast_to(_wide(bias), output.shape).astype(output.dtype)
-        if self.has_variable("params", "lora_a"):
-            own: Any = self.variables["params"]
-            x, a, b = nn.dtypes.promote_dtype(
-                inputs, own["lora_a"], own["lora_b"], dtype=self.dtype
-            )
-            # As `matrix_product`: a gradient over two axes of bfloat16 may be summed in bfloat16.
-            rows = x.reshape(-1, x.shape[-1])
-            output += self.lora_scale * ((rows @ a) @ b).reshape(output.shape)
-        return _open_output(self, output)
-
-
-class Embed(nn.Embed):
-    """Rows of a table by id, open at the ids and the rows.
-
-    Rows are cast and not the table, whose gradient is then a sum over slots in float32 or better.
-    """
-
-    def __call__(self, inputs):
-        _sow_input(self, inputs)
-        return _open_output(self, self.look_up(inputs))
-
-    def look_up(self, ids):
-        return jnp.take(_wide(self.embedding), ids, axis=0).astype(self.dtype)
-
-
-class LayerNorm(nn.LayerNorm):
-    """y = x̂ s + b, open at x̂ and y."""
-
-    def __call__(self, x, **options):
-        if self.is_mutable_collection("intermediates"):
-            unit = self.clone(parent=None, name=None, use_scale=False, use_bias=False)
-            _sow_input(self, unit.apply({}, x, **options))
-        return _open_output(self, super().__call__(x, **options))
-
-
-class RMSNorm(nn.RMSNorm):
-    """y = x̂ s, open at x̂ and y."""
-
-    def __call__(self, x, **options):
-        if self.is_mutable_collection("intermediates"):
-            unit = self.clone(parent=None, name=None, use_scale=False)
-            _sow_input(self, unit.apply({}, x, **options))
-        return _open_output(self, super().__call__(x, **options))
-
-
-class ZeroCenteredRMSNorm(RMSNorm):
-    """y = x̂ (1 + s), open at x̂ and y."""
-
-    @nn.nowrap
-    def param(self, *arguments, **options):
-        return 1 + super().param(*arguments, **options)
-
-
-def matrix_product(x, kernel, dimension_numbers, **options):
-    """x K for `nn.Dense`, with x's leading axes as one.
-
-    Else the kernel's gradient contracts several axes, for which XLA on a CPU first writes a
-    transposed copy of the output's cotangent, one component at a time.
-    """
-    rows = x.reshape(-1, x.shape[-1])
-    y = jax.lax.dot_general(rows, kernel, (((1,), (0,)), ((), ())), **options)
-    return y.reshape(*x.shape[:-1], kernel.shape[-1])
 
 
 def _dense(config: ModelConfig, features: int, bias: bool, dtype, name: str, residual=False):

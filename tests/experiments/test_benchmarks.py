@@ -308,6 +308,7 @@ def test_rl_step_beside_its_peers(run, monkeypatch, tmp_path):
     assert found["ratios"].keys() == {"floor", "tunix llama", "trl llama"}
 
 
+@pytest.mark.slow
 def test_rl_step_of_a_checkpoint(run, monkeypatch, tmp_path):
     """Ours really, of its weights; TRL as a stub. Results do not say where the model lies."""
     python, directory = stub(tmp_path), tmp_path / "tiny"
@@ -327,6 +328,13 @@ def test_rl_step_of_a_checkpoint(run, monkeypatch, tmp_path):
 
     with pytest.raises(SystemExit, match=r"^tunix trains a random model here; .*--without tunix$"):
         run(rl_step, "peers", *settings(*given, "--tunix-python", python))
+    given = "--without", "tunix", "--trl-python", python, "--model"
+    with pytest.raises(SystemExit, match=r"^.*: no config.json there; --model wants"):
+        run(rl_step, "peers", *settings(*given, str(tmp_path)))
+    (tmp_path / "config.json").write_text('{"model_type": "gpt2"}')
+    words = r"model_type is 'gpt2'; the peers train llama or gpt_neox$"
+    with pytest.raises(SystemExit, match=words):
+        run(rl_step, "peers", *settings(*given, str(tmp_path)))
     words = r"are \(1, 16, 32, 2, 32\); the shape says \(1, 16, 32, 2, 9\)"
     with pytest.raises(SystemExit, match=words):
         engine.task_of(dataclasses.replace(TOY, vocab=9, model=str(directory)), "llama")

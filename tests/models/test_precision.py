@@ -9,8 +9,9 @@ import oracles
 import pytest
 from flax.traverse_util import flatten_dict
 
-from jaxdyn.models.decoder import Backbone, Dense, Embed, LayerNorm, RMSNorm
+from jaxdyn.models.decoder import Backbone
 from jaxdyn.models.model import rows_product
+from jaxdyn.models.opened import Dense, Embed, LayerNorm, RMSNorm
 
 U = 2.0**-8
 """bfloat16 keeps 8 bits: it rounds by at most this share."""

@@ -1,0 +1,116 @@
+"""Flax's layers, open: a backward pass tells what each read and the cotangent of what it wrote.
+
+A layer sows its input as "intermediates" and adds a "perturbation" of zero to its output
+(`LanguageModel.opened`). Without these collections nothing is recorded.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+
+def _sow_input(layer: nn.Module, x: Any) -> None:
+    layer.sow("intermediates", "input", x, reduce_fn=lambda _, new: new, init_fn=lambda: None)
+
+
+@jax.custom_jvp
+def shifted(x, shift):
+    """x + shift of a shift that is zero: it has a cotangent, and is never read."""
+    del shift
+    return x
+
+
+@shifted.defjvp
+def _(primals, tangents):
+    return primals[0], tangents[0] + tangents[1]
+
+
+def _open_output(layer: nn.Module, x: Any) -> Any:
+    if layer.is_mutable_collection("perturbations"):
+        return layer.perturb("output", x)
+    shift: Any = layer.get_variable("perturbations", "output")
+    return x if shift is None else shifted(x, shift)
+
+
+def _wide(x: Any) -> Any:
+    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
+
+
+class Dense(nn.Dense):
+    """y = x K, + b if `biased`, with an adapter + s (x A) B, open at x and y."""
+
+    biased: bool = False
+    lora_scale: float = 1.0
+
+    @nn.compact
+    def __call__(self, inputs):
+        _sow_input(self, inputs)
+        output = super().__call__(inputs)
+        if self.biased:
+            bias: Any = self.param("bias", self.bias_init, (self.features,), self.param_dtype)
+            # Cast where it is already at every slot: its gradient, their sum, is then in float32.
+            output += jnp.broadcast_to(_wide(bias), output.shape).astype(output.dtype)
+        if self.has_variable("params", "lora_a"):
+            own: Any = self.variables["params"]
+            x, a, b = nn.dtypes.promote_dtype(
+                inputs, own["lora_a"], own["lora_b"], dtype=self.dtype
+            )
+            # As `matrix_product`: a gradient over two axes of bfloat16 may be summed in bfloat16.
+            rows = x.reshape(-1, x.shape[-1])
+            output += self.lora_scale * ((rows @ a) @ b).reshape(output.shape)
+        return _open_output(self, output)
+
+
+class Embed(nn.Embed):
+    """Rows of a table by id, open at the ids and the rows.
+
+    Rows are cast and not the table, whose gradient is then a sum over slots in float32 or better.
+    """
+
+    def __call__(self, inputs):
+        _sow_input(self, inputs)
+        return _open_output(self, self.look_up(inputs))
+
+    def look_up(self, ids):
+        return jnp.take(_wide(self.embedding), ids, axis=0).astype(self.dtype)
+
+
+class LayerNorm(nn.LayerNorm):
+    """y = x̂ s + b, open at x̂ and y."""
+
+    def __call__(self, x, **options):
+        if self.is_mutable_collection("intermediates"):
+            unit = self.clone(parent=None, name=None, use_scale=False, use_bias=False)
+            _sow_input(self, unit.apply({}, x, **options))
+        return _open_output(self, super().__call__(x, **options))
+
+
+class RMSNorm(nn.RMSNorm):
+    """y = x̂ s, open at x̂ and y."""
+
+    def __call__(self, x, **options):
+        if self.is_mutable_collection("intermediates"):
+            unit = self.clone(parent=None, name=None, use_scale=False)
+            _sow_input(self, unit.apply({}, x, **options))
+        return _open_output(self, super().__call__(x, **options))
+
+
+class ZeroCenteredRMSNorm(RMSNorm):
+    """y = x̂ (1 + s), open at x̂ and y."""
+
+    @nn.nowrap
+    def param(self, *arguments, **options):
+        return 1 + super().param(*arguments, **options)
+
+
+def matrix_product(x, kernel, dimension_numbers, **options):
+    """x K for `nn.Dense`, with x's leading axes as one.
+
+    Else the kernel's gradient contracts several axes, for which XLA on a CPU first writes a
+    transposed copy of the output's cotangent, one component at a time.
+    """
+    rows = x.reshape(-1, x.shape[-1])
+    y = jax.lax.dot_general(rows, kernel, (((1,), (0,)), ((), ())), **options)
+    return y.reshape(*x.shape[:-1], kernel.shape[-1])
