@@ -49,6 +49,7 @@ class Counts(NamedTuple):
 
 COUNTS = {
     "toy": Counts(3, 2, 1, 8),
+    "brief": Counts(8, 4, 1, 200),
     "small": Counts(16, 8, 2, 200),
     "full": Counts(64, 8, 5, 1000),
 }

@@ -17,7 +17,7 @@ from typing import Any
 
 import matplotlib.pyplot as plt
 import numpy as np
-from frame import COLOURS, Verdict, arms, compared, keep, parser
+from frame import COLOURS, Verdict, arms, compared, keep, of_size, parser
 from histories import band
 from samples import sampled, trained
 
@@ -38,7 +38,7 @@ def curves(rewards: np.ndarray) -> np.ndarray:
 def look(chosen: Namespace) -> dict[str, Any]:
     """By seed and policy, best-of-N's mean over prompts; and its gap to RL, over pairs of prompts,
     with its standard error."""
-    prompts, samples = SIZES[chosen.size]
+    prompts, samples = of_size(SIZES, chosen.size)
     found: dict[str, dict[str, np.ndarray]] = {}
     for arm in ("joint", "classifier_first"):
         for run in trained(chosen.runs, arm) if arm in arms(chosen.runs) else ():

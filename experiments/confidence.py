@@ -22,7 +22,7 @@ from typing import Any
 
 import matplotlib.pyplot as plt
 import numpy as np
-from frame import COLOURS, Verdict, arms, compared, keep, parser
+from frame import COLOURS, Verdict, arms, compared, keep, of_size, parser
 from samples import Trained, certainty, sampled, trained
 
 from jaxdyn.train.experience import Experience
@@ -84,7 +84,7 @@ def look(run: Trained, size: str) -> dict[str, Any]:
     """Pairs [before, after] of everything."""
     task = run.task.at_temperature(1.0)
     policies = run.before, run.after
-    wrote = [sampled(task, params, *SIZES[size]) for params in policies]
+    wrote = [sampled(task, params, *of_size(SIZES, size)) for params in policies]
     masks = [np.asarray(found.rollout.completion_mask) for found in wrote]
     fixed = [certainty(task.model, params, wrote[0].rollout) for params in policies]
     own = [fixed[0], certainty(task.model, run.after, wrote[1].rollout)]

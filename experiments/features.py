@@ -26,7 +26,7 @@ import jax
 import jax.numpy as jnp
 import matplotlib.pyplot as plt
 import numpy as np
-from frame import COLOURS, Verdict
+from frame import COLOURS, Verdict, of_size
 from inference import bootstrap, sign_flip
 from subject import Subject, base_models, experience, parser, seeds_of, subjects
 
@@ -142,7 +142,7 @@ def measure(model: Model, params: Params, sites: Sites, whole: bool = True) -> l
 
 def of_base(subject: Subject, size: str) -> dict[str, Any]:
     """Of a base model and of one with random weights, at completions of the base model."""
-    prompts, inside = SIZES[size]
+    prompts, inside = of_size(SIZES, size)
     sites = sites_from_rollout(experience(subject, "test", prompts, 1, 0).rollout, inside, 0)
     model = subject.model
     return {
@@ -159,7 +159,7 @@ def of_runs(chosen: Namespace, whom: list[Subject]) -> dict[str, list[dict[str, 
     found: dict[str, list[dict[str, Any]]] = {}
     if chosen.runs is None:
         return found
-    prompts, inside = SIZES[chosen.size]
+    prompts, inside = of_size(SIZES, chosen.size)
     rollout = experience(whom[0], "test", prompts, 1, 0).rollout
     sites = sites_from_rollout(rollout, inside, 0)
     for arm in (arm for arm in frame.arms(chosen.runs) if arm in ARMS):

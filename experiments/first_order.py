@@ -24,7 +24,7 @@ import jax
 import jax.numpy as jnp
 import matplotlib.pyplot as plt
 import numpy as np
-from frame import COLOURS, Verdict
+from frame import COLOURS, Verdict, of_size
 from inference import bootstrap
 from subject import (
     Subject,
@@ -101,7 +101,7 @@ def moved(params: Params, change: Params, step: float) -> Params:
 
 def of_base(subject: Subject, size: str) -> list[dict[str, Any]]:
     """Every batch's update, by Adam and by plain gradient descent as far as Adam's reaches."""
-    count, inside, history, between = SIZES[size]
+    count, inside, history, between = of_size(SIZES, size)
     sizes = 2.0 ** np.arange(LEAST, MOST + 1, between)
     train, optim = subject.task.config.train, subject.task.config.optim
     sites = probe_sites(subject, 4 * count, inside)

@@ -10,7 +10,7 @@ import json
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar, get_args
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -18,7 +18,8 @@ from inference import bootstrap, sign_flip
 
 from jaxdyn.files import write_file
 
-Size = Literal["toy", "small", "full"]
+Size = Literal["toy", "brief", "small", "full"]
+T = TypeVar("T")
 Ruling = Literal["supported", "not supported", "undecided"]
 
 # Okabe and Ito (2008): told apart by all forms of colour vision.
@@ -59,10 +60,16 @@ def parser(description: str) -> argparse.ArgumentParser:
     )
     found.add_argument("--model", type=Path, help="the model before RL, in the Hugging Face layout")
     found.add_argument("--runs", type=Path, help="what experiments/trainings.py wrote: ARM/SEED")
-    found.add_argument("--size", choices=("toy", "small", "full"), default="small")
+    found.add_argument("--size", choices=get_args(Size), default="small")
     found.add_argument("--name", default="model", help="of the model, in titles")
     found.add_argument("--output", type=Path, default=Path("experiments/results/findings"))
     return found
+
+
+def of_size(sizes: dict[str, T], size: str) -> T:
+    """What a script does at a size: "brief", for models that are slow to ask, is "small" where
+    nothing else is said."""
+    return sizes.get(size, sizes["small"])
 
 
 def trainings(runs: Path, arm: str) -> list[Path]:

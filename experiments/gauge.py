@@ -29,7 +29,7 @@ import jax.numpy as jnp
 import matplotlib.pyplot as plt
 import numpy as np
 from first_order import rms
-from frame import COLOURS, Verdict
+from frame import COLOURS, Verdict, of_size
 from subject import (
     Subject,
     base_models,
@@ -158,7 +158,7 @@ def faster(params: Params, step: Params, size: float, multiplier: float) -> Para
 
 def of_base(subject: Subject, size: str) -> dict[str, Any]:
     """Every update in every gauge."""
-    count, history, values = SIZES[size]
+    count, history, values = of_size(SIZES, size)
     train = subject.task.config.train
     given = train.num_prompts, train.num_generations, count + history
     batches = update_batches(subject, *given)

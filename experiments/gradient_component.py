@@ -29,7 +29,7 @@ import jax
 import jax.numpy as jnp
 import matplotlib.pyplot as plt
 import numpy as np
-from frame import COLOURS, Verdict
+from frame import COLOURS, Verdict, of_size
 from matplotlib.ticker import ScalarFormatter
 from rulings import above
 from subject import of_run, parser, update_batches
@@ -108,7 +108,7 @@ def of_equal_kl(measure, start: np.ndarray, change: np.ndarray, kl: float) -> di
 
 def of_training(path: Path, size: str) -> dict[str, Any]:
     """ρ before the stage, after it, and after random changes."""
-    _, batches, draws = SIZES[size]
+    _, batches, draws = of_size(SIZES, size)
     with open_run(path) as run:
         subject = of_run(run)
         after = run.policy(run.plan[0].end)[1]["classifier"]
@@ -211,7 +211,7 @@ def find(chosen: Namespace) -> tuple[list[Verdict], list[dict[str, Any]], plt.Fi
     """The answer of one model's trainings."""
     if chosen.runs is None:
         raise SystemExit("gradient_component wants --runs with trainings of classifier_first")
-    paths = frame.trainings(chosen.runs, ARM)[: SIZES[chosen.size][0]]
+    paths = frame.trainings(chosen.runs, ARM)[: of_size(SIZES, chosen.size)[0]]
     rows = [of_training(path, chosen.size) for path in paths]
     return verdicts(rows), rows, draw(rows, chosen.name)
 

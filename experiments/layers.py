@@ -25,7 +25,7 @@ import jax.numpy as jnp
 import matplotlib.pyplot as plt
 import numpy as np
 from first_order import moved
-from frame import COLOURS, Verdict
+from frame import COLOURS, Verdict, of_size
 from inference import bootstrap
 from scipy.stats import spearmanr
 from subject import Subject, compiled, experience, gradient, of_run, parser, update_batch
@@ -130,7 +130,7 @@ def alone(subject: Subject, kind: str, layer: int, steps: int) -> Params:
 
 def of_training(path: Path, size: str) -> dict[str, Any]:
     """The ledger of a training, and the gains of its base model's parts alone."""
-    _, prompts, steps, held_out = SIZES[size]
+    _, prompts, steps, held_out = of_size(SIZES, size)
     with open_run(path) as run:
         subject = of_run(run)
         later = [run.policy(step)[1] for step in run.steps if step]
@@ -213,7 +213,7 @@ def find(chosen: Namespace) -> tuple[list[Verdict], list[dict[str, Any]], plt.Fi
     """The answer of one model's trainings."""
     if chosen.runs is None:
         raise SystemExit("layers wants --runs with trainings of joint")
-    paths = frame.trainings(chosen.runs, "joint")[: SIZES[chosen.size][0]]
+    paths = frame.trainings(chosen.runs, "joint")[: of_size(SIZES, chosen.size)[0]]
     rows = [of_training(path, chosen.size) for path in paths]
     return verdicts(rows), rows, draw(rows, chosen.name)
 

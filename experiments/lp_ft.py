@@ -26,7 +26,7 @@ import frame
 import jax.numpy as jnp
 import matplotlib.pyplot as plt
 import numpy as np
-from frame import COLOURS, Verdict
+from frame import COLOURS, Verdict, of_size
 from inference import bootstrap, sign_flip
 from subject import of_run, parser, probe_sites
 
@@ -159,7 +159,7 @@ def find(chosen: Namespace) -> tuple[list[Verdict], dict[str, Any], plt.Figure]:
     """The answer of one model's trainings."""
     if chosen.runs is None:
         raise SystemExit("lp_ft wants --runs with trainings of joint_extra and classifier_first")
-    count, prompts = SIZES[chosen.size]
+    count, prompts = of_size(SIZES, chosen.size)
     there = frame.arms(chosen.runs)
     rows = {
         arm: [of_training(path, prompts) for path in frame.trainings(chosen.runs, arm)[:count]]

@@ -25,7 +25,7 @@ from typing import Any
 import frame
 import matplotlib.pyplot as plt
 import numpy as np
-from frame import COLOURS, Verdict
+from frame import COLOURS, Verdict, of_size
 from inference import bootstrap
 from scipy.stats import rankdata
 from subject import (
@@ -113,7 +113,7 @@ def influences(subject: Subject, sites: Sites, history: int) -> tuple[dict, dict
 
 def of_base(subject: Subject, size: str) -> list[dict[str, Any]]:
     """A row a proxy and a truth: means of each prompt's sites."""
-    prompts, inside, history = SIZES[size]
+    prompts, inside, history = of_size(SIZES, size)
     sites = probe_sites(subject, prompts, inside)
     rows = np.asarray(sites.rows)
     apart = rows[:, None] != rows[None]

@@ -13,6 +13,7 @@ import importlib
 import sys
 import traceback
 from pathlib import Path
+from typing import get_args
 
 import frame
 import page
@@ -43,7 +44,7 @@ def main():
     parser.add_argument("--runs", type=Path, help="runs/findings/PRESET when not given")
     parser.add_argument("--seeds", type=int, default=12)
     parser.add_argument("--arms", nargs="+", choices=trainings.ARMS)
-    parser.add_argument("--size", choices=("toy", "small", "full"), default="small")
+    parser.add_argument("--size", choices=get_args(frame.Size), default="small")
     parser.add_argument("--output", type=Path, default=page.RESULTS)
     parser.add_argument("--scripts", nargs="+", choices=tuple(page.CLAIMS), default=page.CLAIMS)
     chosen = parser.parse_args()
