@@ -126,7 +126,7 @@ def nodes(arguments: argparse.Namespace) -> dict:
 
     @jax.jit
     def layers(view, change, start):
-        reference = jax.nn.log_softmax(model.logits(head, start))
+        reference = model.logits(head, start)
         at = At(own.targets, jnp.asarray(batch.token_ids), reference)
         return text_parts(model, view, change, own, at, jnp.asarray(batch.real), ("log_prob",))
 

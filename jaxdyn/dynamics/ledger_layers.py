@@ -13,11 +13,10 @@ Of every site apart it takes one forward-mode product a layer.
 
 import jax
 import jax.numpy as jnp
-from flax.traverse_util import flatten_dict
 from jaxtyping import Array, Float
 
-from jaxdyn.dynamics.observables import At, feature_cotangents, logit_cotangents
-from jaxdyn.kernels.gram import Path, parameters_of, stacked
+from jaxdyn.dynamics.observables import At, feature_cotangents, in_blocks, logit_cotangents
+from jaxdyn.kernels.gram import Path, parameters_of, pulled, stacked
 from jaxdyn.kernels.layers import product
 from jaxdyn.kernels.operator import site_features
 from jaxdyn.kernels.parts import kind_of
@@ -44,42 +43,74 @@ def text_parts(
     phi, inputs, pull = model.opened(view["backbone"], sites.tokens, sites.mask)
     place = (sites.rows, sites.positions)
     head, here = view["classifier"], phi[place]
-    of_logits = logit_cotangents(at, model.logits(head, here), quantities) * real[None, :, None]
-    cotangents = feature_cotangents(model, head, here, of_logits)
-    still = jnp.zeros((len(quantities), *phi.shape), cotangents.dtype)
-    start = still.at[:, *place].add(cotangents).astype(phi.dtype)
-    found = flatten_dict(jax.vmap(pull)(start))
+    still = {name: jnp.zeros_like(x) for name, x in head.items()}
+    of_head = {
+        name: jax.jvp(lambda w: model.logits(w, here), (head,), ({**still, name: delta},))[1]
+        for name, delta in change["classifier"].items()
+    }
 
+    def of_sites(at, logits, real, of_head):
+        """∂h/∂f [N, Q, V], and its product with what each part of the classifier does."""
+        found = logit_cotangents(at, logits, quantities) * real[None, :, None]
+        return found.swapaxes(0, 1), {
+            name: product("qnv,nv->nq", found, moved) for name, moved in of_head.items()
+        }
+
+    of_logits, by_site = in_blocks(model, of_sites, at, model.logits(head, here), real, of_head)
+    cotangents = feature_cotangents(model, head, here, of_logits.swapaxes(0, 1))
+    nothing = jnp.zeros((len(quantities), *phi.shape), cotangents.dtype)
+    start = nothing.at[:, *place].add(cotangents).astype(phi.dtype)
+    by_text = lambda x: jax.ops.segment_sum(x, sites.rows, len(phi)).T[..., None]
     parts: dict[str, jax.Array] = {}
-    add = lambda kind, x: parts.update({kind: parts[kind] + x if kind in parts else x})
-    for name, delta in change["classifier"].items():
-        alone = {**jax.tree.map(jnp.zeros_like, change["classifier"]), name: delta}
-        _, moved = jax.jvp(lambda w: model.logits(w, here), (head,), (alone,))
-        by_site = product("qnv,nv->qn", of_logits, moved)
-        by_text = jax.ops.segment_sum(by_site.T, sites.rows, len(phi)).T
-        add(_kind(CLASSIFIER, name), by_text[..., None])
-    by_layer, weights = stacked(inputs), parameters_of(view["backbone"])
-    for path, of_layer in parameters_of(change["backbone"]).items():
-        d = found[path] if path[0] == "layers" else found[path][:, None]
-        for name, delta in of_layer.items():
-            written = _written(name, delta, weights[path], by_layer[path], model.config.lora_scale)
-            add(_kind(_place(path), name), product("qlbto,lbto->qbl", d, written))
+    for name, x in by_site.items():
+        parts = _added(parts, {_kind(CLASSIFIER, name): by_text(x)})
+
+    weights, moves = (parameters_of(tree["backbone"]) for tree in (view, change))
+    given = weights, moves, stacked(inputs), pulled(pull, start)
+    for inside in (True, False):  # in a layer, which one after another are scanned over, or in none
+        own = [{k: x for k, x in one.items() if (k[0] == "layers") == inside} for one in given]
+        found = jax.lax.map(lambda x: _layer_parts(model.config.lora_scale, *x), own)
+        parts = _added(parts, {kind: jnp.moveaxis(x, 0, -1) for kind, x in found.items()})
     return parts
 
 
+def _layer_parts(
+    scale: float,
+    weights: dict[Path, Params],
+    moves: dict[Path, Params],
+    inputs: dict[Path, jax.Array],
+    cotangents: dict[Path, jax.Array],
+) -> dict[str, Float[Array, "Q B"]]:
+    """Σ_t δ_t · (what the changes add to the outputs) by kind, of one layer's parameters.
+
+    inputs [B, T, I], cotangents [B, Q, T, O].
+    """
+    parts: dict[str, jax.Array] = {}
+    for path, deltas in moves.items():
+        for name, delta in deltas.items():
+            written = _written(name, delta, weights[path], inputs[path], scale)
+            found = product("bqto,bto->qb", cotangents[path], written)
+            parts = _added(parts, {_kind(_place(path), name): found})
+    return parts
+
+
+def _added(parts: dict[str, jax.Array], more: dict[str, jax.Array]) -> dict[str, jax.Array]:
+    """Both, added where a kind is in both."""
+    return parts | {kind: parts[kind] + x if kind in parts else x for kind, x in more.items()}
+
+
 def _written(name: str, delta: jax.Array, own: Params, a: jax.Array, scale: float) -> jax.Array:
-    """What a parameter's change alone adds to its layer's output, [L, B, T, O] (or for all T)."""
-    dense = lambda x, matrix: product("lbti,lio->lbto", x, matrix)
+    """What a parameter's change alone adds to its layer's output, [B, T, O]."""
+    dense = lambda x, matrix: product("bti,io->bto", x, matrix)
     match name:
         case "embedding":
-            return jax.vmap(lambda table, ids: table[ids])(delta, a)
+            return delta[a]
         case "kernel":
             return dense(a, delta)
         case "scale":
-            return a * delta[:, None, None]
+            return a * delta[None, None]
         case "bias":
-            shape = (*a.shape[:3], delta.shape[-1])
-            return jnp.broadcast_to(delta[:, None, None], shape)
+            return jnp.broadcast_to(delta, (*a.shape[:2], *delta.shape))
         case "lora_a":
             return scale * dense(dense(a, delta), own["lora_b"])
         case "lora_b":

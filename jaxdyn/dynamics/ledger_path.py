@@ -110,7 +110,7 @@ def batches_of_texts(
 
 
 def _at(model: Model, head: Params, sites: dict[str, Any], token_ids, phi) -> At:
-    return At(sites["targets"], token_ids, jax.nn.log_softmax(model.logits(head, phi)))
+    return At(sites["targets"], token_ids, model.logits(head, phi))
 
 
 def look(model: Model, view: View, head: Params, batch: Batch) -> Seen:

@@ -8,13 +8,16 @@ All but confidence and margin are smooth; those two have kinks where the largest
 places, and are equal to their integrals all the same, but quadrature finds these more slowly.
 """
 
-from typing import NamedTuple
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from jaxdyn.rl import token_statistics
+from jaxdyn.rl.logprobs import top_two
 from jaxdyn.types import Model, Params
 
 QUANTITIES = ("log_prob", "entropy", "confidence", "margin", "kl")
@@ -29,7 +32,10 @@ class Observed(NamedTuple):
 
 
 class At(NamedTuple):
-    """What is observed at N sites: their tokens, A further ones, and the first log π⁰."""
+    """What is observed at N sites: their tokens, A further ones, and the first logits f⁰.
+
+    log π⁰ does as well: what is added to all of a site's logits is of no matter.
+    """
 
     targets: Int[Array, " N"]
     token_ids: Int[Array, "N A"]
@@ -40,7 +46,8 @@ def observe(at: At, logits: Float[Array, "N V"]) -> Observed:
     """h of every site's logits, and log π of the further tokens; in nats, in float32 or better."""
     log_probs = jax.nn.log_softmax(logits)
     statistics = token_statistics(logits, at.targets)
-    kl = jnp.sum(jnp.exp(log_probs) * (log_probs - at.start), axis=-1)
+    gap = log_probs - jax.nn.log_softmax(at.start)
+    kl = jnp.sum(jnp.exp(log_probs) * gap, axis=-1)
     quantities = [statistics.logps, statistics.entropy, statistics.max_prob, statistics.margin, kl]
     return Observed(jnp.stack(quantities), jnp.take_along_axis(log_probs, at.token_ids, axis=1))
 
@@ -54,8 +61,66 @@ def observed_parts(
     """
     logits, through_body = jax.jvp(lambda x: model.logits(head, x), (phi,), (d_phi,))
     _, through_head = jax.jvp(lambda w: model.logits(w, phi), (head,), (d_head,))
-    _, along = jax.linearize(lambda f: observe(at, f), logits)
-    return {"representation": along(through_head), "gradient": along(through_body)}
+    moves = (through_head, through_body)
+    found = in_blocks(model, rates, at, logits, moves)
+    names = ("representation", "gradient")
+    return {name: Observed(h.T, more) for name, (h, more) in zip(names, found, strict=True)}
+
+
+BLOCK = 2**21
+"""Bytes of a block's logits: with a few arrays beside it stays in a core's cache."""
+
+
+def in_blocks(model: Model, function: Callable[..., Any], at: At, logits: jax.Array, *more: Any):
+    """`function(at, logits, *more)`, of some sites after others where one device has them all.
+
+    It may look a dozen times through a site's logits. What it is given and what it returns has the
+    sites as its leading axis.
+    """
+    given, (count, vocab) = (at, logits, *more), logits.shape
+    # A power of two: it is likely to divide the number of sites.
+    size = 2 ** math.floor(math.log2(max(1, BLOCK // (vocab * logits.dtype.itemsize))))
+    if model.row_shards > 1 or size >= count:
+        return function(*given)
+    blocks = -(-count // size)
+    # The last block ends with the last site, and so may have some of the one before again.
+    starts = jnp.minimum(jnp.arange(blocks) * size, count - size)
+    slices = lambda start: jax.tree.map(
+        lambda x: jax.lax.dynamic_slice_in_dim(x, start, size), given
+    )
+    found = jax.lax.map(lambda start: function(*slices(start)), starts)
+    again = blocks * size - count
+
+    def whole(x: jax.Array) -> jax.Array:
+        if not again:
+            return x.reshape(count, *x.shape[2:])
+        before = x[:-1].reshape(-1, *x.shape[2:])
+        return jnp.concatenate([before, x[-1, again:]])
+
+    return jax.tree.map(whole, found)
+
+
+def rates(
+    at: At, logits: Float[Array, "N V"], moves: tuple[jax.Array, ...]
+) -> list[tuple[Float[Array, "N Q"], Float[Array, "N A"]]]:
+    """⟨∂h/∂f, ḟ⟩ of every site and move ḟ [N, V]; of `logit_cotangents`, none of which is formed.
+
+    With E and Cov under π: ḟ_y − E ḟ, −Cov(log π, ḟ), Cov(f − f⁰, ḟ), π_(1) (ḟ_(1) − E ḟ), …
+    """
+    log_probs = jax.nn.log_softmax(logits.astype(jnp.promote_types(logits.dtype, jnp.float32)))
+    probs = jnp.exp(log_probs)
+    mean = lambda x: jnp.sum(probs * x, axis=-1, keepdims=True)
+    gap = log_probs - jax.nn.log_softmax(at.start)
+    surprise, gap = log_probs - mean(log_probs), gap - mean(gap)
+    top, places = top_two(log_probs, jnp.arange(logits.shape[-1])[None])
+
+    def rate(move: jax.Array) -> tuple[jax.Array, jax.Array]:
+        of = lambda ids: jnp.take_along_axis(move, ids, axis=1) - mean(move)
+        first, second = jnp.split(jnp.exp(top) * of(places), 2, axis=1)
+        log_prob, entropy, kl = of(at.targets[:, None]), -mean(surprise * move), mean(gap * move)
+        return jnp.hstack([log_prob, entropy, first, first - second, kl]), of(at.token_ids)
+
+    return [rate(move) for move in moves]
 
 
 def logit_cotangents(
