@@ -2,9 +2,10 @@
 
 Claims (two CPU cores, float32, the default shape: 4 layers, width 256, feed-forward 1024, 8 heads,
 V 2048, untied, 2 prompts × 8 generations, 16 + 64 tokens, β 0.04 with a reference, AdamW):
-  peers      a whole step twice as fast as Tunix's and 1.7 times as TRL's; the generation and the
-             update each faster than a bare JAX program's (peers/floor.py). With 256 + 64 tokens
-             ten times as Tunix's and three times as TRL's, as on SmolLM2-135M.
+  peers      a whole step 2.2 times as fast as Tunix's and twice as TRL's (cores of 500 GFLOP/s; at
+             200 twice and 1.8 times); the generation and the update each faster than a bare JAX
+             program's (peers/floor.py). With 256 + 64 tokens ten times as Tunix's and three times
+             as TRL's, as on SmolLM2-135M.
   stages     the classifier stage's update at least 5 times cheaper than the joint one, in time and
              flops, and 3 times lighter in peak memory; harvested features agree with a full pass.
   telemetry  propagation on 64 probe sites every 10 steps takes under 10 % of the run.

@@ -94,7 +94,7 @@ def in_blocks(model: Model, function: Callable[..., Any], at: At, logits: jax.Ar
     def whole(x: jax.Array) -> jax.Array:
         if not again:
             return x.reshape(count, *x.shape[2:])
-        before = x[:-1].reshape(-1, *x.shape[2:])
+        before = x[:-1].reshape((blocks - 1) * size, *x.shape[2:])
         return jnp.concatenate([before, x[-1, again:]])
 
     return jax.tree.map(whole, found)

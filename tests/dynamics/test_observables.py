@@ -50,9 +50,11 @@ def test_what_is_added_to_the_first_logits_is_of_no_matter(drawn):
 
 
 @pytest.mark.parametrize("rows", [1, 2, 4, 8], ids="blocks of {}".format)
-def test_blocks_change_nothing(drawn, monkeypatch, rows):
+@pytest.mark.parametrize("tokens", [0, 2], ids="{} further tokens".format)
+def test_blocks_change_nothing(drawn, monkeypatch, rows, tokens):
     """Eleven sites: no block but of one divides them, so that the last has some of them again."""
     at, logits, moves = drawn
+    at = at._replace(token_ids=at.token_ids[:, :tokens])
     model = LanguageModel(
         llama(vocab_size=VOCAB, width=4, num_layers=1, num_heads=1, mlp_width=4, max_positions=4)
     )
