@@ -72,24 +72,26 @@ BLOCK = 2**21
 
 
 def in_blocks(model: Model, function: Callable[..., Any], at: At, logits: jax.Array, *more: Any):
-    """`function(at, logits, *more)`, of some sites after others where one device has them all.
+    """`function(at, logits, *more)`; of some sites after others on a CPU that has them all.
 
-    It may look a dozen times through a site's logits. What it is given and what it returns has the
+    It may look a dozen times through a site's logits: what a CPU would fetch from memory each time,
+    an accelerator's compiler puts into few passes. What it is given and what it returns has the
     sites as its leading axis.
     """
-    given, (count, vocab) = (at, logits, *more), logits.shape
+    count, vocab = logits.shape
     # A power of two: it is likely to divide the number of sites.
     size = 2 ** math.floor(math.log2(max(1, BLOCK // (vocab * logits.dtype.itemsize))))
-    if model.row_shards > 1 or size >= count:
-        return function(*given)
     blocks = -(-count // size)
-    # The last block ends with the last site, and so may have some of the one before again.
-    starts = jnp.minimum(jnp.arange(blocks) * size, count - size)
-    slices = lambda start: jax.tree.map(
-        lambda x: jax.lax.dynamic_slice_in_dim(x, start, size), given
-    )
-    found = jax.lax.map(lambda start: function(*slices(start)), starts)
     again = blocks * size - count
+
+    def blocked(*given):
+        # The last block ends with the last site, and so may have some of the one before again.
+        starts = jnp.minimum(jnp.arange(blocks) * size, count - size)
+        slices = lambda start: jax.tree.map(
+            lambda x: jax.lax.dynamic_slice_in_dim(x, start, size), given
+        )
+        found = jax.lax.map(lambda start: function(*slices(start)), starts)
+        return jax.tree.map(whole, found)
 
     def whole(x: jax.Array) -> jax.Array:
         if not again:
@@ -97,7 +99,9 @@ def in_blocks(model: Model, function: Callable[..., Any], at: At, logits: jax.Ar
         before = x[:-1].reshape((blocks - 1) * size, *x.shape[2:])
         return jnp.concatenate([before, x[-1, again:]])
 
-    return jax.tree.map(whole, found)
+    if model.row_shards > 1 or blocks == 1:
+        return function(at, logits, *more)
+    return jax.lax.platform_dependent(at, logits, *more, cpu=blocked, default=function)
 
 
 def rates(
