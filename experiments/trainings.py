@@ -8,7 +8,7 @@ Command:   python experiments/trainings.py --preset anagram --output runs/anagra
            [--arms joint classifier_first …]
            stories and chat want --model DIRECTORY, a model in the Hugging Face layout.
 Time:      5 CPU seconds a run of the anagram model, half an hour for the twelve seeds of the
-           arms of claim 5; five minutes a run of stories, half an hour of chat.
+           arms of claim 5; five minutes a run of stories, three to five of chat.
 Expected:  run directories; what is there is skipped, what was stopped goes on.
 """
 
