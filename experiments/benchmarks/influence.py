@@ -8,7 +8,7 @@ Claims (two CPU cores, float32, warm; medians and ratios over interleaved rounds
              at least 1.5 times bergson's completions a second, and inner products closer to the
              exact ones. Ours are of all parameters; bergson's, of the linear layers of the body,
              are held against the exact ones of these. On a model of 260 thousand parameters it is
-             1.6 times on two cores of 500 GFLOP/s and 1.3 times at 200
+             1.5 to 1.6 times on two cores of 500 GFLOP/s and 1.3 times at 200
              (results/influence_peer.json); on SmolLM2-135M 1.3 and 1.0, as the passes through the
              model are most of both there (influence_peer_smollm2_135m.json, --count 16 --rounds 3).
 Command:   python experiments/benchmarks/influence.py SUITE ... [--model DIRECTORY]

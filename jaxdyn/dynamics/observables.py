@@ -18,7 +18,7 @@ from jaxtyping import Array, Float, Int
 
 from jaxdyn.rl import token_statistics
 from jaxdyn.rl.logprobs import top_two
-from jaxdyn.types import Model, Params
+from jaxdyn.types import COMPONENTS, Model, Params
 
 QUANTITIES = ("log_prob", "entropy", "confidence", "margin", "kl")
 SMOOTH = ("log_prob", "entropy", "kl")
@@ -63,8 +63,8 @@ def observed_parts(
     _, through_head = jax.jvp(lambda w: model.logits(w, phi), (head,), (d_head,))
     moves = (through_head, through_body)
     found = in_blocks(model, rates, at, logits, moves)
-    names = ("representation", "gradient")
-    return {name: Observed(h.T, more) for name, (h, more) in zip(names, found, strict=True)}
+    by_role = zip(COMPONENTS[:2], found, strict=True)
+    return {name: Observed(h.T, more) for name, (h, more) in by_role}
 
 
 BLOCK = 2**21

@@ -1,4 +1,4 @@
-"""SIGKILL at six random moments of one run's life, in saves too."""
+"""SIGKILL at ten random moments of one run's life, in saves too."""
 
 import gc
 import multiprocessing
@@ -69,8 +69,8 @@ def kill_at(moment, process, run, draw, before, begun):
 
 
 @pytest.mark.slow
-def test_a_run_killed_six_times_ends_like_one_never_killed(root, tmp_path):
-    """Three times inside a save, twice between two, once before the first step of the attempt."""
+def test_a_run_killed_ten_times_ends_like_one_never_killed(root, tmp_path):
+    """Four times inside a save, four between two, twice before the first step of the attempt."""
     changes = {"train__steps": 32, "probe__every": 7, "evaluation__every": 9}
     changes |= {"train__keep_checkpoints": 2, "train__keep_best": "eval_reward"}
     config_of = lambda name, every: tiny_runs.rl_config(
@@ -80,7 +80,7 @@ def test_a_run_killed_six_times_ends_like_one_never_killed(root, tmp_path):
         run_rl(config_of(name, every))
     config = config_of("run", 2)
     run, draw = tmp_path / "run", random.Random(5)
-    moments = ["save"] * 3 + ["step"] * 2 + ["start"]
+    moments = ["save"] * 4 + ["step"] * 4 + ["start"] * 2
     draw.shuffle(moments)
     inside = 0
     for moment in moments:
@@ -90,7 +90,7 @@ def test_a_run_killed_six_times_ends_like_one_never_killed(root, tmp_path):
     process = start(config)
     process.join()
     assert process.exitcode == 0
-    assert inside >= 1
+    assert inside >= 2
     # The ledger's segments end at checkpoints; nothing else knows how often there is one.
     often = tmp_path / "saved as often"
     assert_same_run(run, often)
