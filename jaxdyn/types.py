@@ -137,6 +137,11 @@ class Model(Protocol):
     ) -> tuple[Float[Array, "B T D"], Params, Callable[[Array], Params]]:
         """φ, every layer's input, and the way back from φ's cotangent to the outputs' ones."""
 
+    def itemized(
+        self, backbone: Params, change: Params, t: Any, tokens: Int[Array, "B T"], mask: Mask
+    ) -> tuple[Float[Array, "B T D"], Callable[[Array], Params]]:
+        """φ at θ + t Δ, and the way back from its cotangent to what each of Δ does, by text."""
+
     def prefill(
         self, backbone: Params, tokens: Int[Array, "B S"], mask: Bool[Array, "B S"]
     ) -> tuple[Float[Array, "B S D"], "KVCache"]:

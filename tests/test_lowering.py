@@ -161,15 +161,25 @@ def applied(s):
 
 def looked(s):
     ids, start = s.by_rows(s.count, 2), s.numbers(s.count, SHAPE.width)
-    return ledger_path._look.lower(s.model, s.view, s.view["classifier"], s.sites, ids, start)
+    return ledger_path._look.lower(s.model, s.params, s.view["classifier"], s.sites, ids, start)
 
 
 def ledger(s):
-    """A node by component, by layer and kind, and by layer and token."""
+    """A node by component, and by layer and token."""
+    return ledger_path.node.lower(*of_node(s))
+
+
+def ledger_of_texts(s):
+    """A node by layer and kind."""
+    *line, head, sites, ids, start = of_node(s)
+    given = head, sites, ids, start, s.numbers(s.count)
+    return ledger_path.text_node.lower(*line, s.number, *given)
+
+
+def of_node(s):
     request = ledger_path.Request("parameters", ("log_prob", "kl"), ("log_prob",), 2)
     ids, start = s.by_rows(s.count, 2), s.numbers(s.count, SHAPE.width)
-    given = s.view, s.view, s.view["classifier"], s.sites, ids, start, s.numbers(s.count)
-    return ledger_path.node.lower(s.model, request, *given)
+    return s.model, request, s.params, s.params, s.view["classifier"], s.sites, ids, start
 
 
 def ledger_of_features(s):
@@ -230,6 +240,7 @@ PROGRAMS = {
     "apply": (applied, BOTH),  # its backward pass; the forward mode has none
     "ledger's ends": (looked, ONE),
     "ledger": (ledger, NONE),
+    "ledger of texts": (ledger_of_texts, NONE),
     "ledger of features": (ledger_of_features, NONE),
     "influence of own tokens": (influence_of_own_tokens, BOTH),  # as `apply`
     "influence along": (influence_along, NONE),

@@ -25,7 +25,7 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -36,9 +36,15 @@ import numpy as np
 from peers.protocol import SHAPES
 
 from jaxdyn.dynamics import ProbeConfig, ledger, sites_from_rollout
-from jaxdyn.dynamics.ledger_layers import text_parts
-from jaxdyn.dynamics.ledger_path import Batch, Request, batches_of_texts, less, look, node
-from jaxdyn.dynamics.observables import At
+from jaxdyn.dynamics.ledger_path import (
+    Batch,
+    Request,
+    batches_of_texts,
+    less,
+    look,
+    node,
+    text_node,
+)
 from jaxdyn.models import LanguageModel, llama, load_pretrained
 from jaxdyn.types import Rollout, Sites, View
 
@@ -72,11 +78,20 @@ def problem(arguments: argparse.Namespace) -> tuple[LanguageModel, Any, Any, Rol
     if arguments.after:
         after = load_pretrained(arguments.after)[1]
     else:
-        keys = jax.random.split(jax.random.key(1), len(jax.tree.leaves(before)))
-        keys = jax.tree.unflatten(jax.tree.structure(before), list(keys))
-        noise = lambda x, key: x + 1e-3 * jnp.std(x) * jax.random.normal(key, x.shape)
-        after = jax.tree.map(noise, before, keys)
+        rng = np.random.default_rng(1)  # no program, whose making memory's peak would have
+
+        def near(x):
+            noise = rng.standard_normal(x.shape, np.float32)
+            return jnp.asarray(np.asarray(x) + 1e-3 * np.std(x) * noise)
+
+        after = jax.tree.map(near, before)
     return model, before, after, completions(model, *arguments.shape)
+
+
+def one_by_one(trees: list[Any]) -> Iterator[Any]:
+    """Each once, none of them kept here."""
+    while trees:
+        yield trees.pop(0)
 
 
 def completions(model: LanguageModel, count: int, prompt: int, completion: int) -> Rollout:
@@ -116,26 +131,19 @@ def nodes(arguments: argparse.Namespace) -> dict:
     """One node of each kind beside the bare passes, of one batch."""
     model, before, after, rollout = problem(arguments)
     sites = every_token(rollout)
-    change = less(model.view(after), model.view(before))
+    change = less(after, before)
     del after
     view = model.view(before)
     head = view["classifier"]
     (batch,) = batches(model, sites, 2**40)
-    start = look(model, view, head, batch).phi
-    given = (view, change, head, batch.sites, batch.token_ids, start, batch.real)
-    own, score = Sites(**jax.tree.map(jnp.asarray, batch.sites)), scorer(model, batch)
-
-    @jax.jit
-    def layers(view, change, start):
-        reference = model.logits(head, start)
-        at = At(own.targets, jnp.asarray(batch.token_ids), reference)
-        return text_parts(model, view, change, own, at, jnp.asarray(batch.real), ("log_prob",))
-
+    start = look(model, before, head, batch).phi
+    line, given = (before, change), (head, batch.sites, batch.token_ids, start)
+    score, by_layer = scorer(model, batch), Request("parameters", ("log_prob",))
     cases = {
         "forward": lambda: forward(view),
         "forward and backward": lambda: backward(view),
-        "components": lambda: node(model, Request("parameters"), *given),
-        "layers × kinds": lambda: layers(view, change, start),
+        "components": lambda: node(model, Request("parameters"), *line, *given),
+        "layers × kinds": lambda: text_node(model, by_layer, *line, 0.0, *given, batch.real),
     }
     forward, backward = jax.jit(score), jax.jit(jax.grad(score))
     for run in cases.values():  # compiles
@@ -163,7 +171,7 @@ def whole(arguments: argparse.Namespace) -> dict:
     """A ledger from beginning to end, compilation included."""
     model, before, after, rollout = problem(arguments)
     sites = every_token(rollout)
-    two = iter([before, after])
+    two = one_by_one([before, after])
     del before, after
     seconds, found = harness.timed(
         lambda: vars(ledger(model, two, sites, memory_budget=arguments.memory_budget))
@@ -214,7 +222,7 @@ def bare_pass(arguments: argparse.Namespace) -> int:
 def whole_ledger(arguments: argparse.Namespace) -> int:
     """With layers × kinds, of parameters that it alone holds."""
     model, before, after, rollout = problem(arguments)
-    two = iter([before, after])
+    two = one_by_one([before, after])
     del before, after
     by_layer = {"by_layer": ("log_prob",), "memory_budget": arguments.memory_budget}
     return int(ledger(model, two, every_token(rollout), **by_layer).nodes.max())

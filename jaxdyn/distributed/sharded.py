@@ -65,6 +65,11 @@ class ShardedModel(LanguageModel):
         with self._placed():
             return super().opened(backbone, self._rows(tokens), self._rows(mask))
 
+    def itemized(self, backbone, change, t, tokens, mask):
+        with self._placed():
+            rows = self._rows(tokens), self._rows(mask)
+            return super().itemized(backbone, change, t, *rows)
+
     def prefill(self, backbone, tokens, mask):
         with self._placed():
             features, cache = super().prefill(backbone, self._rows(tokens), self._rows(mask))
@@ -83,7 +88,7 @@ class ShardedModel(LanguageModel):
             if isinstance(layer, Attention) and context.method_name == "attend":
                 return call(*args) if layer.kind == "plain" else self._apart(call, *args)
             if isinstance(layer, Embed) and context.method_name == "look_up":
-                parts = self._look_up(layer.variables["params"]["embedding"], *args)
+                parts = self._look_up(layer.embedding, *args)
                 # One axis after another; in the other order XLA copies everything everywhere.
                 return self._constrain(parts.astype(layer.dtype), P(*rows, None, "tensor"))
             output = call(*args, **options)

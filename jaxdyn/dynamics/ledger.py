@@ -119,8 +119,8 @@ def ledger(
     """
     require_options(execution, "memory_budget", "progress", "blocks")
     _check(by_layer, by_token, through)
-    views = (model.view(params) for params in checkpoints)
-    start = next(views, None)
+    following = iter(checkpoints)
+    start = next(following, None)
     if start is None:
         raise JaxdynError("a ledger is of two checkpoints or more, got none")
     shapes = jax.tree.map(np.shape, start)
@@ -129,11 +129,13 @@ def ledger(
     request = Request(through, tuple(by_layer), tuple(by_token), at_once)
     ids = np.zeros((len(sites.rows), 0), np.int32) if token_ids is None else np.asarray(token_ids)
     batches = batches_of_texts(model, sites, ids, budget, share=not (by_layer or by_token))
-    head = start["classifier"]
+    head = model.view(start)["classifier"]
     seen = [[look(model, start, head, batch) for batch in batches]]
     batches = [b._replace(start=phi) for b, (phi, _) in zip(batches, seen[0], strict=True)]
-    accounts, happened = [], False
-    for number, end in enumerate(views):
+    accounts: list[list[dict[str, np.ndarray]]] = []
+    happened = False
+    for end in following:  # `enumerate` would keep it
+        number = len(accounts)
         if jax.tree.map(np.shape, end) != shapes:
             raise JaxdynError(f"checkpoint {number + 1} has other parameters than the first")
         seen.append([look(model, end, head, batch) for batch in batches])

@@ -29,7 +29,7 @@ from jaxdyn.kernels.execution import Execution
 from jaxdyn.kernels.memory import opened_bytes
 from jaxdyn.kernels.operator import batches_of, site_features, sites_of
 from jaxdyn.kernels.store import Store, digest
-from jaxdyn.types import COMPONENTS, Model, Params, Sites, View
+from jaxdyn.types import COMPONENTS, Model, Params, Sites
 
 BY_ROLE = COMPONENTS[:2]
 """A path's components: of a tied matrix its roles are apart, and nothing crosses."""
@@ -113,14 +113,15 @@ def _at(model: Model, head: Params, sites: dict[str, Any], token_ids, phi) -> At
     return At(sites["targets"], token_ids, model.logits(head, phi))
 
 
-def look(model: Model, view: View, head: Params, batch: Batch) -> Seen:
+def look(model: Model, params: Params, head: Params, batch: Batch) -> Seen:
     """φ and h at the batch's sites; `head` is the first checkpoint's classifier."""
-    return _look(model, view, head, batch.sites, batch.token_ids, batch.start)
+    return _look(model, params, head, batch.sites, batch.token_ids, batch.start)
 
 
 @functools.partial(jax.jit, static_argnums=0)
 @exact_products
-def _look(model, view, head, sites, token_ids, start):
+def _look(model, params, head, sites, token_ids, start):
+    view = model.view(params)
     phi = site_features(model, view["backbone"], sites_of(sites))
     at = _at(model, head, sites, token_ids, phi if start is None else start)
     return Seen(phi, observe(at, model.logits(view["classifier"], phi)))
@@ -128,21 +129,29 @@ def _look(model, view, head, sites, token_ids, start):
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
 @exact_products
-def node(model, request: Request, view, change, head, sites, token_ids, start, real):
+def node(model, request: Request, params, change, head, sites, token_ids, start):
     """ḣ at a point of the straight line in parameters, along its change; arrays by name."""
+    view, change = model.view(params), model.view(change)
     at, sites = _at(model, head, sites, token_ids, start), sites_of(sites)
     body = lambda psi: site_features(model.unfused, psi, sites)
     phi, d_phi = jax.jvp(body, (view["backbone"],), (change["backbone"],))
     parts = observed_parts(model, at, view["classifier"], change["classifier"], phi, d_phi)
     found = _named(parts)
-    if request.by_layer:
-        kinds = text_parts(model, view, change, sites, at, real, request.by_layer)
-        found |= {f"layer/{kind}": x for kind, x in kinds.items()}
     if request.by_token:
         found["places"] = site_layer_parts(
             model, view, change, sites, at, request.by_token, request.layers_at_once
         )
     return found
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+@exact_products
+def text_node(model, request: Request, start, change, t, head, sites, token_ids, first, real):
+    """The same of texts by layer and kind, at t of the line, where no tree of it is formed."""
+    view, change = model.view(start), model.view(change)
+    at, sites = _at(model, head, sites, token_ids, first), sites_of(sites)
+    kinds = text_parts(model, view, change, t, sites, at, real, request.by_layer)
+    return {f"layer/{kind}": x for kind, x in kinds.items()}
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -215,8 +224,8 @@ class Segment(NamedTuple):
     at its two ends; `head` is the first checkpoint's classifier."""
 
     model: Model
-    start: View
-    change: View
+    start: Params
+    change: Params
     head: Params
     request: Request
     tolerance: float
@@ -256,7 +265,7 @@ class Segment(NamedTuple):
             total: dict[str, np.ndarray] = {}
             for t, weight in zip(*clenshaw_curtis(intervals), strict=True):
                 if t not in rates:
-                    rates[t] = fetch(self._rates(batch, i, t))
+                    rates[t] = self._rates(batch, i, t)
                 for name, rate in rates[t].items():
                     part = weight * np.asarray(rate, np.float64)
                     total[name] = total[name] + part if name in total else part
@@ -268,15 +277,19 @@ class Segment(NamedTuple):
                 return {**total, "nodes": np.asarray(len(rates))}
             missing, intervals = residual, 2 * intervals
 
-    def _rates(self, b: Batch, i: int, t: float) -> dict[str, jax.Array]:
+    def _rates(self, b: Batch, i: int, t: float) -> dict[str, np.ndarray]:
         """ḣ at t."""
         if self.request.through == "parameters":
-            view = moved(self.start, self.change, t)
-            given = (self.head, b.sites, b.token_ids, b.start, b.real)
-            return node(self.model, self.request, view, self.change, *given)
-        line = (self.start["classifier"], self.change["classifier"], jnp.asarray(t))
+            program, given = (self.model, self.request), (self.head, b.sites, b.token_ids, b.start)
+            found = fetch(node(*program, moved(self.start, self.change, t), self.change, *given))
+            if self.request.by_layer:
+                trees = self.start, self.change
+                found |= fetch(text_node(*program, *trees, t, *given, b.real))
+            return found
+        start, change = (self.model.view(x)["classifier"] for x in (self.start, self.change))
+        line = (start, change, jnp.asarray(t))
         ends = (self.head, b.sites, b.token_ids, b.start, self.before[i].phi, self.after[i].phi)
-        return feature_node(self.model, *line, *ends)
+        return fetch(feature_node(self.model, *line, *ends))
 
     def _store(self, batches: list[Batch], number: int, execution: Execution) -> Store | None:
         if "blocks" not in execution:

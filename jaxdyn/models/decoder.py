@@ -15,6 +15,7 @@ from jaxdyn.models.attention import attention, cached_attention
 from jaxdyn.models.config import ModelConfig
 from jaxdyn.models.fused import AttentionKind
 from jaxdyn.models.opened import (
+    RECORDS,
     Dense,
     Embed,
     LayerNorm,
@@ -241,7 +242,7 @@ class Backbone(nn.Module):
         if self.stacked:
             scanned = nn.scan(
                 block,
-                variable_axes={"params": 0, "intermediates": 0, "perturbations": 0},
+                variable_axes={name: 0 for name in ("params", *RECORDS)},
                 split_rngs={"params": True},
                 in_axes=(0, nn.broadcast, nn.broadcast, nn.broadcast, nn.broadcast),
                 length=c.num_layers,

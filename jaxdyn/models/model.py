@@ -234,6 +234,26 @@ class LanguageModel:
         phi, pull, recorded = jax.vjp(run, still, has_aux=True)
         return phi, bare(recorded), lambda cotangent: bare(pull(cotangent)[0])
 
+    def itemized(
+        self, backbone: Params, change: Params, t: Any, tokens: Int[Array, "B T"], mask: Mask
+    ) -> tuple[Float[Array, "B T D"], Callable[[Array], Params]]:
+        """φ at θ + t Δ, and the way back from its cotangent to what each part of Δ does to a text.
+
+        With h = ⟨cotangent, φ⟩ that is ⟨∂h_b/∂θ_p, Δ_p⟩ [B] of every parameter p outside the
+        layers and [L, B] of one inside: a tree of `change`'s keys. θ + t Δ is formed a layer at a
+        time, and the backward pass keeps what that of `features` does; it may be mapped over
+        cotangents.
+        """
+        inputs = (tokens, positions_of(mask), visible(mask, self.config.window))
+        wide = jnp.promote_types(self.dtype, jnp.float32)
+        several = lambda path, x: x.shape[:1] if path[0].key == "layers" else ()
+        by_parameter = lambda function: jax.tree_util.tree_map_with_path(function, change)
+        places = by_parameter(lambda path, x: jnp.full(several(path, x), t, x.dtype))
+        items = by_parameter(lambda path, x: jnp.zeros((*several(path, x), len(tokens)), wide))
+        run = lambda items: self._itemized_pass(backbone, change, places, items, *inputs)
+        phi, pull = jax.vjp(run, items)
+        return phi, lambda cotangent: pull(cotangent)[0]
+
     # -- decoding -----------------------------------------------------------------------------
 
     def prefill(
@@ -284,3 +304,9 @@ class LanguageModel:
         module = Backbone(self.config, self.dtype, remat="dots")
         (phi, _), recorded = module.apply(variables, *inputs, mutable=["intermediates"])
         return phi, recorded["intermediates"]
+
+    @functools.partial(jax.jit, static_argnames="self")
+    def _itemized_pass(self, backbone, change, places, items, tokens, positions, masks):
+        variables = {"params": backbone, "changes": change, "places": places, "items": items}
+        module = Backbone(self.config, self.dtype, remat="dots")
+        return module.apply(variables, tokens, positions, masks)[0]
