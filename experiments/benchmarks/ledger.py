@@ -7,8 +7,7 @@ Claims (two CPU cores, float32, warm; medians and ratios over interleaved rounds
           shape of SmolLM2-135M (V 49152).
   memory  the same, with layers × kinds, takes at most three copies of the parameters and a forward
           and backward pass of one of its batches, by processes' peaks beyond one's that only
-          imports. It is not reached: seven copies, of which three are trees, and most of the rest
-          what a pass keeps for the layers.
+          imports.
   telemetry  what a run's own ledger adds to RL steps, at the default probe, is under 10 %
           (rl_step.py's small shape: 4 layers, width 256, V 2048, 16 completions of 64 tokens).
 Command:  python experiments/benchmarks/ledger.py SUITE ... [--model DIRECTORY] [--after DIRECTORY]
