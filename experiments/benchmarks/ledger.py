@@ -75,7 +75,9 @@ def problem(arguments: argparse.Namespace) -> tuple[LanguageModel, Any, Any, Rol
     """A model, its parameters before and after, and some completions."""
     model, before = start_of(arguments)
     if arguments.after:
-        after = load_pretrained(arguments.after)[1]
+        other, after = load_pretrained(arguments.after)
+        if model.config.tied and not other.config.tied:  # as runs that untie it leave it
+            model, before = model.untie(before)
     else:
         rng = np.random.default_rng(1)  # no program, whose making memory's peak would have
 

@@ -60,7 +60,33 @@ def test_closed_hooks_leave_the_program_as_it_is(name, monkeypatch):
     run = lambda b: model.features(b, sites.tokens, sites.mask)
     hooked = str(jax.make_jaxpr(run)(params["backbone"]))
     monkeypatch.setattr(opened, "_sow_input", lambda layer, x: None)
-    monkeypatch.setattr(opened, "_open_output", lambda layer, x: x)
+    monkeypatch.setattr(opened, "_open_output", lambda layer, read, x, *scale: x)
+    monkeypatch.setattr(opened, "_placed", lambda layer, name, x: x)
     jax.clear_caches()  # else what was traced with hooks would be found again
     bare = str(jax.make_jaxpr(run)(params["backbone"]))
     assert hooked == bare
+
+
+@pytest.mark.parametrize("adapted", [False, True])
+@pytest.mark.parametrize("name", ["gpt2-tied", "olmo2-untied", "gemma3_text-tied"])
+def test_every_parameter_hands_back_what_its_change_does(name, adapted, x64):
+    """Against each text's whole gradient at θ + t Δ, times the change."""
+    model, params = (oracles.adapted_model if adapted else oracles.tiny_model)(name, jnp.float64)
+    backbone, sites, t = params["backbone"], oracles.tiny_sites(), 0.3
+    draws = np.random.default_rng(3)
+    change = jax.tree.map(lambda x: jnp.asarray(0.1 * draws.standard_normal(x.shape)), backbone)
+    place = jax.tree.map(lambda x, d: x + t * d, backbone, change)
+    features = lambda b: model.features(b, sites.tokens, sites.mask)
+    phi, pull = model.itemized(backbone, change, t, sites.tokens, sites.mask)
+    np.testing.assert_allclose(phi, features(place), atol=1e-12)
+
+    cotangent = jnp.asarray(draws.standard_normal(phi.shape))
+    each = jax.jacobian(lambda b: jnp.sum(cotangent * features(b), axis=(1, 2)))(place)
+
+    def check(path, item, gradient, delta):
+        by_layer = path[0].key == "layers"
+        by_text = gradient * delta[None]
+        wanted = jnp.sum(by_text, axis=tuple(range(1 + by_layer, by_text.ndim))).T
+        np.testing.assert_allclose(item, wanted, atol=1e-10, err_msg=str(path))
+
+    jax.tree_util.tree_map_with_path(check, pull(cotangent), each, change)
