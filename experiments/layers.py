@@ -79,7 +79,7 @@ def accounts(subject: Subject, trajectory: list[Params], prompts: int) -> dict[s
     these themselves. `missing` is what the ledger's quadrature left out, relative to the change.
     """
     generations = subject.task.config.train.num_generations
-    found = experience(subject, "test", prompts, generations, 0)
+    found = experience(subject, "test", prompts, generations, 2 * subject.task.config.seed)
     longest = found.rollout.completion_ids.shape[1]
     sites = sites_from_rollout(found.rollout, longest, 0)
     account = ledger(
@@ -104,15 +104,14 @@ def accounts(subject: Subject, trajectory: list[Params], prompts: int) -> dict[s
 
 
 def reward_of(subject: Subject, params: Params, prompts: int) -> float:
-    """The mean reward on held-out prompts."""
-    generations = subject.task.config.train.num_generations
-    return float(
-        np.nanmean(experience(subject, "test", prompts, generations, 1, params).rewards.total)
-    )
+    """The mean reward on held-out prompts, which the training's seed draws."""
+    config = subject.task.config
+    given = "test", prompts, config.train.num_generations, 2 * config.seed + 1, params
+    return float(np.nanmean(experience(subject, *given).rewards.total))
 
 
 def alone(subject: Subject, kind: str, layer: int, steps: int) -> Params:
-    """The base model after some on-policy updates of one part."""
+    """The base model after some on-policy updates of one part, of batches of the seed's own."""
     config, params = subject.task.config, subject.params
     rule = compiled(config.optim.rule)
     state = rule.init(params)
@@ -120,8 +119,8 @@ def alone(subject: Subject, kind: str, layer: int, steps: int) -> Params:
         (config.train.num_prompts, config.train.num_generations),
         config.optim.learning_rate,
     )
-    for step in range(steps):
-        batch = update_batch(subject, experience(subject, "train", *shape, step, params), step)
+    for draw in range(steps * config.seed, steps * (config.seed + 1)):
+        batch = update_batch(subject, experience(subject, "train", *shape, draw, params), draw)
         own = masked(gradient(subject, batch, params), kind, layer)
         change, state = rule.update(own, state, params)
         params = moved(params, masked(change, kind, layer), -rate)

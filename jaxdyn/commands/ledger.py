@@ -22,6 +22,7 @@ from jaxdyn.commands.ledger_texts import LedgerTexts, texts_of, token_pieces
 from jaxdyn.commands.output import BLOCKS, finish, is_finished, refuse_finished, tidy
 from jaxdyn.commands.text_options import bytes_of
 from jaxdyn.dynamics import Ledger, ledger, most_changed_tokens
+from jaxdyn.dynamics.observables import SMOOTH
 from jaxdyn.files import naming
 from jaxdyn.report.ledger_file import SavedLedger, load_ledger, summarize_ledger
 from jaxdyn.report.microscope import microscope_pages
@@ -152,3 +153,11 @@ def print_summary(saved: SavedLedger) -> None:
         "share: of the changes' sum of squares over tokens, with an interval over texts; residual: "
         "rms, relative to the rms change"
     )
+    how = saved.about["config"]
+    open_ = [name for name in SMOOTH if found["quantities"][name]["residual"] > how["tolerance"]]
+    if open_ and how["dtype"] == "float32":
+        say(
+            f"{', '.join(open_)}: above the tolerance of {how['tolerance']:g}; where a change is "
+            "small it is float32's rounding of the two ends, 1e-5 nats or so, and --dtype float64 "
+            "has none of it"
+        )

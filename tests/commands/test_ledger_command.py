@@ -196,3 +196,18 @@ def test_a_file_that_is_no_ledger_is_named(tmp_path):
         np.savez(file, about=json.dumps({"format": "jaxdyn kernel 2"}))
     with pytest.raises(JaxdynError, match="wanted 'jaxdyn ledger 1', got 'jaxdyn kernel 2'"):
         load_ledger(tmp_path / "k.npz")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("dtype", "advised"), [("float32", True), ("float64", False)])
+def test_a_change_as_small_as_its_rounding_is_told_what_helps(
+    root, tmp_path, capsys, dtype, advised
+):
+    model, params = load_pretrained(root / "before")
+    save_pretrained(tmp_path / "near", model, jax.tree.map(lambda x: x * (1 + 3e-7), params))
+    load_tokenizer(root / "before").save(tmp_path / "near")
+    options = options_of(root, tmp_path / "out", "before", str(tmp_path / "near"), dtype=dtype)
+    saved = load_ledger(command.run(options))
+    residual = summarize_ledger(saved)["quantities"]["log_prob"]["residual"]
+    assert (residual > 1e-2) == advised
+    assert ("--dtype float64 has none of it" in capsys.readouterr().out) == advised
