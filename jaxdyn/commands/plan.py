@@ -59,23 +59,31 @@ def run(options: PlanOptions) -> dict[str, Any]:
     meshes = candidates(options.mesh, shapes, topology, options.num_prompts, options.meshes)
     room = None if chip is None or not options.largest else chip.hbm
     scores = scorer is not None
-    total = (3 + scores) * len(meshes) + 6 - shape.tied + 4 * (room is not None)
+    settings = [Setting(shape, config, mesh, scorer) for mesh in meshes]
+    more = 0 if room is None else 2 * len(other_batches(settings[0]))
+    total = (3 + scores) * len(meshes) + 6 - shape.tied + more
     with (progress := Progress()).start(f"compiling for {topology.name}", total):
         compile_ = functools.partial(compile_all, topology=topology, progress=progress)
-        settings = [Setting(shape, config, mesh, scorer) for mesh in meshes]
         stepped = compile_([setting.step() for setting in settings])
         ways = [Way(*way) for way in zip(settings, map(by_name, stepped), strict=True)]
         ways.sort(key=lambda way: (not way.fits(chip), way.step_seconds(chip)))
         best = ways[0]
         programs = best.setting.programs()
         left = [program for program in programs if program.name not in best.demands]
-        larger = [] if room is None else other_batches(best.setting)
+        larger = {} if room is None else other_batches(best.setting)
         # The longest compilation first: no core waits for it at the end.
-        others, own = compile_([[program for _, program in larger], left])
+        updates, own = compile_([[other.update("joint") for other in larger.values()], left])
         known = best.demands | by_name(own)
         demands = {program.name: known[program.name] for program in programs}
-        counted = [(count, demand) for (count, _), demand in zip(larger, others, strict=True)]
-        most = None if room is None else largest_batch(best.setting, demands, room, counted)
+
+        def rollouts() -> dict[int, Demand]:
+            (found,) = compile_([[other.rollout() for other in larger.values()]])
+            return dict(zip(larger, found, strict=True))
+
+        most = None
+        if room is not None:
+            of_updates = dict(zip(larger, updates, strict=True))
+            most = largest_batch(best.setting, demands, room, of_updates, rollouts)
 
     found = figures(options.preset, topology, ways, demands, most)
     show(found)

@@ -28,7 +28,7 @@ class PlanOptions:
       reward_dtype: what it is held in, and computes in.
       untie: give a tied model a classifier of its own, so that there is a stage 1.
       remat: what an update keeps of the forward pass (see `jaxdyn rl --help`).
-      largest: find the largest batch that fits, by four more compilations.
+      largest: find the largest batch that fits, by one to four more compilations.
       json: also write the figures to this file.
     """
 

@@ -3,15 +3,15 @@
 import dataclasses
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from jax.sharding import Mesh
 
 from jaxdyn.distributed import make_mesh, require_divisible
 from jaxdyn.models import ModelConfig
 from jaxdyn.plan.chips import Chip
-from jaxdyn.plan.demand import Demand, Program
-from jaxdyn.plan.programs import Setting
+from jaxdyn.plan.demand import Demand
+from jaxdyn.plan.programs import CACHE, Setting
 from jaxdyn.plan.text import Number
 from jaxdyn.plan.topologies import Topology
 from jaxdyn.sections import AXES, MeshConfig
@@ -93,39 +93,48 @@ def candidates(
     return found[:most]
 
 
-def other_batches(setting: Setting) -> list[tuple[int, Program]]:
-    """Joint update and rollout at one and at two prompts for every part of the batch, by prompts.
+def other_batches(setting: Setting) -> dict[int, Setting]:
+    """The same at one and at two prompts for every part of the batch, by prompts.
 
-    Those of the setting's own number of prompts are left out.
+    The setting's own number of prompts is left out.
     """
-    parts, found = setting.mesh.shape["data"] * setting.mesh.shape["fsdp"], []
-    for count in (parts, 2 * parts):
-        if count != setting.run.train.num_prompts:
-            train = dataclasses.replace(setting.run.train, num_prompts=count)
-            other = dataclasses.replace(setting, run=dataclasses.replace(setting.run, train=train))
-            found += [(count, other.update("joint")), (count, other.rollout())]
-    return found
+    parts, own = batch_parts(setting), setting.run.train
+    change = dataclasses.replace
+    runs = {n: change(setting.run, train=change(own, num_prompts=n)) for n in (parts, 2 * parts)}
+    return {n: change(setting, run=run) for n, run in runs.items() if n != own.num_prompts}
+
+
+def batch_parts(setting: Setting) -> int:
+    """The devices that a batch is divided between."""
+    return setting.mesh.shape["data"] * setting.mesh.shape["fsdp"]
 
 
 def largest_batch(
     setting: Setting,
     demands: dict[str, Demand],
     room: Number,
-    others: Sequence[tuple[int, Demand]],
+    updates: dict[int, Demand],
+    rollouts: Callable[[], dict[int, Demand]],
 ) -> dict[str, int]:
     """The most prompts a step whose rollout and joint update fit `room` bytes, if peaks are linear.
 
     Args:
       demands: of the setting's own programs, by name.
-      others: of `other_batches`, by prompts.
+      updates: of the joint update at the prompts of `other_batches`.
+      rollouts: compiles the rollout at these; asked only where its own peak leaves it open whether
+        as many prompts fit as the update can hold.
     """
-    parts = setting.mesh.shape["data"] * setting.mesh.shape["fsdp"]
-    own, most = setting.run.train.num_prompts, math.inf
-    for name in ("rollout", "stage 2"):
-        peaks = {own: demands[name].peak} | {
-            count: other.peak for count, other in others if other.name == name
-        }
+    parts, own = batch_parts(setting), setting.run.train.num_prompts
+
+    def most(name: str, others: dict[int, Demand]) -> int:
+        peaks = {own: demands[name].peak} | {count: other.peak for count, other in others.items()}
         slope = max(peaks[2 * parts] - peaks[parts], 1) / parts
-        most = min(most, parts + (room - peaks[parts]) / slope)
-    prompts = max(0, math.floor(most / parts)) * parts
+        return max(0, math.floor((parts + (room - peaks[parts]) / slope) / parts)) * parts
+
+    prompts = most("stage 2", updates)
+    drawn = demands["rollout"]
+    # What does not grow with the batch is no less than what lies there without one.
+    still = sum(x for role, x in drawn.roles.items() if role != CACHE)
+    if still + (drawn.peak - still) * max(1, prompts / own) > room:
+        prompts = min(prompts, most("rollout", rollouts()))
     return {"num_prompts": prompts, "sequences": prompts * setting.run.train.num_generations}

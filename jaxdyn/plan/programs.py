@@ -38,6 +38,9 @@ from jaxdyn.types import KVCache, PromptBatch, Sites
 WORKSPACE = 2**27
 """Bytes of a block of a kernel's products on an accelerator (`jaxdyn.kernels.blocks`)."""
 
+CACHE = "cache"
+"""The role of keys and values, which grow with the batch."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Setting(Inputs):
@@ -58,7 +61,7 @@ class Setting(Inputs):
             )
 
         lower = lambda: draw.lower(self.view, self.prompts, self.key)
-        roles = {"parameters": self.view, "cache": self.caches}
+        roles = {"parameters": self.view, CACHE: self.caches}
         return Program("rollout", lower, roles, self.beside, cache_sizes(completion)[0])
 
     def prefill(self) -> Program:
@@ -90,7 +93,7 @@ class Setting(Inputs):
         token = self.by_rows(self.rows)
         mask = self.by_rows(self.rows, sum(self.slots), dtype=bool)
         lower = lambda: loop.lower(self.view, *self.caches, token, mask, self.key)
-        roles = {"parameters": self.view, "cache": self.caches}
+        roles = {"parameters": self.view, CACHE: self.caches}
         return Program("decode", lower, roles, self.beside, steps=steps)
 
     def reference(self) -> Program:

@@ -43,28 +43,38 @@ def test_a_batch_that_suits_no_mesh_is_told_why_the_first_does_not():
 
 
 @pytest.mark.parametrize(
-    "room, prompts",
+    "room, slope, prompts, asked",
     [
-        (1000 + 100 * 40, 40),  # the update's line binds: 1000 + 100 a prompt
-        (1000 + 100 * 40 - 1, 36),  # one byte less, and each of the four parts has one fewer
-        (1000 + 100 * 4, 4),
-        (1000, 0),
+        (1000 + 100 * 40, 50, 40, False),  # the update's line binds: 1000 + 100 a prompt
+        (1000 + 100 * 40 - 1, 50, 36, False),  # a byte less, and each of four parts has one fewer
+        (1000 + 100 * 4, 50, 4, False),
+        (1000, 50, 0, False),
+        # The rollout's is 600 + slope a prompt, of which 500 are known to stay: at forty prompts it
+        # is 1000 + 40 slope at most, and where that is too much its own line has to tell.
+        (1000 + 100 * 40, 100, 40, False),
+        (1000 + 100 * 40, 101, 40, True),
+        (1000 + 100 * 40, 112, 36, True),
     ],
 )
-def test_the_largest_batch_of_two_lines(room, prompts):
+def test_the_largest_batch_of_two_lines(room, slope, prompts, asked):
     mesh = make_mesh(MeshConfig(2, 2, 1), jax.devices()[:4])
     setting = Setting(TINY, planned_run(PlanOptions("tiny", num_prompts=8)), mesh)
 
     def demand(name, prompts):
-        slope, start = (50, 0) if name == "rollout" else (100, 1000)
-        return Demand(name, {}, 0, 0, start + slope * prompts)
+        if name == "stage 2":
+            return Demand(name, {}, 0, 0, 1000 + 100 * prompts)
+        roles = {"parameters": 400, "reference": 100, "cache": 10 * prompts}
+        return Demand(name, roles, 0, 0, 600 + slope * prompts)
 
     # at four prompts: those at eight are there
-    others = [(count, program.name) for count, program in other_batches(setting)]
-    assert others == [(4, "stage 2"), (4, "rollout")]
+    others = other_batches(setting)
+    assert [(n, other.run.train.num_prompts) for n, other in others.items()] == [(4, 4)]
     given = {name: demand(name, 8) for name in ("rollout", "stage 2")}
-    found = largest_batch(setting, given, room, [(n, demand(name, n)) for n, name in others])
+    updates, rollouts = ({n: demand(name, n) for n in others} for name in ("stage 2", "rollout"))
+    calls = []
+    found = largest_batch(setting, given, room, updates, lambda: calls.append(1) or rollouts)
     assert found == {"num_prompts": prompts, "sequences": 8 * prompts}
+    assert bool(calls) == asked
 
 
 def test_the_options_have_a_runs_defaults():
