@@ -36,7 +36,12 @@ from jaxdyn.rl import group_relative
 from jaxdyn.train import open_run
 from jaxdyn.types import Params
 
-SIZES = {"toy": (2, 3, 1, 4), "small": (2, 8, 10, 16), "full": (12, 16, 20, 64)}
+SIZES = {
+    "toy": (2, 3, 1, 4),
+    "small": (2, 8, 10, 16),
+    "brief": (12, 8, 10, 16),
+    "full": (12, 16, 20, 64),
+}
 """Trainings, prompts of the ledger, updates of a part alone, and held-out prompts of its reward."""
 
 KINDS = {

@@ -4,7 +4,7 @@ Every kernel that is made of rows goes through `tiling` and `assemble`.
 """
 
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -12,13 +12,14 @@ import numpy as np
 
 from jaxdyn.hosts import fetch, from_first, gather, is_local
 from jaxdyn.kernels.execution import Execution
-from jaxdyn.kernels.memory import tile_size, workspace_of
+from jaxdyn.kernels.memory import tile_size, tile_sizes, workspace_of
 from jaxdyn.kernels.rows import Rows
 from jaxdyn.kernels.store import Store, digest
 
 
 class Tiling(NamedTuple):
-    """Rows against columns (None: the rows), in square tiles of a size that the budget allows.
+    """Rows against columns (None: the rows), in tiles of high × wide that the budget allows; of
+    rows against themselves they are square.
 
     `each` are the bytes that a row of a tile may take, `workspace` those of a block of products,
     and `shards` the devices between which a tile's rows are divided.
@@ -26,7 +27,8 @@ class Tiling(NamedTuple):
 
     rows: Rows
     columns: Rows | None
-    size: int
+    high: int
+    wide: int
     each: int
     workspace: int
     shards: int = 1
@@ -35,25 +37,31 @@ class Tiling(NamedTuple):
 def tiling(
     rows: Rows,
     columns: Rows | None,
-    held: int,
-    working: int,
+    needs: Sequence[tuple[int, int]],
     budget: int,
     platform: str,
     shards: int = 1,
 ) -> Tiling:
-    """The largest tiles within `budget` bytes, of rows that each take what `tile_size` says.
+    """The largest tiles within `budget` bytes.
 
-    Rows that are divided between `shards` devices take those bytes on one of them.
+    Args:
+      needs: of a row and of a column, if there are columns, the bytes that it holds once it is
+        prepared, and those that it needs beside them while it is; where rows are divided between
+        `shards` devices, on one of them.
 
     Raises:
       JaxdynError: if not even one row and one column fit.
     """
     workspace, spare = workspace_of(budget, platform)
-    counts = (len(rows.tokens), len((columns or rows).tokens))
-    size = tile_size(counts, columns is None, held, working, budget - spare, shards)
-    sets = 1 if columns is None and size >= counts[0] else 2
-    each = (budget - spare) // (size // shards) // sets
-    return Tiling(rows, columns, size, each, workspace, shards)
+    room, n = budget - spare, len(rows.tokens)
+    if columns is None:
+        high = wide = tile_size(n, *needs[0], room, shards)
+        at_once = high if high >= n else 2 * high
+    else:
+        of_row, of_column = needs
+        high, wide = tile_sizes((n, len(columns.tokens)), of_row, of_column, room, shards)
+        at_once = high + wide
+    return Tiling(rows, columns, high, wide, room // (at_once // shards), workspace, shards)
 
 
 class Tile(NamedTuple):
@@ -145,8 +153,8 @@ def assemble(
     apart = all(map(is_local, jax.tree.leaves(sides)))
     lanes = len(devices) * (jax.process_count() if apart else 1)
     divisible = lambda count: -(-count // given.shards) * given.shards
-    size = min(given.size, divisible(-(-max(n, m) // lanes)))  # a strip for every device
-    high, wide = min(size, divisible(n)), min(size, divisible(m))
+    most = divisible(-(-max(n, m) // lanes))  # a strip for every device
+    high, wide = min(given.high, most, divisible(n)), min(given.wide, most, divisible(m))
     work = strips(-(-n // high), -(-m // wide), square, lanes)
     total, done = sum(map(len, work)), 0
     whole: dict[str, np.ndarray] = {}
@@ -179,7 +187,14 @@ def assemble(
 
     store = None
     if "blocks" in execution:
-        content = [kind, size, digest(operands), digest(rows), digest(None if square else columns)]
+        content = [
+            kind,
+            high,
+            wide,
+            digest(operands),
+            digest(rows),
+            digest(None if square else columns),
+        ]
         content += [] if others is None else [digest(others)]
         if jax.process_index() == 0:
             store = Store(execution["blocks"], content)

@@ -262,9 +262,9 @@ def _kernels(
         return fetch(plain_kernels(model, view, roots, rows, columns, other, leaves=leaves))
     require_merged(params)
     sizes = [(r.tokens.shape[1], r.positions.shape[1], r.outputs) for r in both]
-    held, working = (max(x) for x in zip(*(row_bytes(model, *size) for size in sizes), strict=True))
+    needs = [row_bytes(model, *size) for size in sizes]
     where = platform_of(execution, view), model.row_shards
-    tiles = tiling(rows, columns, held, working, budget, *where)
+    tiles = tiling(rows, columns, needs, budget, *where)
     return assemble(
         f"{kind} {model!r}",
         tiles,

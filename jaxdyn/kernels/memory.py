@@ -84,32 +84,68 @@ def rows_at_once(
     return shards * evenly(-(-count // shards), fitting)
 
 
-def tile_size(
-    counts: tuple[int, int], square: bool, held: int, working: int, budget: int, shards: int = 1
-) -> int:
-    """Rows and columns of a tile: all, or as many as fit when two sets are held at once.
+def tile_size(count: int, held: int, working: int, budget: int, shards: int = 1) -> int:
+    """Rows of a tile of a set against itself: all, or as many as fit when two tiles are held.
 
     Args:
-      counts: rows N and columns M of the whole.
-      square: whether the columns are the rows, so that a single tile holds one set.
+      count: rows of the whole.
       held: bytes that one prepared row holds.
       working: bytes that one row needs while it is prepared, beside those it will hold.
       budget: bytes for the rows, on each device.
       shards: the devices between which a tile's rows are divided.
 
     Returns:
-      A size by which the longer side is divided evenly, a multiple of `shards`.
+      A size by which the rows are divided evenly, a multiple of `shards`.
 
     Raises:
       JaxdynError: if not even one row and one column fit.
     """
-    longest = -(-max(counts) // shards)
-    if square and longest * (held + working) <= budget:
+    longest = -(-count // shards)
+    if longest * (held + working) <= budget:
         return shards * longest
     fitting = budget // (2 * held + working)
     if fitting < 1:
-        raise JaxdynError(
-            f"memory_budget is too small for one site: a pair needs about {2 * held + working} "
-            f"bytes beside the workspace, got {budget}"
-        )
+        raise _too_small(2 * held + working, budget)
     return shards * evenly(longest, fitting)
+
+
+def tile_sizes(
+    counts: tuple[int, int],
+    rows: tuple[int, int],
+    columns: tuple[int, int],
+    budget: int,
+    shards: int = 1,
+) -> tuple[int, int]:
+    """Rows and columns of a tile of two sets: of all that fit, those that prepare the fewest again.
+
+    A tile's rows are prepared while a tile's columns are held, and the other way round. Of n × m in
+    a × b tiles at most n b + m a are prepared, and as many are multiplied out.
+
+    Args:
+      rows, columns: the bytes that a prepared row holds, and those that it needs beside them while
+        it is prepared; of a column.
+
+    For the others, and what is raised, see `tile_size`.
+    """
+    n, m = (-(-count // shards) for count in counts)
+    (row, making_row), (column, making_column) = rows, columns
+    found = []
+    for strips in range(1, n + 1):
+        high = -(-n // strips)
+        beside_row = (budget - high * row) // (column + making_column)
+        wide = min(m, beside_row, (budget - high * (row + making_row)) // column)
+        if wide >= 1:
+            parts = -(-m // wide)
+            found.append((n * parts + m * strips, high, evenly(m, wide)))
+    if not found:
+        needed = max(row + column + making_column, row + making_row + column)
+        raise _too_small(needed, budget)
+    _, high, wide = min(found)
+    return shards * high, shards * wide
+
+
+def _too_small(needed: int, budget: int) -> JaxdynError:
+    return JaxdynError(
+        f"memory_budget is too small for one site: a pair needs about {needed} bytes beside the "
+        f"workspace, got {budget}"
+    )

@@ -126,8 +126,9 @@ def over_passes(
     model, view, roots, rows, columns = given
     longest = max((r for r in (rows, columns) if r is not None), key=lambda r: r.tokens.shape[1])
     held, each = opened_bytes(model, longest.tokens.shape[1])
+    needs = [(held + each, 0)] * (1 if columns is None else 2)
     where = platform_of(execution, view), model.row_shards
-    tiles = tiling(rows, columns, held + each, 0, budget_of(execution), *where)
+    tiles = tiling(rows, columns, needs, budget_of(execution), *where)
     room = max(1, (tiles.each - held) // each)
     kernels: dict[str, np.ndarray] = {}
     count = len(jax.tree.leaves(passes)[0])

@@ -23,27 +23,50 @@ from jaxdyn.types import JaxdynError
 
 def test_tile_size_fills_the_budget():
     size = functools.partial(memory.tile_size, held=70, working=30)
-    assert size((10, 10), square=True, budget=1000) == 10
-    # Two sets of 70 and 30 more for the one that is made: 170 a row.
-    assert size((10, 10), square=True, budget=999) == 5
-    assert size((10, 10), square=True, budget=849) == 4
-    assert size((10, 10), square=False, budget=1000) == 5
-    assert size((3, 7), square=False, budget=10**6) == 7
+    assert size(10, budget=1000) == 10
+    # Two tiles of 70 and 30 more for the one that is made: 170 a row.
+    assert size(10, budget=999) == 5
+    assert size(10, budget=849) == 4
     # Six fit, but then the second tile would be all but empty.
-    assert size((7, 2), square=False, budget=6 * 170) == 4
-    assert size((7, 2), square=False, budget=170) == 1
+    assert size(7, budget=699) == 4
     with pytest.raises(JaxdynError, match=r"too small for one site.* 170 bytes.* got 169"):
-        size((10, 10), square=True, budget=169)
+        size(10, budget=169)
+
+
+@pytest.mark.parametrize("rows, columns", [((70, 30), (70, 30)), ((210, 230), (150, 165))])
+@pytest.mark.parametrize("counts", [(10, 10), (3, 7), (7, 2), (1, 1), (12, 5)])
+@pytest.mark.parametrize("budget", [750, 1300, 2600, 10**5])
+def test_tiles_of_two_sets_prepare_as_few_as_any_that_fit(rows, columns, counts, budget):
+    def peak(high, wide):
+        """Of the tile that is made last, whichever it is."""
+        last_column = high * rows[0] + wide * sum(columns)
+        return max(last_column, high * sum(rows) + wide * columns[0])
+
+    def prepared(high, wide):
+        n, m = counts
+        return n * -(-m // wide) + m * -(-n // high)
+
+    every = itertools.product(*(range(1, count + 1) for count in counts))
+    least = min(prepared(*size) for size in every if peak(*size) <= budget)
+    found = memory.tile_sizes(counts, rows, columns, budget)
+    assert peak(*found) <= budget and prepared(*found) == least
+
+
+def test_two_sets_of_which_no_pair_fits_are_refused():
+    with pytest.raises(JaxdynError, match=r"too small for one site.* 590 bytes.* got 589"):
+        memory.tile_sizes((3, 3), (210, 230), (150, 165), 589)
+    assert memory.tile_sizes((3, 3), (210, 230), (150, 165), 590) == (1, 1)
 
 
 def test_rows_that_devices_share_count_on_one_of_them():
     """Of four devices each holds a quarter of a tile, whose size they divide."""
     size = functools.partial(memory.tile_size, held=70, working=30, shards=4)
-    assert size((10, 10), square=True, budget=300) == 12  # three rows a device, two of them again
-    assert size((10, 10), square=True, budget=299) == 4
-    assert size((10, 30), square=False, budget=4 * 170) == 16
+    assert size(10, budget=300) == 12  # three rows a device, two of them again
+    assert size(10, budget=299) == 4
+    # Three and eight rows a device, of which all three and five fit.
+    assert memory.tile_sizes((10, 30), (70, 30), (70, 30), 710, shards=4) == (12, 16)
     with pytest.raises(JaxdynError, match=r"too small for one site.* 170 bytes.* got 169"):
-        size((10, 10), square=True, budget=169)
+        size(10, budget=169)
     at_once = functools.partial(memory.rows_at_once, "row", each=100, beside=50, shards=4)
     assert [at_once(n, budget=250) for n in (1, 8, 9, 30)] == [4, 8, 8, 8]
     assert at_once(30, budget=450) == 16
@@ -118,7 +141,7 @@ class Toys:
         """All of it, checked against the table's own products; without m the columns are rows."""
         rows, columns = self.rows(start, n), None if m is None else self.rows(3, m)
         execution = {"progress": self.progress, **execution}
-        tiles = blocks.Tiling(rows, columns, size, each=0, workspace=0)
+        tiles = blocks.Tiling(rows, columns, size, size, each=0, workspace=0)
         found = blocks.assemble(kind, tiles, self.table, self.prepare, self.contract, execution)
         x = np.asarray(self.table)[start : start + n]
         y = x if m is None else np.asarray(self.table)[3 : 3 + m]
@@ -245,6 +268,7 @@ def test_a_truncated_tile_is_computed_again(left, tmp_path):
 @pytest.fixture
 def tiles_of_three(monkeypatch):
     monkeypatch.setattr(blocks, "tile_size", lambda *_: 3)
+    monkeypatch.setattr(blocks, "tile_sizes", lambda *_: (3, 3))
 
 
 @pytest.mark.slow
@@ -340,7 +364,7 @@ def test_tiles_stay_within_the_budget_and_fill_it(name, slots, counted, outputs,
     view = jax.eval_shape(lambda key: model.view(model.init(key)), jax.random.key(0))
     workspace, spare = memory.workspace_of(budget, "cpu")
     need = gram.row_bytes(model, slots, counted, outputs)
-    size = memory.tile_size((1000, 1000), True, *need, budget - spare)
+    size = memory.tile_size(1000, *need, budget - spare)
     rows = shaped_rows(size, slots, counted, outputs)
     factors = jax.eval_shape(functools.partial(gram.factorize, model), view, None, rows)
     one = memory.nbytes(factors)
@@ -354,7 +378,7 @@ def test_tiles_stay_within_the_budget_and_fill_it(name, slots, counted, outputs,
 
     if (counted, outputs) == (1, 1):
         need = sum(memory.opened_bytes(model, slots))
-        size = memory.tile_size((1000, 1000), True, need, 0, budget - spare)
+        size = memory.tile_size(1000, need, 0, budget - spare)
         rows = shaped_rows(size, slots, 1, 1)
         factor = jax.ShapeDtypeStruct((128, 128), jnp.float32)
         operands = (model, (view, None, factor), rows, rows)

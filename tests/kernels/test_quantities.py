@@ -278,6 +278,7 @@ def test_longer_padding_changes_nothing(x64):
 @pytest.fixture
 def tiles_of_three(monkeypatch):
     monkeypatch.setattr(blocks, "tile_size", lambda *_: 3)
+    monkeypatch.setattr(blocks, "tile_sizes", lambda *_: (3, 3))
 
 
 def test_tiles_of_one_set_change_nothing_and_compile_once(x64, tiles_of_three):

@@ -49,6 +49,7 @@ def test_probes_in_groups_and_tiles(name, x64, monkeypatch):
     monkeypatch.setattr(trace_probed, "draw_probes", probes)
     monkeypatch.setattr(passes, "GROUP", 8)
     monkeypatch.setattr(blocks, "tile_size", lambda *_: 3)
+    monkeypatch.setattr(blocks, "tile_sizes", lambda *_: (3, 3))
     for count in (16, 8):
         found, total = of_probes(name, np.asarray(signs[:count]))
         expected = {part: x.mean(axis=0) for part, x in found.items()}
@@ -68,6 +69,7 @@ def test_rows_of_the_factor_in_groups_and_tiles(x64, monkeypatch, tmp_path):
     """Eight rows of R in groups of three: passes that are done are not made again."""
     monkeypatch.setattr(passes, "GROUP", 3)
     monkeypatch.setattr(blocks, "tile_size", lambda *_: 2)
+    monkeypatch.setattr(blocks, "tile_sizes", lambda *_: (2, 2))
     expected, done = traces("gpt2-tied", A, B), []
 
     def progress(*at):
