@@ -50,6 +50,7 @@ from jaxdyn.dynamics.ledger_path import (
     node,
     text_node,
 )
+from jaxdyn.dynamics.observables import SMOOTH
 from jaxdyn.models import LanguageModel, llama, load_pretrained, save_pretrained
 from jaxdyn.types import Rollout, Sites, View
 
@@ -181,9 +182,7 @@ def whole(arguments: argparse.Namespace) -> dict:
         options = LedgerOptions(**given, sample="first", output=f"{directory}/ledger")
         seconds, path = harness.timed(lambda: command.run(options))
         found = json.loads(path.with_suffix(".json").read_text())
-    kinked = ("confidence", "margin")  # at a kink no rule converges
-    smooth = {name: x for name, x in found["quantities"].items() if name not in kinked}
-    residual = {name: x["residual"] for name, x in smooth.items()}
+    residual = {name: found["quantities"][name]["residual"] for name in SMOOTH}
     count, rate = found["nodes"], harness.thermometer()
     print(f"\nwhole: {seconds:.0f} s, {count} nodes, {rate:.0f} GFLOP/s; residuals ", end="")
     print(json.dumps(residual))

@@ -154,10 +154,10 @@ def print_summary(saved: SavedLedger) -> None:
         "rms, relative to the rms change"
     )
     how = saved.about["config"]
-    open_ = [name for name in SMOOTH if found["quantities"][name]["residual"] > how["tolerance"]]
-    if open_ and how["dtype"] == "float32":
+    above = [name for name in SMOOTH if found["quantities"][name]["residual"] > how["tolerance"]]
+    if above and how["dtype"] == "float32":
         say(
-            f"{', '.join(open_)}: above the tolerance of {how['tolerance']:g}; where a change is "
+            f"{', '.join(above)}: above the tolerance of {how['tolerance']:g}; where a change is "
             "small it is float32's rounding of the two ends, 1e-5 nats or so, and --dtype float64 "
             "has none of it"
         )

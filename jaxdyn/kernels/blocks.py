@@ -187,14 +187,8 @@ def assemble(
 
     store = None
     if "blocks" in execution:
-        content = [
-            kind,
-            high,
-            wide,
-            digest(operands),
-            digest(rows),
-            digest(None if square else columns),
-        ]
+        both = digest(rows), digest(None if square else columns)
+        content = [kind, high, wide, digest(operands), *both]
         content += [] if others is None else [digest(others)]
         if jax.process_index() == 0:
             store = Store(execution["blocks"], content)
