@@ -59,7 +59,8 @@ def test_seeds_differ_and_arms_of_a_seed_are_pairs(runs):
 
 
 def test_what_is_there_is_not_trained_again(runs, monkeypatch):
-    monkeypatch.setattr(trainings, "run_rl", lambda config: pytest.fail("trained again"))
+    for trains in ("run_rl", "run_sft"):  # the arms, and their base models
+        monkeypatch.setattr(trainings, trains, lambda config: pytest.fail("trained again"))
     trainings.train_all("toy", ARMS, runs, None, 2)
 
 
