@@ -17,11 +17,10 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax.traverse_util import flatten_dict
 
 from jaxdyn.kernels import layers
-from jaxdyn.kernels.memory import attention_bytes, nbytes
+from jaxdyn.kernels.memory import attention_bytes, nbytes, shapes_of_a_slot
 from jaxdyn.kernels.parts import kind_of
 from jaxdyn.kernels.rows import Rows, logit_cotangents
 from jaxdyn.types import Model, Params, View
@@ -138,10 +137,13 @@ def row_bytes(model: Model, slots: int, counted: int, outputs: int) -> tuple[int
 @functools.lru_cache
 def _smallest_factors(model: Model) -> Factors:
     """The shapes of a row's factors with one function of one slot."""
-    view = jax.eval_shape(lambda key: model.view(model.init(key)), jax.random.key(0))
-    one = np.zeros((1, 1), np.int32)
-    row = Rows(one, one == 0, one, one, one)
-    return jax.eval_shape(functools.partial(factorize, model), view, None, row)
+
+    def factors(backbone, phi, inputs, cotangents, logits):
+        several = pulled(lambda _: cotangents, phi[None])
+        body = factors_of(backbone, stacked(inputs), several, None)
+        return body._replace(features=phi, logit_cotangents=logits[:, None])
+
+    return jax.eval_shape(factors, *shapes_of_a_slot(model))
 
 
 def body_kernels(

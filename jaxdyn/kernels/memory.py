@@ -33,21 +33,23 @@ def opened_bytes(model: Model, slots: int) -> tuple[int, int]:
     Both sides of an exact trace are opened at once: by XLA's own account (CPU, 8 layers, T = 64 to
     1024) they take 0.6 to 0.8 of what this says of two rows.
     """
-    kept, pulled = _opened_slot(model)
+    _, _, inputs, cotangents, _ = shapes_of_a_slot(model)
+    kept, pulled = nbytes(inputs), nbytes(cotangents)
     return 2 * slots * kept, 2 * slots * pulled + attention_bytes(model, slots)
 
 
 @functools.lru_cache
-def _opened_slot(model: Model) -> tuple[int, int]:
-    """The bytes of every layer's input at a slot, and of every layer's output's cotangent."""
+def shapes_of_a_slot(model: Model) -> tuple:
+    """The backbone, and of one row of one slot φ, every layer's input, every layer's output's
+    cotangent and the logits, as shapes."""
 
     def shapes(key):
-        tokens = jnp.zeros((1, 1), jnp.int32)
-        phi, inputs, pull = model.opened(model.init(key)["backbone"], tokens, tokens == 0)
-        return inputs, pull(phi)
+        tokens, view = jnp.zeros((1, 1), jnp.int32), model.view(model.init(key))
+        phi, inputs, pull = model.opened(view["backbone"], tokens, tokens == 0)
+        logits = model.logits(view["classifier"], phi)
+        return view["backbone"], phi, inputs, pull(phi), logits
 
-    kept, pulled = jax.eval_shape(shapes, jax.random.key(0))
-    return nbytes(kept), nbytes(pulled)
+    return jax.eval_shape(shapes, jax.random.key(0))
 
 
 def workspace_of(budget: int, platform: str) -> tuple[int, int]:
