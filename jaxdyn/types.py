@@ -137,6 +137,16 @@ class Model(Protocol):
     ) -> tuple[Float[Array, "B T D"], Params, Callable[[Array], Params]]:
         """φ, every layer's input, and the way back from φ's cotangent to the outputs' ones."""
 
+    def streamed(
+        self, backbone: Params, tokens: Int[Array, "B T"], mask: Bool[Array, "B T"]
+    ) -> tuple[Float[Array, "B T D"], Params, Callable[[Array], Params]]:
+        """The same with every block as one layer."""
+
+    def open_block(
+        self, block: Params, number: Any, x: Float[Array, "B T D"], mask: Bool[Array, "B T"]
+    ) -> tuple[Params, Callable[[Array], Params]]:
+        """Of one block that reads x its layers' inputs, and the way back to their outputs."""
+
     def itemized(
         self, backbone: Params, change: Params, t: Any, tokens: Int[Array, "B T"], mask: Mask
     ) -> tuple[Float[Array, "B T D"], Callable[[Array], Params]]:

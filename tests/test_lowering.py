@@ -17,7 +17,7 @@ from jaxdyn.commands.plan_options import PlanOptions
 from jaxdyn.distributed import make_mesh
 from jaxdyn.dynamics import ledger_path, measure
 from jaxdyn.dynamics.influence import own_tokens, statistics_along, statistics_at
-from jaxdyn.kernels import gram, operator, plain, sketch, trace_exact, trace_probed
+from jaxdyn.kernels import gram, operator, plain, sketch, streams, trace_exact, trace_probed
 from jaxdyn.kernels.projection import draw_signs
 from jaxdyn.models import LanguageModel, fused
 from jaxdyn.models.shapes import SHAPES
@@ -136,6 +136,17 @@ def contracted(s):
     return jax.jit(both).lower(s.view, s.several)
 
 
+def streamed(s):
+    """The same, a layer at a time."""
+
+    def both(view, rows):
+        left = streams.Side(view, view, streams.stream(s.model, view, view, rows))
+        fixed = {"tied": True, "biased": False, "workspace": WORKSPACE}
+        return streams.contract_streams(s.model, left, None, **fixed)
+
+    return jax.jit(both).lower(s.view, s.several)
+
+
 def traced_exactly(s):
     def whole(view, rows):
         operands = view, None, trace_exact.metric_rows(view["classifier"]["weight"])
@@ -230,6 +241,7 @@ PROGRAMS = {
     "factorize": (lambda s: s.factors().lower(), NONE),
     "factorize, contract, several": (contracted, NONE),
     "contract": (lambda s: s.kernel().lower(), NONE),
+    "stream, contract, several": (streamed, NONE),
     "plain kernels, several": (
         lambda s: plain.plain_kernels.lower(s.model, s.view, None, s.several, None),
         NONE,

@@ -118,11 +118,12 @@ def peer(arguments: argparse.Namespace) -> dict:
     model, params, _, rollout = ledger.problem(arguments)
     rollout = sampled(model, params, rollout)
     count, prompt = rollout.prompt_ids.shape
-    # Of M matrices theirs are M p² numbers, and ours at most as many.
+    # Of M matrices theirs are M p² numbers, and ours at most as many, of whole vector registers.
     matrices, side = 7 * model.config.num_layers, arguments.side
     dimension = matrices * side**2
     sizes: Any = {"replicates": arguments.replicates}
-    sizes["side"] = math.isqrt(dimension // arguments.replicates)
+    most = math.isqrt(dimension // arguments.replicates)
+    sizes["side"] = most // 8 * 8 or most
     sizes["memory_budget"] = arguments.memory_budget
     keys = [jax.random.key(number) for number in range(SKETCHES)]
     ours = lambda key: sketch_sequences(model, params, rollout, key, **sizes)
@@ -148,7 +149,8 @@ def peer(arguments: argparse.Namespace) -> dict:
     middle = {name: harness.typical(one[name] for one in rounds) for name in rounds[0]}
     ratio = harness.typical(harness.ratio(one["bergson"], one["jaxdyn"]) for one in rounds)
     cores = len(os.sched_getaffinity(0))
-    print(f"\npeer: {count} completions, {dimension} numbers each, {cores} cores")
+    print(f"\npeer: {count} completions, {dimension} numbers each, {cores} cores, ", end="")
+    print(f"{harness.thermometer():.0f} GFLOP/s; ours {arguments.replicates} × {sizes['side']}²")
     for name, seconds in middle.items():
         rate, own = (count / seconds[clock] for clock in ("wall", "cores"))
         print(f"{name:<10}{rate:>9.1f} completions a second, {own:.1f} a core's second")

@@ -65,6 +65,14 @@ class ShardedModel(LanguageModel):
         with self._placed():
             return super().opened(backbone, self._rows(tokens), self._rows(mask))
 
+    def streamed(self, backbone, tokens, mask):
+        with self._placed():
+            return super().streamed(backbone, self._rows(tokens), self._rows(mask))
+
+    def open_block(self, block, number, x, mask):
+        with self._placed():
+            return super().open_block(block, number, self._rows(x), self._rows(mask))
+
     def itemized(self, backbone, change, t, tokens, mask):
         with self._placed():
             rows = self._rows(tokens), self._rows(mask)

@@ -101,6 +101,22 @@ def strips(high: int, wide: int, square: bool, devices: int) -> list[list[Tile]]
     return lists
 
 
+def turns(given: Tiling) -> tuple[int, int]:
+    """How many rows one device would prepare, and how many of a tile's it would multiply out."""
+    n, square = len(given.rows.tokens), given.columns is None
+    m = n if given.columns is None else len(given.columns.tokens)
+    (tiles,) = strips(-(-n // given.high), -(-m // given.wide), square, 1)
+    prepared = multiplied = 0
+    held: dict[tuple, int] = {}
+    for row, column in tiles:
+        sides = {("row", row): given.high}
+        sides |= {("row" if square else "column", column): given.wide}
+        multiplied += sum(sides.values())
+        prepared += sum(size for side, size in sides.items() if side not in held)
+        held = sides
+    return prepared, multiplied
+
+
 class _Worker:
     """One device's operands and the tiles that it holds prepared: at most the two of a pair."""
 

@@ -22,7 +22,7 @@ import numpy as np
 from flax.traverse_util import flatten_dict
 
 from jaxdyn.hosts import fetch
-from jaxdyn.kernels.blocks import assemble, tiling
+from jaxdyn.kernels.blocks import Tiling, assemble, tiling, turns
 from jaxdyn.kernels.execution import (
     Execution,
     budget_of,
@@ -44,6 +44,7 @@ from jaxdyn.kernels.rows import (
     with_chosen,
     with_cotangents,
 )
+from jaxdyn.kernels.streams import Side, contract_streams, stream, stream_bytes
 from jaxdyn.types import JaxdynError, Model, Params, Rollout, Sites
 
 PATHS = ("representation", "cross")
@@ -261,26 +262,48 @@ def _kernels(
             )
         return fetch(plain_kernels(model, view, roots, rows, columns, other, leaves=leaves))
     require_merged(params)
-    sizes = [(r.tokens.shape[1], r.positions.shape[1], r.outputs) for r in both]
-    needs = [row_bytes(model, *size) for size in sizes]
     where = platform_of(execution, view), model.row_shards
-    tiles = tiling(rows, columns, needs, budget, *where)
-    return assemble(
-        f"{kind} {model!r}",
-        tiles,
-        (view, roots),
-        lambda operands, tile: factorize(model, *operands, tile),
-        lambda operands, left, right: contract(
-            *operands,
-            left,
-            right,
-            tied=model.config.tied,
-            biased=model.config.classifier_bias,
-            workspace=tiles.workspace,
-        ),
-        execution,
-        None if other is None else (other, roots),
-    )
+    tiles, streamed = _tiles(model, rows, columns, budget, *where)
+    options: Any = {"tied": model.config.tied, "biased": model.config.classifier_bias}
+    options["workspace"] = tiles.workspace
+    if streamed:
+        made: Any = lambda own, tile: Side(own[0], own[1], stream(model, *own, tile))
+        multiply: Any = lambda _, left, right: contract_streams(model, left, right, **options)
+    else:
+        made = lambda own, tile: factorize(model, *own, tile)
+        multiply = lambda own, left, right: contract(*own, left, right, **options)
+    others = None if other is None else (other, roots)
+    called = f"{kind} {model!r}"
+    return assemble(called, tiles, (view, roots), made, multiply, execution, others)
+
+
+def _tiles(model: Model, rows: Rows, columns: Rows | None, *room: Any) -> tuple[Tiling, bool]:
+    """The tiles of whole factors or those of streamed rows, and which: whatever takes less work.
+
+    In products of a row's slots with the parameters: a backward pass, like a forward pass, is 2;
+    to stream takes a forward pass more, to multiply a streamed row out both; and to form a row's
+    gradients is 2.
+
+    Raises:
+      JaxdynError: if the budget holds not even one row and one column either way.
+    """
+    both = [r for r in (rows, columns) if r is not None]
+    sizes = [(r.tokens.shape[1], r.positions.shape[1], r.outputs) for r in both]
+    found = []
+    for bytes_of, to_prepare, to_multiply in ((row_bytes, 4, 2), (stream_bytes, 6, 6)):
+        needs = [bytes_of(model, *size) for size in sizes]
+        try:
+            tiles = tiling(rows, columns, needs, *room)
+        except JaxdynError as error:
+            refused = error
+            continue
+        prepared, multiplied = turns(tiles)
+        work = to_prepare * prepared + to_multiply * multiplied
+        found.append((work, bytes_of is stream_bytes, tiles))
+    if not found:
+        raise refused
+    _, streamed, tiles = min(found, key=lambda way: way[:2])
+    return tiles, streamed
 
 
 def gradient_of(kernels: dict) -> Any:

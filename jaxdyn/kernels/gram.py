@@ -103,6 +103,14 @@ def factors_of(
 def factorize(model: Model, view: View, roots: Params | None, rows: Rows) -> Factors:
     """One forward pass of N rows and K backward passes; `roots` is √P, shaped as the view."""
     phi, inputs, pull = model.opened(view["backbone"], rows.tokens, rows.mask)
+    features, g, cotangents = pulled_back(model, view, rows, phi, pull)
+    body_roots = None if roots is None else roots["backbone"]
+    body = factors_of(view["backbone"], stacked(inputs), cotangents, body_roots)
+    return body._replace(features=features, logit_cotangents=g)
+
+
+def pulled_back(model: Model, view: View, rows: Rows, phi: jax.Array, pull: Callable) -> tuple:
+    """φ at the slots that count, the logits' cotangents, and those of all outputs."""
     at = (jnp.arange(len(phi))[:, None], rows.positions)
     g = jax.vmap(logit_cotangents)(rows, model.logits(view["classifier"], phi[at]))
     # One axis of rows: else XLA on a CPU transposes all of g first.
@@ -110,10 +118,7 @@ def factorize(model: Model, view: View, roots: Params | None, rows: Rows) -> Fac
     start = jnp.zeros((g.shape[1], *phi.shape), g.dtype)
     back = back.reshape(*g.shape[:-1], -1).swapaxes(0, 1)
     start = start.at[:, at[0], at[1]].add(back).astype(phi.dtype)
-    cotangents = pulled(pull, start)
-    body_roots = None if roots is None else roots["backbone"]
-    body = factors_of(view["backbone"], stacked(inputs), cotangents, body_roots)
-    return body._replace(features=phi[at], logit_cotangents=g)
+    return phi[at], g, pulled(pull, start)
 
 
 def row_bytes(model: Model, slots: int, counted: int, outputs: int) -> tuple[int, int]:
@@ -128,14 +133,14 @@ def row_bytes(model: Model, slots: int, counted: int, outputs: int) -> tuple[int
       counted: S, the slots whose logits count.
       outputs: K.
     """
-    inputs, cotangents, vectors, features, g = map(nbytes, _smallest_factors(model))
+    inputs, cotangents, vectors, features, g = map(nbytes, smallest_factors(model))
     held = slots * (inputs + outputs * cotangents) + outputs * vectors
     held += counted * (features + outputs * g)
     return held, held + held // 10 + outputs * attention_bytes(model, slots)
 
 
 @functools.lru_cache
-def _smallest_factors(model: Model) -> Factors:
+def smallest_factors(model: Model) -> Factors:
     """The shapes of a row's factors with one function of one slot."""
 
     def factors(backbone, phi, inputs, cotangents, logits):

@@ -21,8 +21,10 @@ from jaxdyn.models.opened import (
     LayerNorm,
     RMSNorm,
     ZeroCenteredRMSNorm,
-    matrix_product,
+    enter,
+    leave,
 )
+from jaxdyn.models.products import matrix_product
 from jaxdyn.models.rotary import rotary_kinds, rotary_tables, rotate
 from jaxdyn.models.visibility import Seen
 from jaxdyn.types import KVCache
@@ -100,6 +102,11 @@ def _of_kind(arrays, kind):
     return jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, kind, keepdims=False), arrays)
 
 
+def _tables(config: ModelConfig, kinds, positions, dtype):
+    """Of every kind of rotary positions, or None where positions are learned."""
+    return _the_one(rotary_tables(kinds, positions, dtype)) if config.rotary_dim else None
+
+
 class Attention(nn.Module):
     config: ModelConfig
     dtype: Any
@@ -170,7 +177,7 @@ class Block(nn.Module):
 
     @nn.compact
     def __call__(self, carry, layer, tables, masks, prompt, slot):
-        x, cache = carry
+        x, cache = enter(self, carry[0]), carry[1]
         c = self.config
         norm = lambda name, there: _norm(c, self.dtype, name) if there else lambda x: x
         before, after = c.norm_placement != "after", c.norm_placement != "before"
@@ -185,7 +192,7 @@ class Block(nn.Module):
         else:
             x = x + mixed
             x = x + mlp_post_norm(mlp(mlp_norm(x)))
-        return (x, cache), (written if self.keep_cache else None)
+        return (leave(self, x), cache), (written if self.keep_cache else None)
 
 
 class Backbone(nn.Module):
@@ -229,10 +236,8 @@ class Backbone(nn.Module):
         if c.scaled_embedding:
             x = x * c.width**0.5
         layers, kinds = _layers(c)
-        if c.rotary_dim:
-            tables = _the_one(rotary_tables(kinds, positions, x.dtype))
-        else:
-            tables = None
+        tables = _tables(c, kinds, positions, x.dtype)
+        if tables is None:
             x = x + embed(c.max_positions, "position")(positions)
         block = Block
         if self.remat != "none":
@@ -258,3 +263,19 @@ class Backbone(nn.Module):
             written = jax.tree.map(lambda *x: jnp.stack(x), *each)
         x, cache = carry
         return _norm(c, self.dtype, "norm")(x), (written if self.keep_cache else cache)
+
+
+def one_block(config: ModelConfig, dtype, variables, number, x, positions, masks):
+    """What one of the scanned blocks writes, of what it reads, and what its layers read.
+
+    Args:
+      variables: the block's own, without the axis of layers.
+      number: which it is.
+    """
+    layers, kinds = _layers(config)
+    this = jax.tree.map(lambda of_layers: jnp.asarray(of_layers)[number], layers)
+    still = _tables(config, kinds, positions, x.dtype), _the_one(masks), None, 0
+    block: Any = Block(config, dtype, keep_cache=False, attention="plain")
+    given = (variables, (x, None), this, *still)
+    ((x, _), _), recorded = block.apply(*given, mutable=["intermediates"])
+    return x, recorded["intermediates"]

@@ -7,14 +7,14 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.custom_derivatives import SymbolicZero
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from jaxdyn.models.config import ModelConfig
-from jaxdyn.models.decoder import Backbone, Remat
+from jaxdyn.models.decoder import Backbone, Remat, one_block
 from jaxdyn.models.fused import FUSED, AttentionKind
 from jaxdyn.models.heads import init_gating
 from jaxdyn.models.held import MATRICES, TABLE, held
+from jaxdyn.models.products import rows_product
 from jaxdyn.models.visibility import by_kind, positions_of, visible
 from jaxdyn.types import KVCache, Mask, Params, View
 
@@ -26,35 +26,18 @@ def _output_shapes(module: Backbone, kinds: int) -> Params:
     return jax.eval_shape(module.init, jax.random.key(0), one, one, masks)["perturbations"]
 
 
-def rows_product(
-    x: Float[Array, "N D"], weight: Float[Array, "V D"], dtype: Any
-) -> Float[Array, "N V"]:
-    """x Wᵀ of operands in `dtype`, accumulated and returned in float32 or better.
+def _bare(tree: Params) -> Params:
+    """A tree of opened layers' inputs or outputs, without these words for them; every head of a
+    slot that is normalised by itself counts as a slot."""
+    is_layer = lambda tree: "input" in tree or "output" in tree
+    heads = lambda x, slots: x.reshape(*x.shape[:slots], -1, x.shape[-1])
 
-    Below float32 its derivatives' products take operands in `dtype` too, and round to it once:
-    by JAX's own rule a float32 cotangent would meet bfloat16 weights, a product that no matrix
-    unit has.
-    """
-    wide = jnp.promote_types(dtype, jnp.float32)
-    x, weight = x.astype(dtype), weight.astype(dtype)
-    product = functools.partial(jnp.einsum, "nd,vd->nv", preferred_element_type=wide)
-    return product(x, weight) if jnp.dtype(dtype) == wide else _narrow_product(x, weight)
+    def array_of(path, layer):
+        (x,) = layer.values()
+        stacked = path and path[0].key == "layers"
+        return x if x.ndim < 4 + bool(stacked) else heads(x, 1 + bool(stacked))
 
-
-@jax.custom_jvp
-def _narrow_product(x, weight):
-    return jnp.einsum("nd,vd->nv", x, weight, preferred_element_type=jnp.float32)
-
-
-def _narrow_product_jvp(primals, tangents):
-    (x, weight), (dx, d_weight) = primals, tangents
-    along = lambda x, w: jnp.einsum("nd,vd->nv", x, w).astype(jnp.float32)
-    terms = [] if isinstance(dx, SymbolicZero) else [along(dx, weight)]
-    terms += [] if isinstance(d_weight, SymbolicZero) else [along(x, d_weight)]
-    return _narrow_product(x, weight), sum(terms)
-
-
-_narrow_product.defjvp(_narrow_product_jvp, symbolic_zeros=True)
+    return jax.tree_util.tree_map_with_path(array_of, tree, is_leaf=is_layer)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -212,27 +195,51 @@ class LanguageModel:
         attention here is always the plain one.
         Where each head is normalised by itself, every head of a slot counts as a slot.
         """
-        window = self.config.window
-        inputs = (tokens, positions_of(mask), visible(mask, window))
-        module = Backbone(self.config, self.dtype)
+        inputs = (tokens, positions_of(mask), visible(mask, self.config.window))
+        still = self._no_shifts(tokens.shape)
+        run = lambda shifts: self._opened_pass(backbone, shifts, *inputs)
+        phi, pull, recorded = jax.vjp(run, still, has_aux=True)
+        return phi, _bare(recorded), lambda cotangent: _bare(pull(cotangent)[0])
+
+    def streamed(
+        self, backbone: Params, tokens: Int[Array, "B T"], mask: Bool[Array, "B T"]
+    ) -> tuple[Float[Array, "B T D"], Params, Callable[[Array], Params]]:
+        """As `opened`, with every block as one layer: below "layers" are what the blocks read
+        [L, B, T, D], and what they wrote. `open_block` has what is inside.
+        """
+        c = self.config
+        inputs = (tokens, positions_of(mask), visible(mask, c.window))
+        still = self._no_shifts(tokens.shape)
+        blocks = jnp.zeros((c.num_layers, *tokens.shape, c.width), self.dtype)
+        still["layers"] = {"output": blocks}
+        run = lambda shifts: self._streamed_pass(backbone, shifts, *inputs)
+        phi, pull, recorded = jax.vjp(run, still, has_aux=True)
+        return phi, _bare(recorded), lambda cotangent: _bare(pull(cotangent)[0])
+
+    def open_block(
+        self, block: Params, number: Any, x: Float[Array, "B T D"], mask: Bool[Array, "B T"]
+    ) -> tuple[Params, Callable[[Array], Params]]:
+        """Of one block that reads x, what its layers read, and the way back to what they wrote.
+
+        The block's parameters have no axis of layers, nor have the trees, which are those below
+        "layers" of `opened`; the function takes the cotangent of what the block writes.
+        """
+        inputs = (positions_of(mask), visible(mask, self.config.window))
+        still = jax.tree.map(lambda z: z[0], self._no_shifts(mask.shape)["layers"])
+        run = lambda shifts: self._block_pass(block, shifts, number, x, *inputs)
+        _, pull, recorded = jax.vjp(run, still, has_aux=True)
+        return _bare(recorded), lambda cotangent: _bare(pull(cotangent)[0])
+
+    def _no_shifts(self, shape: tuple[int, ...]) -> dict[str, Any]:
+        """Zeros that the opened layers add to what they write, for [B, T] slots."""
 
         def zeros(path, one):
             axis = 1 if path[0].key == "layers" else 0
-            shape = (*one.shape[:axis], *tokens.shape, *one.shape[axis + 2 :])
-            return jnp.zeros(shape, one.dtype)
+            return jnp.zeros((*one.shape[:axis], *shape, *one.shape[axis + 2 :]), one.dtype)
 
-        still = jax.tree_util.tree_map_with_path(
-            zeros, _output_shapes(module, 1 + (window is not None))
-        )
-
-        run = lambda shifts: self._opened_pass(backbone, shifts, *inputs)
-
-        is_layer = lambda tree: "input" in tree or "output" in tree
-        slots = lambda x: x.reshape(*x.shape[:2], -1, x.shape[4]) if x.ndim == 5 else x
-        array_of = lambda layer: slots(*layer.values())
-        bare = lambda tree: jax.tree.map(array_of, tree, is_leaf=is_layer)
-        phi, pull, recorded = jax.vjp(run, still, has_aux=True)
-        return phi, bare(recorded), lambda cotangent: bare(pull(cotangent)[0])
+        module = Backbone(self.config, self.dtype)
+        shapes = _output_shapes(module, 1 + (self.config.window is not None))
+        return dict(jax.tree_util.tree_map_with_path(zeros, shapes))
 
     def itemized(
         self, backbone: Params, change: Params, t: Any, tokens: Int[Array, "B T"], mask: Mask
@@ -304,6 +311,22 @@ class LanguageModel:
         module = Backbone(self.config, self.dtype, remat="dots")
         (phi, _), recorded = module.apply(variables, *inputs, mutable=["intermediates"])
         return phi, recorded["intermediates"]
+
+    @functools.partial(jax.jit, static_argnames="self")
+    def _streamed_pass(self, backbone, shifts, tokens, positions, masks):
+        shifts = dict(shifts)
+        blocks = {"layers": shifts.pop("layers")}
+        variables = {"params": backbone, "perturbations": shifts, "shifts": blocks}
+        inputs = (tokens, positions, masks)
+        module = Backbone(self.config, self.dtype, remat="full")  # it keeps what blocks read
+        (phi, _), recorded = module.apply(variables, *inputs, mutable=["intermediates", "stream"])
+        return phi, {**recorded["intermediates"], **recorded["stream"]}
+
+    @functools.partial(jax.jit, static_argnames="self")
+    def _block_pass(self, block, shifts, number, x, positions, masks):
+        variables = {"params": block, "perturbations": shifts}
+        inputs = (number, x, positions, masks)
+        return one_block(self.config, self.dtype, variables, *inputs)
 
     @functools.partial(jax.jit, static_argnames="self")
     def _itemized_pass(self, backbone, change, places, items, tokens, positions, masks):

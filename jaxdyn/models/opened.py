@@ -1,9 +1,10 @@
 """Flax's layers, open: a backward pass tells what each read and the cotangent of what it wrote.
 
 A layer sows its input as "intermediates" and adds a "perturbation" of zero to its output
-(`LanguageModel.opened`). Or its parameters lie on a line, at "places" along "changes" of them, and
-a backward pass hands back what each of these does as "items" (`LanguageModel.itemized`). Without
-these collections nothing is recorded.
+(`LanguageModel.opened`). A whole block does so with what it reads, as "stream", and with "shifts"
+of zero (`LanguageModel.streamed`). Or a layer's parameters lie on a line, at "places" along
+"changes" of them, and a backward pass hands back what each of these does as "items"
+(`LanguageModel.itemized`). Without these collections nothing is recorded.
 """
 
 from typing import Any
@@ -14,7 +15,7 @@ from flax import linen as nn
 
 from jaxdyn.models.itemized import itemized
 
-RECORDS = ("intermediates", "perturbations", "changes", "places", "items")
+RECORDS = ("intermediates", "perturbations", "changes", "places", "items", "stream", "shifts")
 """The collections beside the parameters."""
 
 
@@ -38,8 +39,8 @@ def _own(layer: nn.Module) -> dict[str, Any]:
     return {name: _placed(layer, name, x) for name, x in layer.variables["params"].items()}
 
 
-def _sow_input(layer: nn.Module, x: Any) -> None:
-    layer.sow("intermediates", "input", x, reduce_fn=lambda _, new: new, init_fn=lambda: None)
+def _sow_input(layer: nn.Module, x: Any, collection: str = "intermediates") -> None:
+    layer.sow(collection, "input", x, reduce_fn=lambda _, new: new, init_fn=lambda: None)
 
 
 @jax.custom_jvp
@@ -61,6 +62,18 @@ def _open_output(layer: nn.Module, read: Any, x: Any, lora_scale: float = 1.0) -
     if layer.is_mutable_collection("perturbations"):
         return layer.perturb("output", x)
     shift: Any = layer.get_variable("perturbations", "output")
+    return x if shift is None else shifted(x, shift)
+
+
+def enter(block: nn.Module, x: Any) -> Any:
+    """What a block reads, open."""
+    _sow_input(block, x, "stream")
+    return x
+
+
+def leave(block: nn.Module, x: Any) -> Any:
+    """What a block writes, open."""
+    shift: Any = block.get_variable("shifts", "output")
     return x if shift is None else shifted(x, shift)
 
 
@@ -138,14 +151,3 @@ class ZeroCenteredRMSNorm(RMSNorm):
     @nn.nowrap
     def param(self, *arguments, **options):
         return 1 + super().param(*arguments, **options)
-
-
-def matrix_product(x, kernel, dimension_numbers, **options):
-    """x K for `nn.Dense`, with x's leading axes as one.
-
-    Else the kernel's gradient contracts several axes, for which XLA on a CPU first writes a
-    transposed copy of the output's cotangent, one component at a time.
-    """
-    rows = x.reshape(-1, x.shape[-1])
-    y = jax.lax.dot_general(rows, kernel, (((1,), (0,)), ((), ())), **options)
-    return y.reshape(*x.shape[:-1], kernel.shape[-1])

@@ -14,6 +14,7 @@ import pytest
 from jaxdyn import kernels
 from jaxdyn.distributed import Layout, make_mesh, one_device, shard_model
 from jaxdyn.dynamics import ledger, measure_state, measure_update, site_state
+from jaxdyn.kernels import streams
 from jaxdyn.kernels.gram import factorize, row_bytes
 from jaxdyn.kernels.rows import site_rows
 from jaxdyn.models import LanguageModel, LoraConfig, add_adapters, gpt_neox
@@ -285,6 +286,22 @@ def test_kernels_on_a_mesh_whose_budget_is_each_devices_and_whose_rows_are_share
     lowered = factorize.lower(model, model.view(params), None, of_sites)
     account = lowered.compile().memory_analysis()
     assert account.output_size_in_bytes + account.temp_size_in_bytes <= held + working
+
+
+def test_streams_on_a_mesh():
+    """A layer opened at a time, in layers of two kinds: as on one device."""
+    results = []
+    for sizes in (None, (2, 2, 2)):
+        model, _, params = placed("odd", sizes)
+        rows = site_rows(model, sites_of(one_device(), model.config.vocab_size), "sites").take(0, 8)
+        view = model.view(params)
+        side = streams.Side(view, None, streams.stream(model, view, None, rows))
+        results.append(
+            streams.contract_streams(model, side, side, tied=True, biased=False, workspace=2**20)
+        )
+    alone, there = results
+    for kind, x in alone.items():
+        np.testing.assert_allclose(np.asarray(there[kind]), np.asarray(x), rtol=1e-9, atol=1e-9)
 
 
 def test_a_ledger_on_a_mesh():

@@ -9,7 +9,10 @@ import jax.numpy as jnp
 import numpy as np
 import oracles
 
+from jaxdyn.kernels.rows import Rows
 from jaxdyn.types import Rollout, Sites
+
+MILLION = 10**6
 
 PARTS = ("representation", "gradient", "cross")
 BIASED = "gpt_neox-biased"
@@ -210,3 +213,17 @@ def assert_components(actual, expected, tolerance):
         got = np.asarray(getattr(actual, part))
         assert got.shape == wanted.shape
         np.testing.assert_allclose(got, wanted, rtol=0, atol=tolerance * scale, err_msg=part)
+
+
+def compiled_bytes(function, *arguments, **options):
+    """Temporary and output bytes by XLA's own account."""
+    found = function.lower(*arguments, **options).compile().memory_analysis()
+    return found.temp_size_in_bytes + found.output_size_in_bytes
+
+
+def shaped_rows(count, slots, counted, outputs):
+    shaped = jax.ShapeDtypeStruct
+    ids = lambda *shape: shaped((count, *shape), jnp.int32)
+    mask, weights = shaped((count, slots), bool), shaped((count, counted), jnp.float32)
+    chosen = ids(outputs) if outputs > 1 else None
+    return Rows(ids(slots), mask, ids(counted), ids(counted), weights, None, chosen)

@@ -10,7 +10,16 @@ import jax.numpy as jnp
 import numpy as np
 import oracles
 import pytest
-from kernel_oracles import all_sites, assert_components, scalars, scores, tiny_model
+from kernel_oracles import (
+    MILLION,
+    all_sites,
+    assert_components,
+    compiled_bytes,
+    scalars,
+    scores,
+    shaped_rows,
+    tiny_model,
+)
 
 from jaxdyn import kernels
 from jaxdyn.kernels import blocks, gram, memory, trace_exact
@@ -310,22 +319,6 @@ def test_a_small_budget_makes_tiles_that_change_nothing(x64):
 
 
 # -- memory ---------------------------------------------------------------------------------------
-
-MILLION = 10**6
-
-
-def compiled_bytes(function, *arguments, **options):
-    """Temporary and output bytes by XLA's own account."""
-    found = function.lower(*arguments, **options).compile().memory_analysis()
-    return found.temp_size_in_bytes + found.output_size_in_bytes
-
-
-def shaped_rows(count, slots, counted, outputs):
-    shaped = jax.ShapeDtypeStruct
-    ids = lambda *shape: shaped((count, *shape), jnp.int32)
-    mask, weights = shaped((count, slots), bool), shaped((count, counted), jnp.float32)
-    chosen = ids(outputs) if outputs > 1 else None
-    return Rows(ids(slots), mask, ids(counted), ids(counted), weights, None, chosen)
 
 
 @pytest.mark.parametrize("name", ["gpt_neox-untied", "llama-tied"])

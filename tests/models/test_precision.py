@@ -10,8 +10,8 @@ import pytest
 from flax.traverse_util import flatten_dict
 
 from jaxdyn.models.decoder import Backbone
-from jaxdyn.models.model import rows_product
 from jaxdyn.models.opened import Dense, Embed, LayerNorm, RMSNorm
+from jaxdyn.models.products import rows_product
 
 U = 2.0**-8
 """bfloat16 keeps 8 bits: it rounds by at most this share."""
