@@ -103,7 +103,9 @@ def _opened(model: Model, number, mask, block: Params, root, read, cotangents) -
 def stream_bytes(model: Model, slots: int, counted: int, outputs: int) -> tuple[int, int]:
     """What a streamed row holds with one of its layers opened, and what making it needs beside.
 
-    For the arguments see `gram.row_bytes`.
+    By XLA's own account (CPU, GPT-NeoX and Llama, T = 64 to 256, K = 1 to 3) a pair of tiles being
+    multiplied takes 1.4 to 1.9 of a layer's factors a row, and making a tile 2.0 to 2.5, attention
+    included; this says 1.6 to 3.2 and 2.7 to 5. For the arguments see `gram.row_bytes`.
     """
     inputs, cotangents, vectors, features, g = smallest_factors(model)
 
@@ -114,5 +116,5 @@ def stream_bytes(model: Model, slots: int, counted: int, outputs: int) -> tuple[
     layers, width = model.config.num_layers, model.config.width
     held = slots * (1 + outputs) * layers * width * features.dtype.itemsize
     held += of(False) + counted * (nbytes(features) + outputs * nbytes(g))
-    opened = of(True) * 21 // (10 * layers) + outputs * attention_bytes(model, slots)
-    return held + opened, held // 10
+    layer, attention = of(True) // layers, outputs * attention_bytes(model, slots)
+    return held + layer * 3 // 2 + attention // 2, layer + attention // 4

@@ -30,11 +30,16 @@ def both_ways(model, sides, square=False):
     return streams.contract_streams(model, *parts, **options), expected
 
 
-FAMILIES = ["gpt_neox-untied", "llama-tied", "gpt2-tied", *oracles.NORMED]
-
-
-@pytest.mark.parametrize("square", [False, True])
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize(
+    "name, square",
+    [
+        ("gpt_neox-untied", False),
+        ("llama-tied", True),
+        ("gpt2-tied", False),
+        ("gemma3_text-tied", False),
+        ("olmo2-untied", True),
+    ],
+)
 def test_a_layer_at_a_time_is_all_at_once(name, square, x64):
     """Of three functions a row, padded on either side, other parameters for the columns."""
     model, params = oracles.tiny_model(name)
@@ -51,7 +56,7 @@ def test_a_layer_at_a_time_is_all_at_once(name, square, x64):
         np.testing.assert_allclose(found[kind], x, rtol=0, atol=1e-12 * scale, err_msg=kind)
 
 
-@pytest.mark.parametrize("name", ["gpt_neox-untied", "llama-tied", "gemma3_text-tied"])
+@pytest.mark.parametrize("name", ["gpt_neox-untied", "gemma3_text-tied"])
 def test_in_a_metric(name, x64):
     model, params = oracles.tiny_model(name)
     draws = np.random.default_rng(4)
