@@ -10,10 +10,10 @@ Claims (two CPU cores, float32, warm; medians and ratios over interleaved rounds
              at least 1.5 times bergson's completions a second, and inner products closer to the
              exact ones. Ours are of all parameters; bergson's, of the linear layers of the body,
              are held against the exact ones of these. On a model of 260 thousand parameters it is
-             1.6 to 1.8 times on two cores of 450 to 490 GFLOP/s (results/influence_peer.json), and was,
-             by another side, 1.3 to 1.4 times at 200; on SmolLM2-135M 1.3 and 1.0, as the passes
-             through the model are most of both (influence_peer_smollm2_135m.json, --count 16
-             --rounds 3).
+             1.6 to 1.8 times on two cores of 450 to 490 GFLOP/s (results/influence_peer.json),
+             and was, by another side, 1.3 to 1.4 times at 200; on SmolLM2-135M 1.3 and 1.0, as the
+             passes through the model are most of both (influence_peer_smollm2_135m.json,
+             --count 16 --rounds 3).
 Command:   python experiments/benchmarks/influence.py SUITE ... [--model DIRECTORY]
                [--count 64 --prompt 32 --completion 64] --bergson-python bergson/bin/python
            For bergson's environment see peers/bergson_worker.py. On a machine that others use
