@@ -97,6 +97,6 @@ def memory_maps() -> int:
 def _release_compiled_programs():
     """Free programs now and then: each holds memory maps, of which a process may have 65,530."""
     yield
-    if memory_maps() > 45_000:
+    if memory_maps() > 30_000:
         jax.clear_caches()
         gc.collect()
