@@ -35,7 +35,6 @@ def both_ways(model, sides, square=False):
     [
         ("gpt_neox-untied", False),
         ("llama-tied", True),
-        ("gpt2-tied", False),
         ("gemma3_text-tied", False),
         ("olmo2-untied", True),
     ],
