@@ -127,7 +127,6 @@ def test_streamed_tiles_stay_within_the_budget_and_fill_it(name, slots, outputs)
         one + compiled_bytes(streams.stream, model, view, None, rows),
         2 * one + compiled_bytes(streams.contract_streams, model, side, side, **options),
     ]
-    print([peak / budget for peak in peaks], size)
     assert budget / 4 <= max(peaks) <= budget, [peak / budget for peak in peaks]
 
 
