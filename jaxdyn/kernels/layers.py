@@ -136,13 +136,16 @@ def _by_blocks(rows, columns, workspace, root=None) -> jax.Array:
 
     def gradient(x, y, start, width):
         block = lambda z, axis: jax.lax.dynamic_slice_in_dim(z, start, width, axis)
-        x, y = (block(x, 2), y) if turned else (x, block(y, 3))
-        if y.shape[1] == 1:  # a product of a row's two matrices, without an axis in between
-            y = y[:, 0]
-            matrix = product("nti,nto->nio", x, y) if turned else product("nto,nti->noi", y, x)
-            matrix = matrix[:, None]
+        n, k, t, o = y.shape
+        # One axis of rows in the product: with K beside it XLA on a CPU transposes an operand.
+        # So the block, the smaller of the two, is repeated or its functions laid side by side.
+        if turned:
+            x = jnp.repeat(block(x, 2), k, axis=0)
+            matrix = product("nti,nto->nio", x, y.reshape(n * k, t, o))
         else:
-            matrix = product("nkto,nti->nkio" if turned else "nkto,nti->nkoi", y, x)
+            y = jnp.moveaxis(block(y, 3), 1, 2).reshape(n, t, k * width)
+            matrix = product("nto,nti->noi", y, x)
+        matrix = matrix.reshape(n, k, width, -1)
         if root is not None:
             matrix *= block(root, 0)[None, None]
         return matrix.astype(x.dtype)
