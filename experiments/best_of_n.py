@@ -23,7 +23,7 @@ from samples import sampled, trained
 
 from jaxdyn.dynamics.sampling import best_of_n, powers_of_two
 
-SIZES = {"toy": (4, 8), "small": (32, 64), "full": (100, 128)}
+SIZES = {"toy": (4, 8), "brief": (8, 64), "small": (32, 64), "full": (100, 128)}
 """Held-out prompts, and samples of each (M)."""
 
 POLICIES = {"before": "before RL", "joint": "RL", "classifier_first": "CF-RL"}

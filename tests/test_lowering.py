@@ -207,7 +207,7 @@ def influence_of_own_tokens(s):
 
 
 def influence_along(s):
-    return statistics_along.lower(s.model, s.view, s.view, s.batches)
+    return statistics_along.lower(s.model, s.view, s.view, s.batches, True)
 
 
 def influence_ends(s):

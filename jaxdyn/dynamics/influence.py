@@ -45,7 +45,7 @@ from jaxdyn.types import Components, Model, Params, Rollout, Sites, View
 
 class Change(NamedTuple):
     """A part of the update shaped as the parameters; of a tied matrix the part that came through
-    the head, [V, D], or None where it has no path."""
+    the head, [V, D], or None where none did."""
 
     delta: Params
     head_share: Any = None
@@ -118,7 +118,12 @@ def influence(
     view = model.view(before)
 
     def along(change: Change) -> tuple[jax.Array, Components]:
-        return statistics_along(model, view, by_path(model, *change), batches)
+        paths = change.head_share is not None
+        moved = by_path(model, *change) if paths else model.view(change.delta)
+        found, parts = statistics_along(model, view, moved, batches, paths)
+        if model.config.tied and not paths:  # what the head reads came through the body
+            parts = Components(parts.cross, parts.gradient, parts.representation)
+        return found, parts
 
     columns = contributions(
         model,
@@ -218,15 +223,18 @@ def own_tokens(
     return jax.tree.map(jnp.transpose, found)
 
 
-@functools.partial(jax.jit, static_argnums=0)
+@functools.partial(jax.jit, static_argnums=(0, 4))
 def statistics_along(
-    model: Model, view: View, change: View, batches: Batches
+    model: Model, view: View, change: View, batches: Batches, paths: bool
 ) -> tuple[jax.Array, Components]:
-    """log π of the targets and H [2, N], and their first-order changes along Δ by component."""
+    """log π of the targets and H [2, N], and their first-order changes along Δ by component.
+
+    Of a tied matrix Δ has its parts by path, or the whole in both roles: see `pushforward`.
+    """
 
     def of_batch(_, batch):
         sites = sites_of(batch)
-        phi, parts = pushforward(model, view, change, sites)
+        phi, parts = pushforward(model, view, change, sites, paths)
         found, gradients = statistics_of(model.logits(view["classifier"], phi), sites.targets)
         along = lambda d: jnp.einsum("tnv,nv->tn", gradients, d)
         return None, (found, jax.tree.map(along, parts))

@@ -60,17 +60,15 @@ def delta_logits(
 
 
 def by_path(model: Model, delta: Params, head_share: jax.Array | None) -> View:
-    """A change as the gradient came: of a tied matrix the head path's part (None: 0), the rest."""
+    """A change as the gradient came: of a tied matrix the head path's part, and the rest."""
     change = model.view(delta)
     if not model.config.tied:
         return change
     whole = change["backbone"]["embed"]["embedding"]
-    head_share = jnp.zeros_like(whole) if head_share is None else head_share
-    rest = whole - head_share
     return View(
         {
             "classifier": {**change["classifier"], "weight": head_share},
-            "backbone": {**change["backbone"], "embed": {"embedding": rest}},
+            "backbone": {**change["backbone"], "embed": {"embedding": whole - head_share}},
         }
     )
 
