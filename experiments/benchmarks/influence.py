@@ -3,14 +3,14 @@
 Claims (two CPU cores, float32, warm; medians and ratios over interleaved rounds):
   influence  the whole account of an update (momentum, decay, second order) of 64 completions at 64
              sites takes at most twice the log-prob kernel of the sites and one token of every
-             completion, 64 × 64 rows in the same metric, at the shape of SmolLM2-135M: 1.9 times
-             with 6 GiB (results/influence_influence.json; a round is six minutes on two cores of
-             470 GFLOP/s), 2.0 and 2.05 with 4.
+             completion, 64 × 64 rows in the same metric, at the shape of SmolLM2-135M: 1.97 times
+             (results/influence_influence.json; a round is six minutes on two cores of 490
+             GFLOP/s).
   peer       gradients of the same completions of the same model, projected to the same dimension:
              at least 1.5 times bergson's completions a second, and inner products closer to the
              exact ones. Ours are of all parameters; bergson's, of the linear layers of the body,
              are held against the exact ones of these. On a model of 260 thousand parameters it is
-             1.6 to 1.8 times on two cores of 450 to 490 GFLOP/s (results/influence_peer.json),
+             1.5 to 1.8 times on two cores of 450 to 490 GFLOP/s (results/influence_peer.json),
              and was, by another side, 1.3 to 1.4 times at 200; on SmolLM2-135M 1.3 and 1.0, as the
              passes through the model are most of both (influence_peer_smollm2_135m.json,
              --count 16 --rounds 3).
