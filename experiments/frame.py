@@ -16,7 +16,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 from inference import bootstrap, sign_flip
 
-from jaxdyn.files import write_file
+from jaxdyn.storage.files import write_file
 
 Size = Literal["toy", "brief", "small", "full"]
 T = TypeVar("T")

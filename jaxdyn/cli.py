@@ -20,7 +20,7 @@ from typing import Any, Literal, NamedTuple
 from jaxdyn.commands.arguments import parse
 from jaxdyn.errors import JaxdynError, Preempted
 from jaxdyn.grammar import nearest
-from jaxdyn.paths import one_line, require_name
+from jaxdyn.storage.paths import one_line, require_name
 
 
 class Command(NamedTuple):

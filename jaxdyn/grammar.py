@@ -23,9 +23,9 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 from jaxdyn.errors import JaxdynError
-from jaxdyn.files import write_file
-from jaxdyn.paths import AnyPath, require_name
-from jaxdyn.reading import read_object, shown
+from jaxdyn.storage.files import write_file
+from jaxdyn.storage.paths import AnyPath, require_name
+from jaxdyn.storage.reading import read_object, shown
 
 Config = TypeVar("Config")
 

@@ -18,7 +18,6 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import load_file, save_file
 
-from jaxdyn import reading
 from jaxdyn.config import KINDS, RunConfig, SFTConfig
 from jaxdyn.data import (
     DataConfig,
@@ -35,6 +34,7 @@ from jaxdyn.grammar import from_dict, load_config
 from jaxdyn.kernels.store import Store
 from jaxdyn.models import load_pretrained
 from jaxdyn.models.hf_config import config_from_hf
+from jaxdyn.storage import reading
 from jaxdyn.train.task import open_tokenizer
 
 # The same cases in every run.

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from jaxdyn.config import KINDS, Config
 from jaxdyn.errors import JaxdynError
 from jaxdyn.grammar import load_config
-from jaxdyn.paths import AnyPath, in_bucket, is_directory, open_path
+from jaxdyn.storage.paths import AnyPath, in_bucket, is_directory, open_path
 from jaxdyn.train import lock
 from jaxdyn.train.checkpoint import Checkpoints
 from jaxdyn.train.records import damages

@@ -17,11 +17,11 @@ from rich.table import Table
 
 from jaxdyn.commands.evaluate_options import EvaluateOptions
 from jaxdyn.config import KINDS, Config
-from jaxdyn.files import require_writable, write_file
 from jaxdyn.grammar import load_config
-from jaxdyn.paths import AnyPath, open_path
 from jaxdyn.presets import RL, preset
 from jaxdyn.sections import ModelSource
+from jaxdyn.storage.files import require_writable, write_file
+from jaxdyn.storage.paths import AnyPath, open_path
 from jaxdyn.train.evaluate import sample_held_out
 from jaxdyn.train.loop import say_about_data
 from jaxdyn.train.progress import Progress

@@ -7,7 +7,7 @@ import tyro
 
 from jaxdyn.errors import JaxdynError
 from jaxdyn.grammar import LARGEST_SEED, MOST_ROWS, at_least, finite
-from jaxdyn.paths import AnyPath, open_path
+from jaxdyn.storage.paths import AnyPath, open_path
 
 
 @dataclasses.dataclass(frozen=True)

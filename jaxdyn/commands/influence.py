@@ -29,9 +29,9 @@ from jaxdyn.commands.influence_options import InfluenceOptions
 from jaxdyn.commands.influence_page import pages_of
 from jaxdyn.commands.output import refuse_others
 from jaxdyn.dynamics import site_texts
-from jaxdyn.files import write_files
 from jaxdyn.report.influence_file import COLUMNS, FUNCTIONS, SavedInfluence, load_influence
 from jaxdyn.report.origins import ORIGINS, summarize_influence
+from jaxdyn.storage.files import write_files
 from jaxdyn.train.progress import Progress
 from jaxdyn.train.saved import open_run
 from jaxdyn.types import COMPONENTS, Sites

@@ -24,8 +24,8 @@ from jaxdyn.commands.kernel_places import Places, completion_places
 from jaxdyn.commands.kernel_subject import Subject, open_subject
 from jaxdyn.commands.output import refuse_another
 from jaxdyn.commands.text_options import TextOptions, bytes_of
-from jaxdyn.files import write_file
 from jaxdyn.kernels.store import digest
+from jaxdyn.storage.files import write_file
 from jaxdyn.train.progress import Progress
 from jaxdyn.types import COMPONENTS, JaxdynError
 

@@ -24,10 +24,10 @@ from jaxdyn.commands.kernel_subject import Subject, open_subject
 from jaxdyn.commands.output import BLOCKS, finish, is_finished, refuse_finished, tidy
 from jaxdyn.commands.text_options import TextOptions, bytes_of
 from jaxdyn.data import DataConfig, Example, JsonlFile, Tokenizer, read_examples, written
-from jaxdyn.files import naming
 from jaxdyn.hosts import fetch
 from jaxdyn.report.kernel_figure import drawn_kernel
 from jaxdyn.report.kernel_file import SavedKernel, load_kernel
+from jaxdyn.storage.files import naming
 from jaxdyn.train.progress import Progress
 from jaxdyn.types import COMPONENTS, JaxdynError, Sites
 

@@ -23,9 +23,9 @@ from jaxdyn.commands.output import BLOCKS, finish, is_finished, refuse_finished,
 from jaxdyn.commands.text_options import bytes_of
 from jaxdyn.dynamics import Ledger, ledger, most_changed_tokens
 from jaxdyn.dynamics.observables import SMOOTH
-from jaxdyn.files import naming
 from jaxdyn.report.ledger_file import SavedLedger, load_ledger, summarize_ledger
 from jaxdyn.report.microscope import microscope_pages
+from jaxdyn.storage.files import naming
 from jaxdyn.train.progress import Progress
 from jaxdyn.types import Sites
 

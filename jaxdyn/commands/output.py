@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from jaxdyn.errors import JaxdynError
-from jaxdyn.files import is_unfinished, require_writable, write_files
 from jaxdyn.grammar import read_object
+from jaxdyn.storage.files import is_unfinished, require_writable, write_files
 
 BLOCKS = "blocks"
 """Where long work keeps what is finished: it is there from a command's start to its end."""

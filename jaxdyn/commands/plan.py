@@ -20,7 +20,6 @@ import jax
 from jaxdyn.commands.output import refuse_another
 from jaxdyn.commands.plan_options import PlanOptions
 from jaxdyn.config import RunConfig
-from jaxdyn.files import write_file
 from jaxdyn.models import ModelConfig, SequenceHead
 from jaxdyn.models.shapes import SHAPES
 from jaxdyn.plan.demand import Demand, Program, demand_of
@@ -34,6 +33,7 @@ from jaxdyn.rewards import LearnedReward, RewardConfig
 from jaxdyn.rl import LossConfig
 from jaxdyn.rollout import SamplingConfig
 from jaxdyn.sections import ModelSource, TrainConfig
+from jaxdyn.storage.files import write_file
 from jaxdyn.train import Progress
 
 

@@ -11,11 +11,11 @@ from rich.console import Console
 from rich.table import Table
 
 from jaxdyn.commands.output import refuse_another
-from jaxdyn.files import write_file
 from jaxdyn.models.shapes import SHAPES
 from jaxdyn.plan.chips import GIB
 from jaxdyn.plan.needs import Need, hardware, needs, parameters
 from jaxdyn.presets import PRESETS, Preset, preset
+from jaxdyn.storage.files import write_file
 
 
 def presets(names: Sequence[str] = (), json: str | None = None) -> dict[str, Any]:

@@ -18,15 +18,15 @@ from jaxdyn.commands import ledger
 from jaxdyn.commands.ledger_options import LedgerOptions
 from jaxdyn.commands.output import BLOCKS, refuse_others
 from jaxdyn.data import AnagramsConfig, character_tokenizer
-from jaxdyn.files import write_file
 from jaxdyn.models import LanguageModel
 from jaxdyn.models.shapes import SHAPES
 from jaxdyn.optim import Schedule
-from jaxdyn.paths import AnyPath
 from jaxdyn.presets import RL, SFT
 from jaxdyn.report import load_run, write_report
 from jaxdyn.report.ledger_file import load_ledger
 from jaxdyn.sections import ModelSource
+from jaxdyn.storage.files import write_file
+from jaxdyn.storage.paths import AnyPath
 from jaxdyn.train import Progress, open_run, run_rl, run_sft
 from jaxdyn.train.export import save_policy
 

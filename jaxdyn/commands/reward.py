@@ -16,9 +16,9 @@ from jaxdyn.data.files import rows_of
 from jaxdyn.distributed import Layout, make_mesh
 from jaxdyn.dynamics.calibration import preference_measures
 from jaxdyn.dynamics.sampling import mean_with_interval
-from jaxdyn.files import write_file
-from jaxdyn.paths import AnyPath, open_path
 from jaxdyn.rewards import LearnedReward
+from jaxdyn.storage.files import write_file
+from jaxdyn.storage.paths import AnyPath, open_path
 from jaxdyn.train.scorer import Scorer
 from jaxdyn.train.task import open_scorer
 from jaxdyn.types import JaxdynError

@@ -16,7 +16,7 @@ from jaxdyn.commands.kernel_subject import open_subject
 from jaxdyn.commands.output import is_finished, refuse_others
 from jaxdyn.commands.sketch_options import SketchOptions
 from jaxdyn.commands.text_options import bytes_of
-from jaxdyn.files import size
+from jaxdyn.storage.files import size
 from jaxdyn.train.progress import Progress
 
 FILE = "sketches.safetensors"

@@ -9,8 +9,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from jaxdyn.paths import one_line, require_name
-from jaxdyn.reading import available_memory, parse_json, require_room
+from jaxdyn.storage.paths import one_line, require_name
+from jaxdyn.storage.reading import available_memory, parse_json, require_room
 from jaxdyn.types import JaxdynError
 
 LINE_BYTES = 64 * 2**20

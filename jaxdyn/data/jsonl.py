@@ -3,7 +3,7 @@
 import dataclasses
 from typing import Any
 
-from jaxdyn.reading import shown
+from jaxdyn.storage.reading import shown
 from jaxdyn.types import JaxdynError
 
 LONGEST_TEXT = 2**20

@@ -12,7 +12,7 @@ import numpy as np
 from jaxdyn.data.files import line_rows, parquet_rows
 from jaxdyn.data.jsonl import require_texts
 from jaxdyn.grammar import MOST
-from jaxdyn.reading import is_number, shown
+from jaxdyn.storage.reading import is_number, shown
 from jaxdyn.types import JaxdynError
 
 FIELDS = {"prompt": "prompt", "completion": "completion"}

@@ -23,7 +23,7 @@ from jaxdyn.data.jsonl import JsonlFile
 from jaxdyn.data.public import PUBLIC, PublicFiles, public_examples, public_files
 from jaxdyn.data.stories import StoriesConfig, stories
 from jaxdyn.grammar import between
-from jaxdyn.reading import parse_json
+from jaxdyn.storage.reading import parse_json
 from jaxdyn.types import JaxdynError
 
 

@@ -13,8 +13,8 @@ from tokenizers import decoders, models, pre_tokenizers, processors
 
 from jaxdyn.data.jsonl import require_unicode
 from jaxdyn.data.templates import Rendered
-from jaxdyn.paths import one_line
-from jaxdyn.reading import SETTINGS_BYTES, read_bytes, read_object, shown
+from jaxdyn.storage.paths import one_line
+from jaxdyn.storage.reading import SETTINGS_BYTES, read_bytes, read_object, shown
 from jaxdyn.types import JaxdynError
 
 TEMPLATE = "chat_template.jinja"

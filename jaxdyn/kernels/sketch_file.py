@@ -22,14 +22,14 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import PRNGKeyArray
 
-from jaxdyn.files import naming, partial_of, sync_directory, write_file
 from jaxdyn.hosts import from_first
 from jaxdyn.kernels.execution import Execution, require_options
 from jaxdyn.kernels.rows import sequence_rows, site_rows
 from jaxdyn.kernels.sketch import Sketch, sketched, words_of
 from jaxdyn.kernels.store import digest
-from jaxdyn.paths import one_line
-from jaxdyn.reading import parse_json
+from jaxdyn.storage.files import naming, partial_of, sync_directory, write_file
+from jaxdyn.storage.paths import one_line
+from jaxdyn.storage.reading import parse_json
 from jaxdyn.types import JaxdynError, Model, Params, Rollout, Sites
 
 FORMAT = "jaxdyn sketches 1"

@@ -10,9 +10,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxdyn.files import write_file
 from jaxdyn.hosts import fetch
-from jaxdyn.reading import read_arrays, read_bytes
+from jaxdyn.storage.files import write_file
+from jaxdyn.storage.reading import read_arrays, read_bytes
 from jaxdyn.types import JaxdynError
 
 

@@ -4,7 +4,7 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any, NoReturn
 
-from jaxdyn.reading import shown
+from jaxdyn.storage.reading import shown
 from jaxdyn.types import JaxdynError
 
 REQUIRED = object()

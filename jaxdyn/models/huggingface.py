@@ -23,7 +23,6 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from safetensors import SafetensorError
 from safetensors.numpy import save_file
 
-from jaxdyn.files import room
 from jaxdyn.models.config import ModelConfig
 from jaxdyn.models.families import family_of
 from jaxdyn.models.hf_config import config_from_hf, config_to_hf, token_ids
@@ -32,8 +31,9 @@ from jaxdyn.models.hf_layout import StoredTensor, stored_tensors
 from jaxdyn.models.model import LanguageModel
 from jaxdyn.models.placing import Where, put, put_layers
 from jaxdyn.models.tensors import Tensor, open_tensors
-from jaxdyn.paths import require_name
-from jaxdyn.reading import read_object, require_room
+from jaxdyn.storage.files import room
+from jaxdyn.storage.paths import require_name
+from jaxdyn.storage.reading import read_object, require_room
 from jaxdyn.types import JaxdynError, Params
 
 _WEIGHTS = "model.safetensors"

@@ -20,13 +20,13 @@ import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 from safetensors.numpy import save
 
-from jaxdyn.files import write_files
 from jaxdyn.models.families import family_of
 from jaxdyn.models.hf_layout import StoredTensor, stored_tensors
 from jaxdyn.models.huggingface import local_directory
 from jaxdyn.models.model import LanguageModel
 from jaxdyn.models.tensors import open_tensors
-from jaxdyn.reading import is_number, read_object, shown
+from jaxdyn.storage.files import write_files
+from jaxdyn.storage.reading import is_number, read_object, shown
 from jaxdyn.types import JaxdynError, Params
 
 CONFIG = "adapter_config.json"

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from safetensors import safe_open
 
-from jaxdyn.paths import one_line
+from jaxdyn.storage.paths import one_line
 from jaxdyn.types import JaxdynError
 
 _FLOATS = ("F64", "F32", "F16", "BF16")

@@ -2,8 +2,8 @@
 
 from collections.abc import Sequence
 
-from jaxdyn.paths import AnyPath, absolute, common_parent, open_path
 from jaxdyn.report.load import Run, load_run, load_runs
+from jaxdyn.storage.paths import AnyPath, absolute, common_parent, open_path
 
 
 def write_report(runs: Sequence[str | AnyPath], output: str | AnyPath | None = None) -> AnyPath:

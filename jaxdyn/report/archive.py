@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 
 from jaxdyn.errors import JaxdynError
-from jaxdyn.paths import open_path
-from jaxdyn.reading import parse_json, read_arrays
+from jaxdyn.storage.paths import open_path
+from jaxdyn.storage.reading import parse_json, read_arrays
 
 
 def packed_archive(kind: str, about: dict[str, Any], arrays: dict[str, np.ndarray]) -> bytes:

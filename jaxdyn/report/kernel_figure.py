@@ -17,9 +17,9 @@ from scipy.spatial.distance import squareform
 
 from jaxdyn import COMPONENTS
 from jaxdyn.errors import JaxdynError
-from jaxdyn.files import write_file
 from jaxdyn.report.kernel_file import SavedKernel, load_kernel
 from jaxdyn.report.plotting import STYLE, draw_cosines, say_empty
+from jaxdyn.storage.files import write_file
 
 COLOURS = {
     "total": "#1A1A1A",

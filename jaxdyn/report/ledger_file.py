@@ -7,8 +7,8 @@ from typing import Any
 import numpy as np
 
 from jaxdyn.errors import JaxdynError
-from jaxdyn.files import write_file
 from jaxdyn.report.archive import Forms, packed_archive, read_archive, require_arrays, require_forms
+from jaxdyn.storage.files import write_file
 
 FORMAT = "jaxdyn ledger 1"
 WHAT = "a ledger file"

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from jaxdyn.errors import JaxdynError
-from jaxdyn.paths import AnyPath, absolute, common_parent, is_directory, open_path
-from jaxdyn.reading import Record, is_number, read_arrays, read_object, read_records
+from jaxdyn.storage.paths import AnyPath, absolute, common_parent, is_directory, open_path
+from jaxdyn.storage.reading import Record, is_number, read_arrays, read_object, read_records
 
 CLASSIFIER_STAGE = 1  # the value of "cfrl/stage" while only the classifier is trained
 

@@ -20,9 +20,9 @@ from typing import Any
 import numpy as np
 
 from jaxdyn.errors import JaxdynError
-from jaxdyn.files import write_files
 from jaxdyn.report.ledger_file import SavedLedger
 from jaxdyn.report.policy import content_policy
+from jaxdyn.storage.files import write_files
 
 PAGE_BYTES = 4_900_000
 PAGE_TOKENS = 8192

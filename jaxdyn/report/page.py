@@ -9,8 +9,6 @@ import matplotlib
 from matplotlib.figure import Figure
 
 from jaxdyn.errors import JaxdynError
-from jaxdyn.files import require_writable, write_files
-from jaxdyn.paths import AnyPath
 from jaxdyn.report import (
     figures,
     preference_figures,
@@ -22,6 +20,8 @@ from jaxdyn.report import (
 from jaxdyn.report.load import Run
 from jaxdyn.report.plotting import STYLE, Exhibit
 from jaxdyn.report.policy import content_policy
+from jaxdyn.storage.files import require_writable, write_files
+from jaxdyn.storage.paths import AnyPath
 
 PAPER = "https://arxiv.org/abs/2601.04670"
 

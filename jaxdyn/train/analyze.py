@@ -9,9 +9,9 @@ import json
 import jax
 
 from jaxdyn.errors import JaxdynError
-from jaxdyn.files import is_unfinished, require_writable, write_file
 from jaxdyn.grammar import read_object
-from jaxdyn.paths import AnyPath, absolute, open_path
+from jaxdyn.storage.files import is_unfinished, require_writable, write_file
+from jaxdyn.storage.paths import AnyPath, absolute, open_path
 from jaxdyn.train.probe import Probe
 from jaxdyn.train.progress import Progress
 from jaxdyn.train.run_directory import packed

@@ -14,7 +14,7 @@ from tensorboardX.proto.event_pb2 import Event, SessionLog
 from tensorboardX.proto.summary_pb2 import Summary
 from tensorboardX.summary import scalar
 
-from jaxdyn.files import naming
+from jaxdyn.storage.files import naming
 
 SECONDS = 30.0
 """How long scalars may be held back; a run is done from its own logs, never from these."""

@@ -24,9 +24,9 @@ from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, BestN
 from orbax.checkpoint.path import atomicity
 
 from jaxdyn.errors import Closing, JaxdynError
-from jaxdyn.files import room
-from jaxdyn.paths import AnyPath, in_bucket, one_line
-from jaxdyn.reading import shown
+from jaxdyn.storage.files import room
+from jaxdyn.storage.paths import AnyPath, in_bucket, one_line
+from jaxdyn.storage.reading import shown
 from jaxdyn.train.seal import Sealed, damage
 
 DELETED = "deleted"

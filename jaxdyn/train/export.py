@@ -6,11 +6,11 @@ import jax
 
 from jaxdyn.config import Config, RewardModelConfig, SFTConfig
 from jaxdyn.data import Tokenizer
-from jaxdyn.files import require_writable, whole_directory
 from jaxdyn.hosts import fetch
 from jaxdyn.models import LanguageModel, merge_adapters, save_pretrained
 from jaxdyn.models.peft import save_adapters
-from jaxdyn.paths import AnyPath, in_bucket, open_path
+from jaxdyn.storage.files import require_writable, whole_directory
+from jaxdyn.storage.paths import AnyPath, in_bucket, open_path
 from jaxdyn.train import loop
 from jaxdyn.train.probe import policy_of
 from jaxdyn.train.progress import Progress

@@ -10,8 +10,8 @@ import weakref
 from pathlib import Path
 
 from jaxdyn.errors import JaxdynError
-from jaxdyn.files import naming
-from jaxdyn.reading import parse_json
+from jaxdyn.storage.files import naming
+from jaxdyn.storage.reading import parse_json
 
 NAME = "run.lock"
 """The file that is locked; it stays, and says who was the last to hold it."""

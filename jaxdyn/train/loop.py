@@ -15,11 +15,11 @@ import jax
 
 from jaxdyn.config import Config
 from jaxdyn.errors import Preempted
-from jaxdyn.files import require_writable
 from jaxdyn.grammar import nearest
 from jaxdyn.optim import Stage, StageName, stage_at, stages
-from jaxdyn.paths import AnyPath, in_bucket, open_path
-from jaxdyn.reading import is_number, shown
+from jaxdyn.storage.files import require_writable
+from jaxdyn.storage.paths import AnyPath, in_bucket, open_path
+from jaxdyn.storage.reading import is_number, shown
 from jaxdyn.train.checkpoint import Checkpoints, require_finite
 from jaxdyn.train.evaluate import evaluate, sweep_temperatures
 from jaxdyn.train.preemption import Preemption

@@ -12,8 +12,8 @@ from collections.abc import Iterable, Iterator
 
 from jaxdyn.config import Config
 from jaxdyn.errors import JaxdynError
-from jaxdyn.paths import AnyPath, in_bucket
-from jaxdyn.reading import Record, read_arrays, read_records
+from jaxdyn.storage.paths import AnyPath, in_bucket
+from jaxdyn.storage.reading import Record, read_arrays, read_records
 from jaxdyn.train.seal import SAVED
 
 

@@ -19,10 +19,10 @@ import numpy as np
 
 from jaxdyn.config import Config
 from jaxdyn.errors import Closing, JaxdynError
-from jaxdyn.files import PROBE, is_unfinished, naming, write_file
 from jaxdyn.grammar import load_config, save_config
-from jaxdyn.paths import AnyPath, in_bucket, open_path
-from jaxdyn.reading import parse_json, read_records
+from jaxdyn.storage.files import PROBE, is_unfinished, naming, write_file
+from jaxdyn.storage.paths import AnyPath, in_bucket, open_path
+from jaxdyn.storage.reading import parse_json, read_records
 from jaxdyn.train import lock
 from jaxdyn.train.lock import Lock
 from jaxdyn.train.records import require_whole

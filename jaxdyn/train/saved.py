@@ -16,8 +16,8 @@ from jaxdyn.distributed import make_mesh
 from jaxdyn.grammar import load_config
 from jaxdyn.models import LanguageModel, merge_adapters
 from jaxdyn.optim import Stage, stage_at
-from jaxdyn.paths import AnyPath, is_directory, open_path
 from jaxdyn.sections import MeshConfig
+from jaxdyn.storage.paths import AnyPath, is_directory, open_path
 from jaxdyn.train.checkpoint import Checkpoints
 from jaxdyn.train.loop import STEPS, begin_or_resume, plan_of
 from jaxdyn.train.probe import policy_of, remember

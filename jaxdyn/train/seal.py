@@ -12,8 +12,8 @@ from typing import Any
 from orbax.checkpoint.path import atomicity
 
 from jaxdyn.errors import JaxdynError
-from jaxdyn.files import write_file
-from jaxdyn.reading import read_object
+from jaxdyn.storage.files import write_file
+from jaxdyn.storage.reading import read_object
 
 NAME = "checksums.json"
 

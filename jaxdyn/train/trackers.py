@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from jaxdyn.errors import JaxdynError
-from jaxdyn.files import write_file
-from jaxdyn.paths import AnyPath, one_line
+from jaxdyn.storage.files import write_file
+from jaxdyn.storage.paths import AnyPath, one_line
 from jaxdyn.train.board import Board
 
 PACKAGES = {"trackio": "trackio", "wandb": "wandb"}

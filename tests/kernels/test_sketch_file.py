@@ -11,10 +11,10 @@ from kernel_oracles import PARTS, all_sites, rollout, some, tiny_model
 from safetensors import safe_open
 from safetensors.numpy import load, save_file
 
-from jaxdyn.files import partial_of
 from jaxdyn.kernels import nearest, nearest_sketches, open_sketches, sketch_file, store_sketches
 from jaxdyn.kernels import sketch as sketch_module
 from jaxdyn.kernels.sketch import Sketch, sketch_gradients, sketch_kernel, sketch_sequences
+from jaxdyn.storage.files import partial_of
 from jaxdyn.types import JaxdynError
 
 NAMES = ["gpt2-tied", "gpt_neox-untied"]

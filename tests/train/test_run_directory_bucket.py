@@ -13,9 +13,9 @@ from etils.epath import backend, gpath
 from tiny_runs import assert_same_run
 
 from jaxdyn import cli
-from jaxdyn.files import require_writable
-from jaxdyn.paths import common_parent, in_bucket, open_path
 from jaxdyn.report import load_run, write_report
+from jaxdyn.storage.files import require_writable
+from jaxdyn.storage.paths import common_parent, in_bucket, open_path
 from jaxdyn.train import export, loop, open_run, run_rl
 from jaxdyn.train.run_directory import RunDirectory
 from jaxdyn.types import JaxdynError

@@ -17,7 +17,7 @@ from jaxdyn.commands.check import check
 from jaxdyn.config import RunConfig
 from jaxdyn.errors import JaxdynError
 from jaxdyn.grammar import load_config, save_config
-from jaxdyn.reading import read_records
+from jaxdyn.storage.reading import read_records
 from jaxdyn.train import lock, run_rl, seal
 from jaxdyn.train.checkpoint import Checkpoints
 from jaxdyn.train.loop import require_position

@@ -14,7 +14,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from jaxdyn.errors import JaxdynError
-from jaxdyn.paths import AnyPath, in_bucket, one_line
+from jaxdyn.storage.paths import AnyPath, in_bucket, one_line
 
 PARTIAL = ".partial"
 """What the name of something unfinished ends in."""

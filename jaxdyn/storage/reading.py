@@ -17,7 +17,7 @@ from typing import Any, NoReturn, TypeGuard
 import numpy as np
 
 from jaxdyn.errors import JaxdynError
-from jaxdyn.paths import AnyPath, one_line
+from jaxdyn.storage.paths import AnyPath, one_line
 
 SETTINGS_BYTES = 64 * 2**20
 """The most that is read of a file of settings: a tokenizer's or an index of weights is smaller."""
