@@ -31,7 +31,8 @@ os.environ["JAX_COMPILATION_CACHE_DIR"] = str(
 )
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
 
-# Runs make durable what they write, and a disk has them wait: a third of what tests of them take.
+# Runs make durable what they write, and a disk has them wait: a tenth of what tests of them take,
+# and a third where others write to it too.
 if os.access("/dev/shm", os.W_OK) and shutil.disk_usage("/dev/shm").free > 2**32:
     os.environ.setdefault("PYTEST_DEBUG_TEMPROOT", "/dev/shm")
 
