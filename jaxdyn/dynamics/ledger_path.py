@@ -272,8 +272,8 @@ class Segment(NamedTuple):
             parts = sum(total[name] for name in BY_ROLE)
             residual = _rms([parts - change], [batch])
             # Nodes converge geometrically: what a doubling does not halve is rounding.
-            stalled = intervals > FIRST_INTERVALS and np.all(residual > 0.5 * missing)
-            if np.all(residual <= allowed) or stalled or intervals >= MOST_INTERVALS:
+            ended = (residual <= allowed) | (residual > 0.5 * missing)
+            if np.all(ended) or intervals >= MOST_INTERVALS:
                 return {**total, "nodes": np.asarray(len(rates))}
             missing, intervals = residual, 2 * intervals
 

@@ -15,7 +15,7 @@ from flax.traverse_util import flatten_dict
 from scipy.integrate import quad_vec
 
 from jaxdyn.dynamics import ledger
-from jaxdyn.dynamics.ledger_path import batches_of_texts
+from jaxdyn.dynamics.ledger_path import Batch, Segment, batches_of_texts
 from jaxdyn.models import LanguageModel
 from jaxdyn.types import JaxdynError
 
@@ -252,6 +252,32 @@ def test_texts_of_a_prompt_share_its_pass_where_no_layers_are_asked_for(x64):
         np.testing.assert_allclose(shared.token_parts[part], wanted, rtol=1e-10, atol=1e-14)
     np.testing.assert_array_equal(shared.nodes, apart.nodes)
     assert shared.nodes[0, 4] == 0 < shared.nodes[0, :4].min()
+
+
+ENTROPIES = {
+    "closed": (np.ones_like, 1, 9),
+    "what no node mends": (np.ones_like, 1.001, 9),
+    "closing": (np.sqrt, 2 / 3, 65),
+}
+
+
+@pytest.mark.parametrize(("rate", "whole", "nodes"), ENTROPIES.values(), ids=ENTROPIES)
+def test_nodes_are_added_until_each_quantity_closes_or_cannot(rate, whole, nodes, monkeypatch):
+    """log π's rate is of degree six, which nine nodes integrate exactly; the entropy differs."""
+
+    def rates(segment, batch, i, t):
+        h = np.zeros((len(ALL), 1))
+        h[:2, 0] = 7 * t**6, rate(t)
+        return {"representation": h, "gradient": 0 * h}
+
+    monkeypatch.setattr(Segment, "_rates", rates)
+    change = np.zeros((len(ALL), 1))
+    change[:2, 0] = 1, whole
+    segment = Segment(*[None] * len(Segment._fields))
+    batch = Batch({}, None, np.ones(1), None, None)
+    found = segment._closed(batch, 0, change, np.full(len(SMOOTH), 1e-9))
+    assert found["nodes"] == nodes
+    np.testing.assert_allclose(found["representation"][0], 1, atol=1e-12)
 
 
 def test_a_segment_in_which_nothing_happened_has_nothing(x64):
