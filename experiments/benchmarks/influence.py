@@ -4,8 +4,8 @@ Claims (two CPU cores, float32, warm; medians and ratios over interleaved rounds
   influence  the whole account of an update (momentum, decay, second order) of 64 completions at 64
              sites takes at most twice the log-prob kernel of the sites and one token of every
              completion, 64 × 64 rows in the same metric, at the shape of SmolLM2-135M: 1.97 times
-             (results/influence_influence.json; a round is six minutes on two cores of 490
-             GFLOP/s).
+             (results/influence_influence.json) and 1.81 in two runs; a round is six minutes on
+             two cores of 490 GFLOP/s.
   peer       gradients of the same completions of the same model, projected to the same dimension:
              at least 1.5 times bergson's completions a second, and inner products closer to the
              exact ones. Ours are of all parameters; bergson's, of the linear layers of the body,
